@@ -1,0 +1,1 @@
+"""Templates of the model cards, and one card for each example model."""

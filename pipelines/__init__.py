@@ -1,0 +1,1 @@
+"""Diffusers pipelines built on the schedulers of this package."""

@@ -1,0 +1,1 @@
+"""Accelerate trainer, evaluation and the `ddim-schedulers` command line."""
