@@ -1,6 +1,117 @@
-"""The `ddim-schedulers` command line."""
+"""The `ddim-schedulers` command line: finds the verb, runs it, reports bad input in one line.
+
+A verb is a module `ddim_schedulers.training.commands.<verb>`, imported only when it is chosen. It
+defines
+
+- `HELP`: one sentence, the same as in `VERBS` (so that listing the verbs imports none of them), and
+- either `add_arguments(parser)` and `run(args) -> int`,
+- or, for a verb in `OWN_PARSER`, `main(argv) -> int`, which is given all that follows the verb.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+
+from ddim_schedulers import __version__
+
+PROG = "ddim-schedulers"
+TRACEBACK_VARIABLE = "DDIM_SCHEDULERS_TRACEBACK"
+
+VERBS: dict[str, str] = {}
+OWN_PARSER: frozenset[str] = frozenset()
+
+# The modules that each extra brings, by the name under which they are imported.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "accelerate",
+        "datasets",
+        "matplotlib",
+        "PIL",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "torchmetrics",
+        "tqdm",
+        "transformers",
+        "yaml",
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the verb that `argv` names."""
-    raise SystemExit("not there yet")
+    """Runs the verb that `argv` names.
+
+    Args:
+        argv: the arguments without the program's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code: 0 done, 2 bad input or a missing extra, 130 interrupted, or the verb's own.
+
+    Raises:
+        SystemExit: as in argparse: 0 from `--help` and `--version`, 2 from wrong arguments.
+        Exception: what the verb raised, unless it is bad input (`ValueError`) or a missing extra.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # No option before the verb takes a value, so the verb is the first word without a dash.
+    end = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv)) + 1
+    args = _parser().parse_args(argv[:end])
+    show_traceback = args.traceback or os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
+    try:
+        return _run(args.verb, argv[end:])
+    except KeyboardInterrupt:
+        print(f"{PROG} {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        extra = _extra_of(error)
+        if extra is None:
+            raise
+        message = f"`{PROG} {args.verb}` needs the extra '{extra}': pip install \"{PROG}[{extra}]\""
+    except ValueError as error:
+        message = f"{PROG} {args.verb}: error: {error}"
+    if show_traceback:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<12} {text}" for verb, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} [--version] [--traceback] VERB ...",
+        description="Train, sample and evaluate DDPM and DDIM models.",
+        epilog=f"verbs (`{PROG} VERB --help` says more):\n{verbs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help=f"show where bad input was found; also {TRACEBACK_VARIABLE}=1",
+    )
+    parser.add_argument("verb", metavar="VERB", choices=tuple(VERBS), help="what to do, see below")
+    return parser
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    module = importlib.import_module(f"ddim_schedulers.training.commands.{verb}")
+    if verb in OWN_PARSER:
+        return int(module.main(argv))
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {verb}", description=module.HELP, allow_abbrev=False
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(argv)))
+
+
+def _extra_of(error: ModuleNotFoundError) -> str | None:
+    """The extra that brings the module which `error` misses; None where no extra does."""
+    root = (error.name or "").partition(".")[0]
+    return next((extra for extra, modules in EXTRAS.items() if root in modules), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
