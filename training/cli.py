@@ -63,17 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROG} {args.verb}: interrupted", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        extra = _extra_of(error)
-        if extra is None:
+    except (ModuleNotFoundError, ValueError) as error:
+        message = _message(args.verb, error)
+        if message is None:
             raise
-        message = f"`{PROG} {args.verb}` needs the extra '{extra}': pip install \"{PROG}[{extra}]\""
-    except ValueError as error:
-        message = f"{PROG} {args.verb}: error: {error}"
-    if show_traceback:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    return 2
+        if show_traceback:
+            traceback.print_exc()
+        print(message, file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,10 +104,15 @@ def _run(verb: str, argv: list[str]) -> int:
     return int(module.run(parser.parse_args(argv)))
 
 
-def _extra_of(error: ModuleNotFoundError) -> str | None:
-    """The extra that brings the module which `error` misses; None where no extra does."""
+def _message(verb: str, error: ModuleNotFoundError | ValueError) -> str | None:
+    """What to tell the user; None where a module is missing that no extra brings."""
+    if isinstance(error, ValueError):
+        return f"{PROG} {verb}: error: {error}"
     root = (error.name or "").partition(".")[0]
-    return next((extra for extra, modules in EXTRAS.items() if root in modules), None)
+    for extra, modules in EXTRAS.items():
+        if root in modules:
+            return f"`{PROG} {verb}` needs the extra '{extra}': pip install \"{PROG}[{extra}]\""
+    return None
 
 
 if __name__ == "__main__":
