@@ -1,0 +1,224 @@
+"""The command line: what it lists, what it imports, and how it fails."""
+
+import importlib.metadata
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+import ddim_schedulers.training.commands
+from ddim_schedulers.training import cli
+
+FAKE = "fake"
+
+
+def fake_verb(monkeypatch, run, add_arguments=lambda parser: None):
+    """Lists a verb `fake` whose `run` is given; returns its module."""
+    module = types.ModuleType(f"ddim_schedulers.training.commands.{FAKE}")
+    module.HELP = "Do nothing."
+    module.add_arguments = add_arguments
+    module.run = run
+    monkeypatch.setitem(cli.VERBS, FAKE, module.HELP)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def raises(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def run_python(code, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_command_module_is_a_verb():
+    modules = {
+        info.name
+        for info in pkgutil.iter_modules(ddim_schedulers.training.commands.__path__)
+        if not info.name.startswith("_")
+    }
+    assert modules == set(cli.VERBS)
+    assert set(cli.VERBS) >= cli.OWN_PARSER
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_help_of_each_verb(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: ddim-schedulers {verb}" in capsys.readouterr().out
+    module = sys.modules[f"ddim_schedulers.training.commands.{verb}"]
+    assert module.HELP == cli.VERBS[verb]
+
+
+def test_help_lists_every_verb(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for verb, text in cli.VERBS.items():
+        assert re.search(rf"^  {verb} +{re.escape(text)}$", out, re.MULTILINE)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    version = importlib.metadata.version("ddim-schedulers")
+    assert capsys.readouterr().out == f"ddim-schedulers {version}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: VERB"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["--trace", FAKE], "unrecognized arguments: --trace"),
+        ([FAKE, "--cou", "3"], "unrecognized arguments: --cou 3"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(argv, message, monkeypatch, capsys):
+    fake_verb(monkeypatch, lambda args: 0, lambda parser: parser.add_argument("--count"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_reach_the_verb_and_its_exit_code_comes_back(monkeypatch):
+    seen = []
+
+    def run(args):
+        seen.append(args.count)
+        return 7
+
+    fake_verb(monkeypatch, run, lambda parser: parser.add_argument("--count", type=int))
+    assert cli.main(["--traceback", FAKE, "--count", "3"]) == 7
+    assert seen == [3]
+
+
+def test_a_verb_with_its_own_parser_gets_the_rest_untouched(monkeypatch):
+    seen = []
+    module = fake_verb(monkeypatch, run=None)
+    module.main = lambda argv: seen.extend(argv) or 0
+    monkeypatch.setattr(cli, "OWN_PARSER", frozenset({FAKE}))
+    assert cli.main([FAKE, "config.yaml", "--help", "--lr", "1e-3"]) == 0
+    assert seen == ["config.yaml", "--help", "--lr", "1e-3"]
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "torchmetrics.image.fid"])
+def test_a_missing_extra_is_one_sentence(missing, monkeypatch, capsys):
+    fake_verb(
+        monkeypatch, raises(ModuleNotFoundError(f"No module named {missing!r}", name=missing))
+    )
+    assert cli.main([FAKE]) == 2
+    assert capsys.readouterr().err == (
+        "`ddim-schedulers fake` needs the extra 'train': pip install \"ddim-schedulers[train]\"\n"
+    )
+
+
+def test_a_real_import_of_a_missing_extra(monkeypatch, capsys):
+    def run(args):
+        import sklearn.datasets  # noqa: F401
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    fake_verb(monkeypatch, run)
+    assert cli.main([FAKE]) == 2
+    assert "needs the extra 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'nonsense'", name="nonsense"),
+        ModuleNotFoundError("without a name"),
+        # installed, but not the release we know: installing the extra again would not help
+        ImportError("cannot import name 'x' from 'accelerate'", name="accelerate"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_other_errors_are_not_swallowed(error, monkeypatch):
+    fake_verb(monkeypatch, raises(error))
+    with pytest.raises(type(error)) as caught:
+        cli.main([FAKE])
+    assert caught.value is error
+
+
+def test_bad_input_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
+    fake_verb(monkeypatch, raises(ValueError("`count` is 0; it must be at least 1.")))
+    assert cli.main([FAKE]) == 2
+    assert capsys.readouterr().err == (
+        "ddim-schedulers fake: error: `count` is 0; it must be at least 1.\n"
+    )
+
+
+@pytest.mark.parametrize(("argv", "variable"), [(["--traceback", FAKE], "0"), ([FAKE], "1")])
+def test_traceback_on_request(argv, variable, monkeypatch, capsys):
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, variable)
+    fake_verb(monkeypatch, raises(ValueError("`count` is 0")))
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.endswith("ddim-schedulers fake: error: `count` is 0\n")
+
+
+def test_interrupt(monkeypatch, capsys):
+    fake_verb(monkeypatch, raises(KeyboardInterrupt()))
+    assert cli.main([FAKE]) == 130
+    assert capsys.readouterr().err == "ddim-schedulers fake: interrupted\n"
+
+
+def test_known_modules_are_those_of_the_extra():
+    requirements = importlib.metadata.requires("ddim-schedulers")
+    owners = importlib.metadata.packages_distributions()
+    for extra, modules in cli.EXTRAS.items():
+        declared = {
+            re.match(r"[\w.-]+", line)[0].lower()
+            for line in requirements
+            if re.search(rf"extra == ['\"]{extra}['\"]", line)
+        }
+        brought = {module: {name.lower() for name in owners[module]} for module in modules}
+        assert set().union(*brought.values()) == declared
+
+
+def test_help_imports_no_extra(tmp_path):
+    verbs = [[], *([verb] for verb in cli.VERBS if verb not in cli.OWN_PARSER)]
+    code = f"""
+import sys
+from ddim_schedulers.training import cli
+for argv in {verbs!r}:
+    try:
+        cli.main([*argv, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    heavy = {{"datasets", "torchmetrics", "matplotlib", "sklearn"}} & set(sys.modules)
+    assert not heavy, (argv, heavy)
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_form(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ddim_schedulers.training.cli", "nonsense"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert done.returncode == 2
+    assert "invalid choice: 'nonsense'" in done.stderr
+    assert "Traceback" not in done.stderr
