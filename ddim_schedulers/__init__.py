@@ -1,5 +1,25 @@
-"""DDPM and DDIM schedulers for Hugging Face Diffusers."""
+"""DDPM and DDIM for Hugging Face Diffusers, exact to the equations.
 
-__all__ = ["__version__"]
+The scheduler classes are ordinary `SchedulerMixin`s: build one with
+`from_config(pipe.scheduler.config)` and put it in a pipeline. Importing this package registers them
+with diffusers, so that pipelines holding them can be saved and loaded. The mathematics stands in
+`betas`, `process`, `parameterization`, `timesteps`, `sigmas` and `transition`; notation is fixed at
+the top of `process`.
+"""
+
+from .plugin import register, to_portable
+from .scheduling_ddim import GeneralizedDDIMScheduler
+from .scheduling_ddim_inverse import GeneralizedDDIMInverseScheduler
+from .scheduling_ddpm import MarkovianDDPMScheduler
+
+__all__ = [
+    "GeneralizedDDIMInverseScheduler",
+    "GeneralizedDDIMScheduler",
+    "MarkovianDDPMScheduler",
+    "__version__",
+    "to_portable",
+]
 
 __version__ = "0.1.0"
+
+register()

@@ -1,0 +1,495 @@
+"""What the three scheduler classes share: tables, trajectory, one step.
+
+A step is a row of a table. With m the model output,
+
+    x0_hat = x0_x x_t + x0_m m                                    then clipped or thresholded, if
+    asked x_s    = out_x0 x0_hat + out_x x_t + out_m m + std z          clipped
+    x_s    = out_x x_t + out_m m + std z                          not clipped: x0_hat is folded in
+
+The rows of all T timesteps are computed in float64 on the CPU once per (trajectory, eta) and kept
+on the device of the sample; `step` looks its row up and reads nothing back.
+"""
+
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from .betas import (
+    alpha_bar_before,
+    alpha_bar_from_betas,
+    check_num_train_timesteps,
+    explicit_betas,
+    make_betas,
+    rescale_zero_terminal_snr,
+)
+from .parameterization import (
+    Coefficients,
+    check_prediction_type,
+    clip,
+    dynamic_threshold,
+    eps_coefficients,
+    x0_coefficients,
+)
+from .plugin import restore_settings
+from .sigmas import sigma_eta, sigma_hat
+from .timesteps import (
+    TIMESTEP_SPACINGS,
+    check_num_inference_steps,
+    check_timesteps,
+    landing,
+    make_timesteps,
+    pairs,
+)
+from .transition import Transition, transition
+
+logger = logging.get_logger(__name__)
+
+# Constructor arguments that one of our classes has and another lacks. They travel through
+# `from_config` as hidden keys, without diffusers' warning about unexpected ones.
+FAMILY_KEYS = (
+    "dynamic_thresholding_ratio",
+    "eta",
+    "quadratic_end",
+    "reverse_variance",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "sigma",
+    "thresholding",
+    "timesteps",
+    "variance_type",
+)
+
+# The variance of a step whose lower bound is 0 needs a logarithm; diffusers and OpenAI's code floor
+# it so.
+MIN_STD = 1e-10
+
+
+class Table(NamedTuple):
+    """Rows of one (trajectory, eta), float32 or float64 of shape (T, 8), and what is known of all
+    rows.
+    """
+
+    rows: torch.Tensor  # columns: x0_x, x0_m, out_x0, out_x, out_m, std, log_std_min, log_std_max
+    uses_sample: bool  # is out_x needed beside a clipped x0_hat?
+    uses_output: bool  # is out_m needed beside a clipped x0_hat?
+
+
+class FamilySchedulerMixin:
+    """The common part of the scheduler classes; the host's `SchedulerMixin` and `ConfigMixin` come
+    after it.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    config: Any
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Build the scheduler from the config of any discrete variance-preserving diffusers
+        scheduler.
+
+        Args:
+            config: a scheduler's config; `kwargs` override its keys. Settings that a portable
+                export keeps under `_ddim_schedulers` are restored.
+            return_unused_kwargs: as in diffusers.
+            **kwargs: constructor arguments.
+
+        Raises:
+            ValueError: if the config has no betas of its own (EDM, flow matching) or predicts a
+                flow.
+        """
+        if isinstance(config, dict):
+            config = restore_settings(config)
+            _check_discrete_vp(config, kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
+        """Split a config as diffusers does; arguments of our other classes become hidden keys in
+        silence.
+        """
+        own = cls._get_init_keys(cls)  # type: ignore[attr-defined]
+        other = {k: v for k, v in config_dict.items() if k in FAMILY_KEYS and k not in own}
+        rest = {k: v for k, v in config_dict.items() if k not in other}
+        init, unused, hidden = super().extract_init_dict(rest, **kwargs)  # type: ignore[misc]
+        return init, unused, {**hidden, **other}
+
+    def _make_tables(self) -> None:
+        """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
+        config = self.config
+        big_t = check_num_train_timesteps(config.num_train_timesteps)
+        _check_names(config)
+        if config.trained_betas is not None:
+            betas = explicit_betas(config.trained_betas, big_t)
+            if isinstance(config.trained_betas, torch.Tensor):  # a config is saved as JSON
+                self.register_to_config(trained_betas=betas.tolist())  # type: ignore[attr-defined]
+        else:
+            betas = make_betas(config.beta_schedule, big_t, config.beta_start, config.beta_end)
+        if config.rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+        self._alpha_bar = alpha_bar_from_betas(betas)
+        # float32 copies under diffusers' names, for training scripts and pipelines that read them
+        self.betas = betas.float()
+        self.alphas = (1.0 - betas).float()
+        self.alphas_cumprod = self._alpha_bar.float()
+        self.init_noise_sigma = 1.0
+        self._tables: dict[tuple, Table] = {}
+        self._forward: dict[tuple, torch.Tensor] = {}
+        self.num_inference_steps: int | None = None
+        self._set_plan(list(range(big_t - 1, -1, -1)))
+        self.timesteps = self._plan_tensor()
+
+    @property
+    def alpha_bar(self) -> torch.Tensor:
+        """alpha_bar_t = prod_{i <= t} (1 - beta_i), float64 on the CPU, shape (T,) (DDPM, Eq.
+        4).
+        """
+        return self._alpha_bar
+
+    @property
+    def alpha_bar_end(self) -> float:
+        """alpha_bar where the last step lands: 1, or alpha_bar_0 with `set_alpha_to_one=False`."""
+        return 1.0 if self.config.get("set_alpha_to_one", True) else float(self._alpha_bar[0])
+
+    def _set_plan(self, timesteps: list[int]) -> None:
+        """Fix the trajectory: where a step from each t lands, for planned and other timesteps."""
+        self._plan = timesteps
+        self._landing = landing(timesteps, len(self))
+        end = torch.full_like(self._alpha_bar, self.alpha_bar_end)
+        self._alpha_bar_s = torch.where(
+            self._landing >= 0, self._alpha_bar[self._landing.clamp(min=0)], end
+        )
+        self._plan_has_zero_snr = bool((self._alpha_bar[timesteps] == 0).any())
+        self._tables.clear()
+
+    def _plan_tensor(self) -> torch.Tensor:
+        return torch.tensor(self._plan, dtype=torch.int64)
+
+    def _check_plan_snr(self) -> None:
+        if self._plan_has_zero_snr and self.config.prediction_type == "epsilon":
+            raise ValueError(
+                "`prediction_type` is 'epsilon' and the trajectory holds a timestep with alpha_bar "
+                "= 0, where "
+                "eps says nothing about x_0; use 'v_prediction', 'sample' or 'posterior_mean', or "
+                "timesteps "
+                "that avoid it (e.g. timestep_spacing='leading')."
+            )
+
+    def _resolve_timesteps(
+        self, num_inference_steps: int | None, timesteps: Iterable[int] | None
+    ) -> list[int]:
+        """Return the trajectory that the arguments and the config ask for."""
+        config, big_t = self.config, self.config.num_train_timesteps
+        if timesteps is not None:
+            if num_inference_steps is not None:
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps!r} and `timesteps` is given; "
+                    f"pass one of them."
+                )
+            return check_timesteps(timesteps, big_t)
+        if config.timesteps is not None:
+            planned = check_timesteps(config.timesteps, big_t)
+            _check_length("timesteps", len(planned), num_inference_steps)
+            return planned
+        if num_inference_steps is None:
+            raise ValueError(
+                "`num_inference_steps` is None and no `timesteps` are given; pass one of them."
+            )
+        return make_timesteps(
+            config.timestep_spacing,
+            check_num_inference_steps(num_inference_steps, big_t),
+            big_t,
+            config.steps_offset,
+            config.quadratic_end,
+        )
+
+    def planned_pairs(self) -> list[tuple[int, int]]:
+        """Return the planned steps [(t, s), ...] in the order of sampling; s = -1 is the end."""
+        return pairs(self._plan)
+
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
+        """Return where a step from `timestep` lands: the next planned timestep, or -1 for the
+        end.
+        """
+        if isinstance(timestep, torch.Tensor):
+            return self._landing.to(timestep.device)[timestep.long()]
+        return int(self._landing[self._check_timestep(timestep)])
+
+    def _check_timestep(self, timestep: Any) -> int:
+        t = operator.index(timestep)
+        if not 0 <= t < len(self):
+            raise ValueError(f"`timestep` is {t}; it must lie in 0 .. {len(self) - 1}.")
+        return t
+
+    # -- one step
+    # -----------------------------------------------------------------------------------------
+
+    def _table(
+        self, sigma: torch.Tensor, std: torch.Tensor, rederive: bool, device: Any, dtype: Any
+    ) -> Table:
+        """Return the table of the reverse transitions with the given sigma and noise, each of shape
+        (T,).
+
+        With `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
+        sqrt(1 - abar_t); otherwise it is the network's own, as in stock DDIM. It makes no
+        difference where nothing is clipped.
+        """
+        a_t, prediction = self._alpha_bar, self.config.prediction_type
+        self._check_plan_snr()
+        before = alpha_bar_before(a_t)
+        x0 = x0_coefficients(prediction, a_t, before)
+        eps = eps_coefficients(prediction, a_t, before)
+        std = torch.where(
+            self._alpha_bar_s == 1, 0.0, std
+        )  # no noise on the step that lands on x_0
+        row = transition(self._alpha_bar_s, sigma, std)
+        if self._clips() and rederive:
+            weight = row.eps / (1 - a_t).sqrt()
+            out = [row.x0 - weight * a_t.sqrt(), weight, torch.zeros_like(weight)]
+        else:
+            out = fold(x0, eps, row, self._clips())
+        uses_sample = rederive or prediction != "epsilon"
+        rows = torch.stack([*x0, *out, row.std, *self._noise_bounds()], dim=1)
+        return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive)
+
+    def _noise_bounds(self) -> list[torch.Tensor]:
+        """Return log sigma(1) and log sigma-hat, between which `learned_range` interpolates."""
+        small = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
+        large = sigma_hat(self._alpha_bar, self._alpha_bar_s)
+        return [std.clamp(min=MIN_STD).log() for std in (small, large)]
+
+    def _clips(self) -> bool:
+        return bool(self.config.thresholding or self.config.clip_sample)
+
+    def _limit(self, x0: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        if config.thresholding:
+            return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        return clip(x0, config.clip_sample_range)
+
+    def _look_up(
+        self, rows: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the columns of the row of `timestep`, each broadcasting against the sample."""
+        if not isinstance(timestep, torch.Tensor):
+            return rows[self._check_timestep(timestep)].unbind(0)
+        if timestep.is_floating_point():
+            raise ValueError(
+                f"`timestep` has dtype {timestep.dtype}; it must be an integer tensor."
+            )
+        index = timestep.to(rows.device)
+        if index.ndim == 0:
+            return rows.index_select(0, index.reshape(1)).view(-1).unbind(0)
+        if index.ndim > 1 or index.shape[0] not in (1, sample.shape[0]):
+            raise ValueError(
+                f"`timestep` has shape {tuple(index.shape)}; it must be a number or have one value "
+                f"for each of "
+                f"the {sample.shape[0]} samples."
+            )
+        shape = (-1,) + (1,) * (sample.ndim - 1)
+        return tuple(column.view(shape) for column in rows.index_select(0, index).unbind(1))
+
+    def _step(
+        self,
+        table: Table,
+        adds_noise: bool,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        learned: str | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        variance_noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
+        prediction, raw_variance = _split_learned(model_output, sample, learned)
+        x0_x, x0_m, out_x0, out_x, out_m, std, log_min, log_max = self._look_up(
+            table.rows, timestep, sample
+        )
+        dtype = table.rows.dtype
+        x, m = sample.to(dtype), prediction.to(dtype)
+        x0 = torch.mul(x, x0_x).addcmul_(m, x0_m)
+        if self._clips():
+            x0 = self._limit(x0)
+            out = torch.mul(x0, out_x0)
+            if table.uses_sample:
+                out.addcmul_(x, out_x)
+            if table.uses_output:
+                out.addcmul_(m, out_m)
+        else:
+            out = torch.mul(x, out_x).addcmul_(m, out_m)
+        if adds_noise:
+            noise = _noise_like(prediction, generator, variance_noise).to(dtype)
+            if raw_variance is not None:
+                std = std * _learned_std(learned, raw_variance.to(dtype), log_min, log_max)
+            out.addcmul_(noise, std)
+        return out.to(sample.dtype), x0.to(sample.dtype)
+
+    # -- the rest of the interface of a diffusers scheduler
+    # -----------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """Return the sample as it is: a variance-preserving process needs no scaling."""
+        return sample
+
+    def _forward_coefficients(
+        self, sample: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # as stock: training scripts index `alphas_cumprod` with timesteps of the device they train
+        # on
+        self.alphas_cumprod = self.alphas_cumprod.to(device=sample.device)
+        key = (sample.device, compute_dtype(sample))
+        if key not in self._forward:
+            roots = torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()], dim=1)
+            self._forward[key] = roots.to(device=key[0], dtype=key[1])
+        picked = self._forward[key].index_select(0, timesteps.to(sample.device).reshape(-1))
+        shape = (-1,) + (1,) * (sample.ndim - 1)
+        return picked[:, 0].reshape(shape), picked[:, 1].reshape(shape)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM, Eq. 4).
+
+        Args:
+            original_samples: x_0, (B, ...), any floating dtype; computed in float32 or better.
+            noise: standard Gaussian, the same shape.
+            timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
+        """
+        root, rest = self._forward_coefficients(original_samples, timesteps)
+        dtype = torch.promote_types(original_samples.dtype, noise.dtype)
+        return (root * original_samples + rest * noise).to(dtype)
+
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, App. D).
+
+        Args:
+            sample: x_0, (B, ...), any floating dtype; computed in float32 or better.
+            noise: standard Gaussian, the same shape.
+            timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
+        """
+        root, rest = self._forward_coefficients(sample, timesteps)
+        return (root * noise - rest * sample).to(torch.promote_types(sample.dtype, noise.dtype))
+
+    def __len__(self) -> int:
+        """Return T, the number of training timesteps."""
+        return self.config.num_train_timesteps
+
+
+def fold(x0: Coefficients, eps: Coefficients, row: Transition, clipped: bool) -> list[torch.Tensor]:
+    """Return the columns out_x0, out_x, out_m of a transition whose eps_hat is the network's own.
+
+    Without clipping x0_hat = x0_x x_t + x0_m m is folded in, in float64: x0_hat itself is large and
+    nearly cancels at large t, where a float32 step that goes through it loses digits.
+    """
+    if clipped:
+        return [row.x0, row.eps * eps[0], row.eps * eps[1]]
+    zero = torch.zeros_like(row.x0)
+    return [zero, row.x0 * x0[0] + row.eps * eps[0], row.x0 * x0[1] + row.eps * eps[1]]
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _noise_like(
+    prediction: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None,
+    variance_noise: torch.Tensor | None,
+) -> torch.Tensor:
+    if variance_noise is None:
+        # the same call as stock diffusers, so that a swap keeps the noise of a seed
+        return randn_tensor(
+            prediction.shape, generator=generator, device=prediction.device, dtype=prediction.dtype
+        )
+    if generator is not None:
+        raise ValueError("`generator` and `variance_noise` are both given; pass one of them.")
+    if variance_noise.shape != prediction.shape:
+        raise ValueError(
+            f"`variance_noise` has shape {tuple(variance_noise.shape)}; it must be "
+            f"{tuple(prediction.shape)}."
+        )
+    return variance_noise
+
+
+def _split_learned(
+    model_output: torch.Tensor, sample: torch.Tensor, learned: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Split the variance channels off a model output of 2 C channels, and check the shapes."""
+    if not sample.is_floating_point():
+        raise ValueError(f"`sample` has dtype {sample.dtype}; it must be a floating dtype.")
+    expected = list(sample.shape)
+    if learned is not None:
+        expected[1] *= 2
+    if list(model_output.shape) != expected:
+        why = f", twice the channels because the variance is {learned!r}" if learned else ""
+        raise ValueError(
+            f"`model_output` has shape {tuple(model_output.shape)}; for a `sample` of shape "
+            f"{tuple(sample.shape)} it must be {tuple(expected)}{why}."
+        )
+    if learned is None:
+        return model_output, None
+    prediction, variance = torch.split(model_output, sample.shape[1], dim=1)
+    return prediction, variance
+
+
+def _learned_std(
+    learned: str | None, raw: torch.Tensor, log_min: torch.Tensor, log_max: torch.Tensor
+) -> torch.Tensor:
+    if learned == "learned":  # the output is the variance itself, as in stock diffusers
+        return raw.sqrt()
+    share = (raw + 1) / 2  # Improved DDPM (arXiv:2102.09672), Eq. 15, with v in [-1, 1]
+    return torch.exp(share * log_max + (1 - share) * log_min)
+
+
+def _check_length(name: str, length: int, num_inference_steps: int | None) -> None:
+    if num_inference_steps is not None and num_inference_steps != length:
+        raise ValueError(
+            f"`num_inference_steps` is {num_inference_steps}, but `{name}` has {length} values; "
+            f"pass {length} or None."
+        )
+
+
+def _check_names(config: Any) -> None:
+    check_prediction_type(config.prediction_type)
+    if config.timestep_spacing not in TIMESTEP_SPACINGS:
+        raise ValueError(
+            f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of "
+            f"{TIMESTEP_SPACINGS}."
+        )
+    for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
+        value = config.get(name, 1.0)
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"`{name}` is {value!r}; it must be a finite number > 0.")
+
+
+def _check_discrete_vp(config: dict[str, Any], overrides: dict[str, Any]) -> None:
+    merged = {**config, **overrides}
+    name = merged.get("_class_name", "the given scheduler")
+    if merged.get("prediction_type") == "flow_prediction" or merged.get("use_flow_sigmas"):
+        raise ValueError(
+            f"The config of {name} predicts a flow "
+            f"(`prediction_type`={merged.get('prediction_type')!r}, "
+            f"`use_flow_sigmas`={merged.get('use_flow_sigmas')!r}); only discrete "
+            f"variance-preserving "
+            "processes can be converted."
+        )
+    has_betas = merged.get("trained_betas") is not None or "beta_schedule" in merged
+    if "_class_name" in merged and not has_betas:
+        raise ValueError(
+            f"The config of {name} has no betas of its own (`beta_schedule` or `trained_betas`); "
+            f"only discrete "
+            "variance-preserving processes can be converted."
+        )

@@ -1,0 +1,311 @@
+"""`GeneralizedDDIMScheduler`: the sigma-family of DDIM (arXiv:2010.02502) as a diffusers
+scheduler.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, logger
+from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
+
+REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range")
+
+
+class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
+    """Drop-in for `DDIMScheduler`: any member of the family, any trajectory, the exact neighbour.
+
+    One step is DDIM, Eq. 12, to the next planned timestep s of the trajectory, whatever its
+    spacing:
+
+        x_s = sqrt(abar_s) x0_hat + sqrt(1 - abar_s - sigma^2) eps_hat + noise_std z
+
+    Args:
+        num_train_timesteps: T, from 1 to 100,000.
+        beta_start: first beta of the schedules that have one, in (0, 1).
+        beta_end: last beta, in (0, 1).
+        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
+        trained_betas: T explicit betas in (0, 1); they replace the schedule.
+        clip_sample: clip x0_hat to +- `clip_sample_range`. Right for pixels in [-1, 1], ruinous for
+            latents and for inversion.
+        set_alpha_to_one: the last step lands on alpha_bar = 1 and returns x0_hat; with False on
+            alpha_bar_0.
+        steps_offset: added to `leading` timesteps.
+        prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean` (mu-tilde of the
+            training chain t -> t - 1, whatever step is planned; see
+            `parameterization.x0_coefficients` on precision).
+        thresholding: dynamic thresholding of x0_hat instead of clipping.
+        dynamic_thresholding_ratio: its quantile, in (0, 1].
+        clip_sample_range: > 0.
+        sample_max_value: largest threshold of dynamic thresholding, >= 1.
+        timestep_spacing: `leading`, `trailing`, `linspace` or `quadratic`.
+        rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
+        eta: the member, sigma = eta sigma(1), >= 0. `None` follows the argument of `step`; a number
+            wins over it, because pipelines pass `eta=0.0` whenever there is such an argument.
+        sigma: the member as an explicit standard deviation for each step, in the order of sampling.
+            It excludes `eta`.
+        timesteps: explicit trajectory, strictly decreasing within 0 .. T - 1.
+        reverse_variance: the noise that is added: `sigma` (the member's own), `sigma_hat` (DDPM's
+            larger choice, DDIM, Sec. 5) or `learned_range` (Improved DDPM, Eq. 15; a network with 2
+            C output channels). The last two keep the direction of sigma(1) and need `eta=1`.
+        quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1]; 1.0 reaches T
+            - 1.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        eta: float | None = None,
+        sigma: Sequence[float] | None = None,
+        timesteps: Sequence[int] | None = None,
+        reverse_variance: str = "sigma",
+        quadratic_end: float = 0.8,
+    ) -> None:
+        self._sigma: torch.Tensor | None = None
+        self._warned_of_eta = False
+        self._make_tables()
+        self._check_member()
+        self.final_alpha_cumprod = torch.tensor(self.alpha_bar_end)
+
+    def _check_member(self) -> None:
+        config = self.config
+        if config.eta is not None:
+            check_eta(config.eta)
+            if config.sigma is not None:
+                raise ValueError(
+                    f"`eta` is {config.eta!r} and `sigma` is given; they are two ways to say the "
+                    f"same, set one of them."
+                )
+        if config.reverse_variance not in REVERSE_VARIANCES:
+            raise ValueError(
+                f"`reverse_variance` is {config.reverse_variance!r}; it must be one of "
+                f"{REVERSE_VARIANCES}."
+            )
+        if config.reverse_variance != "sigma" and (config.eta != 1 or config.sigma is not None):
+            raise ValueError(
+                f"`reverse_variance` is {config.reverse_variance!r}, which needs `eta=1.0` in the "
+                f"config; it is "
+                f"eta={config.eta!r}"
+                + (", and `sigma` is set." if config.sigma is not None else ".")
+            )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Iterable[int] | None = None,
+        sigma: Iterable[float] | None = None,
+    ) -> None:
+        """Plan the trajectory.
+
+        Args:
+            num_inference_steps: n, from 1 to T; with explicit timesteps or sigma in the config it
+                must be their length or `None`.
+            device: where `self.timesteps` is put.
+            timesteps: explicit trajectory for this plan, strictly decreasing; excludes
+                `num_inference_steps`.
+            sigma: explicit standard deviations for this plan, one for each step in the order of
+                sampling, 0 <= sigma^2 <= 1 - alpha_bar_s; 0 in a last step that lands on alpha_bar
+                = 1.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        self._check_member()
+        wanted = self.config.sigma if sigma is None else sigma
+        member = None if wanted is None else _as_sigma(wanted)
+        if sigma is not None and (
+            self.config.eta is not None or self.config.reverse_variance != "sigma"
+        ):
+            raise ValueError(
+                f"`sigma` is given, but the config says eta={self.config.eta!r} and "
+                f"reverse_variance={self.config.reverse_variance!r}; explicit sigma needs eta=None "
+                f"and 'sigma'."
+            )
+        if member is not None and num_inference_steps is None and timesteps is None:
+            num_inference_steps = len(member) if self.config.timesteps is None else None
+        planned = self._resolve_timesteps(num_inference_steps, timesteps)
+        if member is not None and len(member) != len(planned):
+            raise ValueError(
+                f"`sigma` has {len(member)} values, but the trajectory has {len(planned)} steps; "
+                f"give one for each."
+            )
+        self._commit(planned, member)
+        self.timesteps = self._plan_tensor().to(device)
+
+    def _commit(self, planned: list[int], member: torch.Tensor | None) -> None:
+        """Replace the plan, or leave everything as it was if the new one is refused."""
+        before = (self._plan, self._sigma)
+        self._set_plan(planned)
+        try:
+            self._check_plan_snr()
+            if member is not None:
+                check_sigma(member, self._alpha_bar_s[planned])
+            elif self.config.eta is not None:
+                check_sigma(
+                    self._sigma_of(self.config.eta)[planned], self._alpha_bar_s[planned], "eta"
+                )
+        except ValueError:
+            self._set_plan(before[0])
+            raise
+        self._sigma = None
+        if member is not None:
+            self._sigma = torch.full_like(self._alpha_bar, torch.nan)
+            self._sigma[planned] = member
+        self.num_inference_steps = len(planned)
+
+    def _sigma_of(self, eta: float) -> torch.Tensor:
+        return sigma_eta(self._alpha_bar, self._alpha_bar_s, eta)
+
+    def _member(self, eta: float) -> float | None:
+        """Return the eta that counts, or `None` for an explicit sigma."""
+        set_in_config = self.config.eta
+        if set_in_config is None and self._sigma is None:
+            if self.config.reverse_variance != "sigma":
+                self._check_member()
+            return eta
+        if eta != 0 and eta != set_in_config and not self._warned_of_eta:
+            self._warned_of_eta = True
+            if not torch.compiler.is_compiling():
+                chosen = "explicit sigma" if self._sigma is not None else f"eta={set_in_config}"
+                logger.warning(
+                    f"`eta`={eta} is passed to `step`, but the scheduler's {chosen} counts."
+                )
+        return None if self._sigma is not None else set_in_config
+
+    def _table_for(
+        self, eta: float | None, rederive: bool, device: Any, dtype: torch.dtype
+    ) -> Table:
+        config = self.config
+        clips = self._clips()
+        key = (
+            eta,
+            rederive and clips,
+            clips,
+            config.prediction_type,
+            config.reverse_variance,
+            device,
+            dtype,
+        )
+        table = self._tables.get(key)
+        if table is None:
+            sigma = self._sigma if self._sigma is not None else self._checked_sigma(eta)
+            if config.reverse_variance == "sigma":
+                std = sigma
+            elif config.reverse_variance == "sigma_hat":
+                std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
+            else:
+                std = torch.ones_like(sigma)  # a learned std is multiplied on
+            table = self._tables[key] = self._table(sigma, std, rederive and clips, device, dtype)
+        return table
+
+    def _checked_sigma(self, eta: float | None) -> torch.Tensor:
+        sigma = self._sigma_of(check_eta(eta))
+        # up to eta = 1 every sigma is admissible; above it the plan decides (a traced call gets NaN
+        # instead)
+        if eta > 1 and not torch.compiler.is_compiling():
+            check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan], "eta")
+        return sigma
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Take one step, from t to the next planned timestep s (DDIM, Eq. 12).
+
+        A `timestep` that is not planned lands on the largest planned one below it, or on the end.
+        The step that lands on alpha_bar = 1 adds no noise.
+
+        Args:
+            model_output: prediction of the network, the shape of `sample` (2 C channels for
+                `learned_range`).
+            timestep: t in 0 .. T - 1: an int, a 0-d tensor, or a tensor of shape (B,) with one t
+                per sample.
+            sample: x_t, (B, C, ...), any floating dtype; computed in float32 or better.
+            eta: the member, >= 0, where the config leaves it open.
+            use_clipped_model_output: re-derive eps_hat from the clipped x0_hat; needed for eta = 1
+                to be DDPM where clipping acts.
+            generator: of the noise, or a list of one for each sample.
+            variance_noise: the noise itself, the shape of `sample`; excludes `generator`.
+            return_dict: return a `DDIMSchedulerOutput` rather than a tuple.
+
+        Returns:
+            `prev_sample` (x_s) and `pred_original_sample` (x0_hat), in the dtype of `sample`.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("`set_timesteps` has not been called; call it before `step`.")
+        member = self._member(eta)
+        if self._sigma is not None:
+            self._check_planned(timestep)
+        dtype = compute_dtype(sample, model_output)
+        table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
+        learned = "learned_range" if self.config.reverse_variance == "learned_range" else None
+        adds_noise = member is None or member > 0
+        prev_sample, x0 = self._step(
+            table, adds_noise, model_output, timestep, sample, learned, generator, variance_noise
+        )
+        if not return_dict:
+            return prev_sample, x0
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def _check_planned(self, timestep: int | torch.Tensor) -> None:
+        """Refuse an off-plan timestep, for which an explicit sigma says nothing.
+
+        A timestep on an accelerator, or in a traced call, cannot be looked at without a read-back:
+        there an off-plan row is NaN.
+        """
+        if isinstance(timestep, torch.Tensor):
+            if timestep.device.type != "cpu" or torch.compiler.is_compiling():
+                return
+            asked = timestep.reshape(-1).tolist()
+        else:
+            asked = [timestep]
+        for t in asked:
+            if t not in self._plan:
+                raise ValueError(
+                    f"`timestep` is {t}, which is not planned; with explicit `sigma` it must be "
+                    f"one of {self._plan}."
+                )
+
+
+def _as_sigma(values: Iterable[float]) -> torch.Tensor:
+    sigma = torch.as_tensor(
+        values if isinstance(values, torch.Tensor) else list(values), dtype=torch.float64
+    )
+    if sigma.ndim != 1 or not bool(torch.isfinite(sigma).all()):
+        raise ValueError(
+            f"`sigma` must be a list of finite numbers, one for each step; got {values!r}."
+        )
+    return sigma.cpu()

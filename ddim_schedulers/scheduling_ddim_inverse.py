@@ -1,0 +1,179 @@
+"""`GeneralizedDDIMInverseScheduler`: DDIM encoding, x_0 to x_T, on the trajectory of the forward
+scheduler.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .betas import alpha_bar_before
+from .parameterization import Coefficients, clip, eps_coefficients, x0_coefficients
+from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, fold
+from .transition import transition
+
+
+class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
+    """Drop-in for `DDIMInverseScheduler`: the deterministic member run backwards, on any
+    trajectory.
+
+    The pairs (t, s) are those of `GeneralizedDDIMScheduler` with the same settings, in reverse
+    order. A step goes from s up to t, with the network asked at t, the later one of the pair
+    (stock's convention):
+
+        x_t = sqrt(abar_t) x0_hat + sqrt(1 - abar_t) eps_hat                         DDIM, Sec. 4.3
+        and 5.4
+
+    x0_hat and eps_hat are read off the prediction at the noise level of x_s, as in stock. Two
+    exceptions take the level t, at which the network was asked: `posterior_mean`, which belongs to
+    one t of the training chain, and `sample` where x_s is x_0 itself (alpha_bar_s = 1): there x_s -
+    x0_hat tells nothing of eps (0 / 0), and eps_hat = (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t).
+
+    For an eps that does not depend on x, without clipping, it is the exact inverse of the forward
+    scheduler; for a network it is the first-order one that both papers use.
+
+    Args:
+        num_train_timesteps: T, from 1 to 100,000.
+        beta_start: first beta of the schedules that have one, in (0, 1).
+        beta_end: last beta, in (0, 1).
+        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
+        trained_betas: T explicit betas in (0, 1); they replace the schedule.
+        clip_sample: clip x0_hat to +- `clip_sample_range`; stock's default, and wrong for exact
+            inversion.
+        set_alpha_to_one: x_0 stands at alpha_bar = 1; with False at alpha_bar_0.
+        steps_offset: added to `leading` timesteps.
+        prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean`.
+        clip_sample_range: > 0.
+        timestep_spacing: `leading`, `trailing`, `linspace` or `quadratic`.
+        rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
+        timesteps: explicit trajectory, strictly decreasing as for the forward scheduler.
+        quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        timesteps: Sequence[int] | None = None,
+        quadratic_end: float = 0.8,
+    ) -> None:
+        self._make_tables()
+        self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end)
+
+    def _plan_tensor(self) -> torch.Tensor:
+        return super()._plan_tensor().flip(0)
+
+    def _clips(self) -> bool:
+        return bool(
+            self.config.clip_sample
+        )  # stock's inverse knows no thresholding; a hidden key must not act
+
+    def _limit(self, x0: torch.Tensor) -> torch.Tensor:
+        return clip(x0, self.config.clip_sample_range)
+
+    def planned_pairs(self) -> list[tuple[int, int]]:
+        """Return the planned steps [(t, s), ...] in the order of encoding; each goes from s up to
+        t.
+        """
+        return super().planned_pairs()[::-1]
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Iterable[int] | None = None,
+    ) -> None:
+        """Plan the trajectory; `self.timesteps` holds it in increasing order.
+
+        Args:
+            num_inference_steps: n, from 1 to T; with timesteps in the config, their length or
+                `None`.
+            device: where `self.timesteps` is put.
+            timesteps: explicit trajectory, strictly **decreasing**, as for the forward scheduler;
+                excludes `num_inference_steps`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        before = self._plan
+        self._set_plan(self._resolve_timesteps(num_inference_steps, timesteps))
+        try:
+            self._check_plan_snr()
+        except ValueError:
+            self._set_plan(before)
+            raise
+        self.num_inference_steps = len(self._plan)
+        self.timesteps = self._plan_tensor().to(device)
+
+    def _coefficients(self) -> tuple[Coefficients, Coefficients]:
+        """Return those of x0_hat and eps_hat, from x_s and the prediction; see the class on the
+        levels.
+        """
+        a_t, a_s, prediction = self._alpha_bar, self._alpha_bar_s, self.config.prediction_type
+        before = alpha_bar_before(a_t)
+        if prediction == "posterior_mean":
+            return x0_coefficients(prediction, a_t, before), eps_coefficients(
+                prediction, a_t, before
+            )
+        level = torch.where(a_s == 1, a_t, a_s) if prediction == "sample" else a_s
+        return x0_coefficients(prediction, a_s), eps_coefficients(prediction, level)
+
+    def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
+        prediction, clips = self.config.prediction_type, self._clips()
+        key = (clips, prediction, device, dtype)
+        table = self._tables.get(key)
+        if table is None:
+            self._check_plan_snr()
+            x0, eps = self._coefficients()
+            none = torch.zeros_like(self._alpha_bar)
+            row = transition(self._alpha_bar, none)
+            rows = torch.stack([*x0, *fold(x0, eps, row, clips), none, none, none], dim=1)
+            table = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
+            self._tables[key] = table
+        return table
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Take one encoding step, from the planned timestep below `timestep` up to it.
+
+        Args:
+            model_output: prediction of the network at `timestep`, the shape of `sample`.
+            timestep: t in 0 .. T - 1, the level that is reached: an int, a 0-d tensor, or shape
+                (B,).
+            sample: x_s, (B, C, ...), any floating dtype; computed in float32 or better.
+            return_dict: return a `DDIMSchedulerOutput` rather than a tuple.
+
+        Returns:
+            `prev_sample` (x_t) and `pred_original_sample` (x0_hat), in the dtype of `sample`.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("`set_timesteps` has not been called; call it before `step`.")
+        table = self._table_for(sample.device, compute_dtype(sample, model_output))
+        x_t, x0 = self._step(table, False, model_output, timestep, sample, None, None, None)
+        if not return_dict:
+            return x_t, x0
+        return DDIMSchedulerOutput(prev_sample=x_t, pred_original_sample=x0)

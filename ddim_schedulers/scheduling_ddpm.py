@@ -1,0 +1,183 @@
+"""`MarkovianDDPMScheduler`: DDPM (arXiv:2006.11239) as a diffusers scheduler."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype
+from .sigmas import sigma_eta, sigma_hat
+
+VARIANCE_TYPES = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "learned",
+    "learned_range",
+)
+
+
+class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
+    """Drop-in for `DDPMScheduler`: the Markovian member eta = 1, on any trajectory.
+
+    One step draws from N(mu_tilde(x_t, x0_hat), std^2 I), DDPM, Eq. 6-7 and Algorithm 2, of the
+    chain that visits only the planned timesteps. Without `set_timesteps` it walks the whole
+    training chain.
+
+    Args:
+        num_train_timesteps: T, from 1 to 100,000.
+        beta_start: first beta of the schedules that have one, in (0, 1).
+        beta_end: last beta, in (0, 1).
+        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
+        trained_betas: T explicit betas in (0, 1); they replace the schedule.
+        variance_type: the noise that is added: `fixed_small` (the posterior's), `fixed_large`
+            (sigma-hat, beta_t), both also under their `_log` names, `learned` (the network's second
+            C channels are the variance) or `learned_range` (they interpolate between the logarithms
+            of the two fixed ones, Improved DDPM, Eq. 15).
+        clip_sample: clip x0_hat to +- `clip_sample_range`.
+        prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean`.
+        thresholding: dynamic thresholding of x0_hat instead of clipping.
+        dynamic_thresholding_ratio: its quantile, in (0, 1].
+        clip_sample_range: > 0.
+        sample_max_value: largest threshold of dynamic thresholding, >= 1.
+        timestep_spacing: `leading`, `trailing`, `linspace` or `quadratic`.
+        steps_offset: added to `leading` timesteps.
+        rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
+        timesteps: explicit trajectory, strictly decreasing within 0 .. T - 1.
+        quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        timesteps: Sequence[int] | None = None,
+        quadratic_end: float = 0.8,
+    ) -> None:
+        self.custom_timesteps = False
+        self._make_tables()
+        self._check_variance_type()
+
+    @property
+    def variance_type(self) -> str:
+        """The config's `variance_type`, under stock's attribute name."""
+        return self.config.variance_type
+
+    @property
+    def alpha_bar_end(self) -> float:
+        """alpha_bar where the last step lands: 1 (the chain ends at x_0)."""
+        return 1.0
+
+    def _check_variance_type(self) -> str:
+        name = self.config.variance_type
+        if name not in VARIANCE_TYPES:
+            raise ValueError(f"`variance_type` is {name!r}; it must be one of {VARIANCE_TYPES}.")
+        return name
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Iterable[int] | None = None,
+    ) -> None:
+        """Plan the trajectory.
+
+        Args:
+            num_inference_steps: n, from 1 to T; with timesteps in the config, their length or
+                `None`.
+            device: where `self.timesteps` is put.
+            timesteps: explicit trajectory for this plan, strictly decreasing; excludes
+                `num_inference_steps`.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        self._check_variance_type()
+        before = self._plan
+        self._set_plan(self._resolve_timesteps(num_inference_steps, timesteps))
+        try:
+            self._check_plan_snr()
+        except ValueError:
+            self._set_plan(before)
+            raise
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(self._plan)
+        self.timesteps = self._plan_tensor().to(device)
+
+    def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
+        config, clips = self.config, self._clips()
+        key = (clips, config.prediction_type, config.variance_type, device, dtype)
+        table = self._tables.get(key)
+        if table is None:
+            sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
+            name = self._check_variance_type()
+            if name.startswith("fixed_small"):
+                std = sigma
+            elif name.startswith("fixed_large"):
+                std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
+            else:
+                std = torch.ones_like(sigma)  # a learned std is multiplied on
+            # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
+            # re-derived
+            table = self._tables[key] = self._table(sigma, std, clips, device, dtype)
+        return table
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        variance_noise: torch.Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Take one step, from t to the next planned timestep s (DDPM, Algorithm 2).
+
+        A `timestep` that is not planned lands on the largest planned one below it, or on the end.
+        The step that lands on alpha_bar = 1 adds no noise.
+
+        Args:
+            model_output: prediction of the network, the shape of `sample` (2 C channels for the
+                learned variances).
+            timestep: t in 0 .. T - 1: an int, a 0-d tensor, or a tensor of shape (B,) with one t
+                per sample.
+            sample: x_t, (B, C, ...), any floating dtype; computed in float32 or better.
+            generator: of the noise, or a list of one for each sample.
+            return_dict: return a `DDPMSchedulerOutput` rather than a tuple.
+            variance_noise: the noise itself, the shape of `sample`; excludes `generator`.
+
+        Returns:
+            `prev_sample` (x_s) and `pred_original_sample` (x0_hat), in the dtype of `sample`.
+
+        Raises:
+            ValueError: for an argument out of its range, naming it.
+        """
+        table = self._table_for(sample.device, compute_dtype(sample, model_output))
+        name = self.config.variance_type
+        learned = name if name.startswith("learned") else None
+        prev_sample, x0 = self._step(
+            table, True, model_output, timestep, sample, learned, generator, variance_noise
+        )
+        if not return_dict:
+            return prev_sample, x0
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)

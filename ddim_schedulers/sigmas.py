@@ -1,0 +1,83 @@
+"""The standard deviation of the noise that a step adds.
+
+`alpha_bar_t` and `alpha_bar_s` are tensors of the same shape (or floats) with
+0 <= alpha_bar_t <= alpha_bar_s <= 1; results are standard deviations, never variances.
+"""
+
+import math
+
+import torch
+
+# Rounding of float64 tables: sigma(1)^2 = 1 - alpha_bar_s exactly at zero terminal SNR.
+TOLERANCE = 1e-12
+
+
+def sigma_eta(
+    alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor, eta: float = 1.0
+) -> torch.Tensor:
+    """Return eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s) (DDIM, Eq. 16).
+
+    eta = 0 is the deterministic member, eta = 1 the Markovian DDPM, whose posterior standard
+    deviation it is (DDPM, Eq. 7).
+
+    Args:
+        alpha_bar_t: in [0, 1).
+        alpha_bar_s: in [alpha_bar_t, 1].
+        eta: >= 0 and finite; values above 1 are admissible as far as sigma^2 <= 1 - alpha_bar_s.
+
+    Raises:
+        ValueError: if eta is negative or not finite.
+    """
+    check_eta(eta)
+    return (
+        eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt() * sigma_hat(alpha_bar_t, alpha_bar_s)
+    )
+
+
+def sigma_hat(alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor) -> torch.Tensor:
+    """Return sigma-hat = sqrt(1 - abar_t / abar_s), DDPM's larger choice of noise (DDIM, Sec. 5).
+
+    It is a standard deviation of added noise only, never the sigma of a member of the family: near
+    x_0 its square exceeds 1 - abar_s.
+    """
+    # a chain so long that abar underflows has 0 / 0 between two such steps: nothing of x_s is left
+    # in x_t
+    ratio = torch.where(alpha_bar_s > 0, alpha_bar_t / alpha_bar_s, torch.zeros_like(alpha_bar_t))
+    return (1 - ratio).clamp(min=0).sqrt()
+
+
+def check_eta(eta: float) -> float:
+    """Return `eta` if it is a finite number >= 0.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta < math.inf:
+        raise ValueError(f"`eta` is {eta!r}; it must be a finite number >= 0.")
+    return eta
+
+
+def check_sigma(
+    sigma: torch.Tensor, alpha_bar_s: torch.Tensor, name: str = "sigma"
+) -> torch.Tensor:
+    """Return `sigma` if 0 <= sigma^2 <= 1 - alpha_bar_s holds in every step (DDIM, Eq. 7).
+
+    Args:
+        sigma: standard deviations, shape (S,), in the order of stepping, or one for each sample.
+        alpha_bar_s: alpha_bar where each step lands, broadcasts against `sigma`.
+        name: what the message calls the argument.
+
+    Raises:
+        ValueError: naming the first offending step.
+    """
+    tolerance = TOLERANCE if sigma.dtype == torch.float64 else 1e-6
+    admissible = (sigma >= 0) & (sigma**2 <= 1 - alpha_bar_s + tolerance)
+    if not bool(admissible.all()):
+        i = int((~admissible).flatten().nonzero()[0])
+        values, landings = torch.broadcast_tensors(sigma, alpha_bar_s)
+        value, bound = float(values.flatten()[i]), math.sqrt(1 - float(landings.flatten()[i]))
+        raise ValueError(
+            f"`{name}` is {value:.6g} in step {i} (counted from 0); it must lie between 0 and "
+            f"sqrt(1 - alpha_bar_s) = {bound:.6g} there."
+        )
+    return sigma

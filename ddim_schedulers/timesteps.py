@@ -1,0 +1,140 @@
+"""Trajectories tau: which timesteps are visited, and where each step lands.
+
+A trajectory is a list of n timesteps, strictly decreasing within 0 .. T - 1, in the order of
+sampling. Each step goes from t to the next planned timestep s; the last one goes to the end,
+written s = -1.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+END = -1
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
+
+
+def make_timesteps(
+    spacing: str,
+    num_inference_steps: int,
+    num_train_timesteps: int,
+    steps_offset: int = 0,
+    quadratic_end: float = 0.8,
+) -> list[int]:
+    """Return the n timesteps of a named spacing, strictly decreasing.
+
+    Args:
+        spacing: `leading`: i (T // n) + steps_offset; `trailing`: round(T - i T / n) - 1;
+            `linspace`: rounded, both ends (the names of arXiv:2305.08891, Table 2); `quadratic`:
+                the DDIM authors' grid,
+            floor of the squares of n equal steps up to sqrt(quadratic_end T) (DDIM, App. D.2),
+            where a repeated index moves to the next free timestep.
+        num_inference_steps: n, from 1 to T.
+        num_train_timesteps: T.
+        steps_offset: added to `leading` timesteps only, as in diffusers.
+        quadratic_end: where `quadratic` ends as a share of T, in (0, 1]; the authors' code has 0.8,
+            and 1.0 reaches T - 1.
+
+    Raises:
+        ValueError: for an unknown name, n out of range or an offset that leaves the range.
+    """
+    n, big_t = (
+        check_num_inference_steps(num_inference_steps, num_train_timesteps),
+        num_train_timesteps,
+    )
+    if spacing == "leading":
+        ratio = big_t // n
+        last = (n - 1) * ratio + steps_offset
+        if steps_offset < 0 or last >= big_t:
+            raise ValueError(
+                f"`steps_offset` is {steps_offset}; with {n} steps of {ratio} the largest timestep "
+                f"would be "
+                f"{last}, but it must lie in 0 .. {big_t - 1}, so at most "
+                f"{big_t - 1 - (n - 1) * ratio} is allowed."
+            )
+        ascending = [i * ratio + steps_offset for i in range(n)]
+    elif spacing == "trailing":
+        ascending = [round(big_t - i * (big_t / n)) - 1 for i in reversed(range(n))]
+    elif spacing == "linspace":
+        # numpy's convention for a single point is the start, and stock diffusers follows it
+        gap = (big_t - 1) / (n - 1) if n > 1 else 0.0
+        ascending = [round(i * gap) for i in range(n)]
+    elif spacing == "quadratic":
+        ascending = _quadratic(n, big_t, quadratic_end)
+    else:
+        raise ValueError(
+            f"`timestep_spacing` is {spacing!r}; it must be one of {TIMESTEP_SPACINGS}."
+        )
+    return ascending[::-1]
+
+
+def _quadratic(n: int, big_t: int, end: float) -> list[int]:
+    if not 0.0 < end <= 1.0:
+        raise ValueError(f"`quadratic_end` is {end!r}; it must lie in (0, 1].")
+    stop = math.sqrt(end * big_t)
+    # the last point is sqrt(.)^2 as the authors' code computes it, not its rounded-down neighbour
+    roots = [i * (stop / (n - 1)) for i in range(n - 1)] + [stop]
+    grid: list[int] = []
+    for root in roots:
+        wanted = min(int(root**2), big_t - 1)
+        grid.append(max(wanted, grid[-1] + 1) if grid else wanted)
+    return grid
+
+
+def check_num_inference_steps(num_inference_steps: int, num_train_timesteps: int) -> int:
+    """Return `num_inference_steps` if it is an integer in `1 .. num_train_timesteps`.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    n = num_inference_steps
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` is {n!r}; it must be an integer from 1 to "
+            f"`num_train_timesteps`={num_train_timesteps}."
+        )
+    return n
+
+
+def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[int]:
+    """Return explicit timesteps as a list of ints if they are a trajectory.
+
+    Args:
+        timesteps: integers (a list, an array or a tensor), strictly decreasing, within 0 .. T - 1.
+        num_train_timesteps: T.
+
+    Raises:
+        ValueError: naming the first offending value.
+    """
+    values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+    if not values:
+        raise ValueError("`timesteps` is empty; it must hold at least one timestep.")
+    for i, t in enumerate(values):
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < num_train_timesteps:
+            raise ValueError(
+                f"`timesteps[{i}]` is {t!r}; timesteps must be integers in 0 .. "
+                f"{num_train_timesteps - 1}."
+            )
+        if i and t >= values[i - 1]:
+            raise ValueError(
+                f"`timesteps[{i}]` is {t} after {values[i - 1]}; timesteps must decrease strictly."
+            )
+    return values
+
+
+def pairs(timesteps: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the planned steps [(t, s), ...] in the order of sampling; the last s is -1, the
+    end.
+    """
+    return list(zip(timesteps, [*timesteps[1:], END], strict=True))
+
+
+def landing(timesteps: Sequence[int], num_train_timesteps: int) -> torch.Tensor:
+    """Return, for every t in 0 .. T - 1, the s where a step from t lands: int64 of shape (T,).
+
+    On the trajectory s is the next planned timestep. A t that is not planned lands on the largest
+    planned timestep below it; -1 is the end.
+    """
+    ascending = torch.tensor(timesteps[::-1], dtype=torch.int64)
+    below = torch.searchsorted(ascending, torch.arange(num_train_timesteps), right=False) - 1
+    return torch.where(below >= 0, ascending[below.clamp(min=0)], END)
