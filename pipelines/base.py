@@ -1,0 +1,123 @@
+"""What all pipelines share: construction, checks, and being made from another pipeline."""
+
+import copy
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers import SchedulerMixin, UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from typing_extensions import Self
+
+from ddim_schedulers.pipelines.fitness import SINGLE_STEP, check_network, check_scheduler
+from ddim_schedulers.pipelines.interfaces import Network, Scheduler
+from ddim_schedulers.pipelines.sampling import state_dtype
+
+DEFAULT_BATCH_SIZE = 64
+P = TypeVar("P", bound="UnconditionalPipeline")
+
+
+class UnconditionalPipeline(DiffusionPipeline):
+    """Base of the pipelines: an unconditional network and a scheduler that fits it.
+
+    Args:
+        unet: a `UNet2DModel` without class embedding.
+        scheduler: one of the classes that the pipeline accepts; kept as it is, never replaced.
+
+    Raises:
+        ValueError: for a network or scheduler that does not fit.
+    """
+
+    model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    accepted_schedulers: tuple[type, ...] = SINGLE_STEP
+    unet: Network
+    scheduler: Scheduler
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        check_network(cast(Network, unet))
+        check_scheduler(cast(Scheduler, scheduler), self.accepted_schedulers, type(self).__name__)
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:  # noqa: ANN401
+        """Build this pipeline from another one, which stays as it is.
+
+        The network is shared and keeps its dtype and device (diffusers' own `from_pipe` would cast
+        it to float32); the scheduler is copied, so that neither pipeline's timesteps touch the
+        other's.
+
+        Args:
+            pipeline: any pipeline with an unconditional `unet` and a `scheduler`.
+            **kwargs: components to replace (`scheduler=...`), and what diffusers' `from_pipe`
+                takes.
+
+        Raises:
+            ValueError: for a network or scheduler that does not fit, or a missing component.
+        """
+        kwargs.setdefault("dtype", pipeline.dtype)
+        if "scheduler" in pipeline.components and "scheduler" not in kwargs:
+            kwargs["scheduler"] = copy.deepcopy(pipeline.scheduler)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's images."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.unet.config.in_channels, height, width)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Dtype in which samples are kept: float64 for a float64 network, else float32."""
+        return state_dtype(self.unet)
+
+    def check(self) -> None:
+        """Check the components again, for `pipe.scheduler = ...` may have replaced one.
+
+        Raises:
+            ValueError: for a network or scheduler that does not fit.
+        """
+        check_network(self.unet)
+        check_scheduler(self.scheduler, self.accepted_schedulers, type(self).__name__)
+
+    def check_latents(self, latents: torch.Tensor, name: str = "latents") -> torch.Tensor:
+        """Return `latents` in the sample's dtype if they are a batch of the network's shape.
+
+        Raises:
+            ValueError: for another type, dtype or shape, or values that are not finite.
+        """
+        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(
+                f"`{name}` is {kind}; it must be a floating-point tensor (N, C, H, W)."
+            )
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.image_shape or len(latents) == 0:
+            raise ValueError(
+                f"`{name}` has shape {tuple(latents.shape)}; it must be (N, "
+                f"{', '.join(map(str, self.image_shape))})."
+            )
+        if not bool(latents.isfinite().all()):
+            raise ValueError(f"`{name}` holds values that are not finite.")
+        return latents.to(self.state_dtype)
+
+    def sibling(self, cls: type[P], **components: object) -> P:
+        """Return a `cls` on the same components, with this one's progress bar settings."""
+        other = cls(**{**self.components, **components})
+        other.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return other
+
+
+def check_batch_size(batch_size: int) -> int:
+    """Return `batch_size` if it is an integer >= 1.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; it must be an integer >= 1.")
+    return batch_size
+
+
+def chunks(num_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """Return [(start, stop), ...]: consecutive chunks, the last one shorter if need be."""
+    return [(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]

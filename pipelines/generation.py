@@ -1,0 +1,307 @@
+"""`GenerationPipeline`: samples from a trained model, one seed for each image."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from ddim_schedulers.pipelines.base import (
+    DEFAULT_BATCH_SIZE,
+    UnconditionalPipeline,
+    check_batch_size,
+    chunks,
+)
+from ddim_schedulers.pipelines.fitness import (
+    MULTISTEP,
+    SINGLE_STEP,
+    check_scheduler,
+    is_deterministic,
+)
+from ddim_schedulers.pipelines.images import OutputBuffer
+from ddim_schedulers.pipelines.noise import Generators, Noise, draw, make_noise
+from ddim_schedulers.pipelines.records import ClipCounter, PathRecorder, SamplingPath
+from ddim_schedulers.pipelines.sampling import Levels, Step, denoise, plan, step_arguments
+
+Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass
+class GenerationOutput(BaseOutput):
+    """What generation returns.
+
+    Attributes:
+        images: N images in the output type: PIL images, an array (N, H, W, C) or a tensor (N, C, H,
+            W) in [0, 1], or latents in model space.
+        seeds: the seed of each image, None if the caller's generators drew the noise.
+        path: x_t and x0_hat along tau, if asked for.
+        clipped_share: see `ClipCounter`; None where nothing is clipped.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    seeds: list[int] | None = None
+    path: SamplingPath | None = None
+    clipped_share: float | None = None
+
+
+@dataclass
+class VariationsOutput(BaseOutput):
+    """Images that share x_t with an original.
+
+    Attributes:
+        original: the image that all x_t come from, one image in the output type.
+        images: for each level, its variations in the output type.
+        timesteps: the levels t at which x_t was shared.
+    """
+
+    original: Any
+    images: list[Any]
+    timesteps: list[int]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call's settings, the same for every chunk."""
+
+    noise: Noise
+    latents: torch.Tensor | None
+    num_inference_steps: int | None
+    timesteps: Sequence[int] | None
+    start_timestep: int | None
+    eta: float | None
+    use_clipped_model_output: bool | None
+    callback: Callback | None
+    callback_inputs: tuple[str, ...]
+
+
+class GenerationPipeline(UnconditionalPipeline):
+    """Samples images with any scheduler of the family, or a stock multistep one."""
+
+    accepted_schedulers = SINGLE_STEP + MULTISTEP
+    _callback_tensor_inputs = ("latents", "model_output", "pred_original_sample")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        generator: Generators | None = None,
+        latents: torch.Tensor | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        start_timestep: int | None = None,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
+        return_path: bool = False,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> GenerationOutput:
+        """Generate images.
+
+        Args:
+            num_images: how many; None takes it from `seeds`, `generator` or `latents`, else 1.
+            seeds: one for each image, 0 .. 2^63 - 1: an image depends on its seed alone. Without
+                seeds and generator, seeds come from torch's global generator and are returned.
+            generator: instead of seeds, as in diffusers: one for all (the noise then depends on
+                `batch_size`), or a list with one for each image.
+            latents: x_T (N, C, H, W) instead of drawn noise; seeds then serve the noise of the
+                steps alone.
+            batch_size: images in one network call; bounds the memory.
+            num_inference_steps: number of steps; None: the scheduler's own trajectory if its config
+                keeps one, else 50.
+            timesteps: explicit trajectory instead, strictly decreasing.
+            start_timestep: a timestep of the trajectory to start at: `latents` is then x_t at it.
+                Not for multistep schedulers.
+            eta: DDIM's eta, passed to schedulers that take one; None leaves theirs.
+            use_clipped_model_output: passed to schedulers that take it; None leaves theirs.
+            return_path: also return x_t and x0_hat along tau: (2 S + 1) times the memory of the
+                output, and a wait for the device at each step.
+            callback_on_step_end: called as `callback(pipe, index, t, tensors)` after each step; may
+                return `{"latents": ...}` to replace the sample.
+            callback_on_step_end_tensor_inputs: which of latents, model_output, pred_original_sample
+                it gets.
+            output_type: pil, np, pt (CPU tensor in [0, 1]) or latent (CPU tensor in model space,
+                not clamped).
+            return_dict: False returns the tuple `(images,)`.
+
+        Returns:
+            images with their seeds, path and clipped share.
+
+        Raises:
+            ValueError: for arguments that contradict each other, are out of range, or that the
+                scheduler would ignore.
+        """
+        self.check()
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; allowed: "
+                f"{self._callback_tensor_inputs}."
+            )
+        if latents is not None:
+            latents = self.check_latents(latents)
+        noise = make_noise(num_images, seeds, generator, latents)
+        run = _Run(
+            noise,
+            latents,
+            num_inference_steps,
+            timesteps,
+            start_timestep,
+            eta,
+            use_clipped_model_output,
+            callback_on_step_end,
+            tuple(callback_on_step_end_tensor_inputs),
+        )
+        output = OutputBuffer(output_type, noise.num_images, self.image_shape)
+        path, share = self._generate(
+            run, chunks(noise.num_images, check_batch_size(batch_size)), output, return_path
+        )
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (output.result(),)  # type: ignore[return-value]
+        kept = None if noise.seeds is None else list(noise.seeds)
+        return GenerationOutput(output.result(), kept, path, share)
+
+    def _generate(
+        self, run: _Run, parts: list[tuple[int, int]], output: OutputBuffer, return_path: bool
+    ) -> tuple[SamplingPath | None, float | None]:
+        levels = Levels(self.scheduler)
+        watch = _Watch(self, run, levels, ClipCounter(self.scheduler.config, levels))
+        for part, (start, stop) in enumerate(parts):
+            tau = self._plan(run)
+            generator = run.noise.of(start, stop)
+            x = self._start(run, start, stop, generator)
+            if part == 0:
+                watch.steps = [int(t) for t in tau.tolist()]
+                watch.bar = self.progress_bar(total=len(parts) * len(watch.steps))
+                if return_path:
+                    watch.recorder = PathRecorder(watch.steps, run.noise.num_images, x)
+            watch.start = start
+            arguments = step_arguments(
+                self.scheduler, generator, run.eta, run.use_clipped_model_output
+            )
+            output.add(start, denoise(self.unet, self.scheduler, x, tau, arguments, watch))
+        watch.bar.close()
+        path = None if watch.recorder is None else watch.recorder.path
+        return path, watch.clipped.share()
+
+    def _plan(self, run: _Run) -> torch.Tensor:
+        """Plan tau (multistep schedulers forget the chunk before) and cut it at the start."""
+        tau = plan(self.scheduler, run.num_inference_steps, run.timesteps, self._execution_device)
+        if run.start_timestep is None:
+            return tau
+        check_scheduler(self.scheduler, SINGLE_STEP, "`start_timestep`")
+        planned = tau.tolist()
+        if run.latents is None:
+            raise ValueError("`start_timestep` is given without `latents`, the x_t to start from.")
+        if run.start_timestep not in planned:
+            raise ValueError(
+                f"`start_timestep` is {run.start_timestep!r}; it must be on the trajectory "
+                f"{planned}."
+            )
+        return tau[planned.index(run.start_timestep) :]
+
+    def _start(self, run: _Run, start: int, stop: int, generator: Generators) -> torch.Tensor:
+        device = self._execution_device
+        if run.latents is not None:
+            return run.latents[start:stop].to(device)
+        return draw((stop - start, *self.image_shape), generator, device, self.state_dtype)
+
+    def variations(
+        self,
+        seed: int,
+        share_at: Sequence[int],
+        variation_seeds: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> VariationsOutput:
+        """Generate images that share x_t with one original, for several t (DDPM, Fig. 7).
+
+        The original runs from its seed; at each level its x_t is taken, and the rest of the chain
+        is run again with the noise of each variation seed. Late levels share everything but detail.
+
+        Args:
+            seed: of the original.
+            share_at: timesteps of the trajectory at which to share x_t.
+            variation_seeds: one for each variation of a level; the same ones serve every level.
+            num_inference_steps: as in generation.
+            timesteps: as in generation.
+            eta: as in generation; the sampler must draw noise, so 0 raises.
+            batch_size: as in generation.
+            output_type: as in generation.
+
+        Raises:
+            ValueError: for a deterministic sampler, whose variations would all be equal, or a level
+                that is not on the trajectory.
+        """
+        self.check()
+        if not eta and is_deterministic(self.scheduler):
+            raise ValueError(
+                f"`eta` is {eta!r} with {type(self.scheduler).__name__}: no noise follows x_t, so "
+                "all variations would be equal. Pass eta > 0 or use a DDPM scheduler."
+            )
+        common: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
+            "eta": eta,
+            "batch_size": batch_size,
+            "output_type": output_type,
+        }
+        original = self(seeds=[seed], return_path=True, **common)
+        assert isinstance(original, GenerationOutput) and original.path is not None
+        planned, missing = original.path.timesteps, set(share_at) - set(original.path.timesteps)
+        if missing:
+            raise ValueError(
+                f"`share_at` has {sorted(missing)}; allowed are the timesteps {planned}."
+            )
+        images = []
+        for t in share_at:
+            x_t = original.path.x_t[planned.index(t)].expand(len(variation_seeds), -1, -1, -1)
+            images.append(
+                self(latents=x_t, start_timestep=t, seeds=variation_seeds, **common).images
+            )
+        return VariationsOutput(original.images[0], images, list(share_at))
+
+
+class _Watch:
+    """After each step: counting, recording, the callback of the caller, the bar."""
+
+    def __init__(
+        self, pipe: GenerationPipeline, run: _Run, levels: Levels, clipped: ClipCounter
+    ) -> None:
+        self.pipe, self.run, self.levels, self.clipped = pipe, run, levels, clipped
+        self.recorder: PathRecorder | None = None
+        self.steps: list[int] = []
+        self.bar: Any = None
+        self.start = 0
+
+    def __call__(self, step: Step) -> None:
+        self.clipped.record(step, self.steps[step.index])
+        if self.run.callback is not None:
+            self._call_back(step)
+        if self.recorder is not None:
+            self.recorder.record(self.start, step, self.levels)
+        self.bar.update()
+
+    def _call_back(self, step: Step) -> None:
+        available = {
+            "latents": step.x_s,
+            "model_output": step.model_output,
+            "pred_original_sample": step.x0,
+        }
+        tensors = {name: available[name] for name in self.run.callback_inputs}
+        assert self.run.callback is not None
+        answer = self.run.callback(self.pipe, step.index, step.timestep, tensors)
+        if answer:
+            step.x_s = answer.get("latents", step.x_s)

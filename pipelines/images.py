@@ -1,0 +1,163 @@
+"""Images in and out of model space [-1, 1], with nothing converted silently."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ImageInput = Any  # a PIL image or a list of them, an array or a tensor: see `to_model_space`
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def to_model_space(
+    images: ImageInput, shape: tuple[int, int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return images as a batch (N, C, H, W) in [-1, 1] on the CPU.
+
+    Args:
+        images: a PIL image or a list of them (mode L, RGB or RGBA as the network has 1, 3 or 4
+            channels); an array (H, W, C) or (N, H, W, C); or a tensor (C, H, W) or (N, C, H, W).
+            Arrays and tensors are uint8 in 0 .. 255, or floating point in [0, 1] as the pipelines
+            return them.
+        shape: (C, H, W) of the network.
+        dtype: of the result.
+
+    Raises:
+        ValueError: naming what is wrong: type, dtype, mode, channels, size or range.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, torch.Tensor):
+        batch = images.detach().cpu()
+    elif isinstance(images, np.ndarray):
+        batch = _channels_first(torch.from_numpy(np.ascontiguousarray(images)))
+    elif (
+        isinstance(images, Sequence) and images and all(isinstance(i, Image.Image) for i in images)
+    ):
+        batch = _from_pil(images, shape)
+    else:
+        raise ValueError(
+            f"`images` is {type(images).__name__}; it must be a PIL image, a non-empty list of PIL "
+            "images, a numpy array (N, H, W, C) or a tensor (N, C, H, W)."
+        )
+    batch = batch[None] if batch.ndim == 3 else batch
+    if batch.ndim != 4 or batch.shape[0] == 0 or tuple(batch.shape[1:]) != shape:
+        raise ValueError(
+            f"`images` has shape {tuple(batch.shape)} (N, C, H, W); the network takes (N, "
+            f"{shape[0]}, {shape[1]}, {shape[2]})."
+        )
+    return _unit_range(batch, dtype) * 2 - 1
+
+
+def _channels_first(array: torch.Tensor) -> torch.Tensor:
+    if array.ndim not in (3, 4):
+        raise ValueError(
+            f"`images` has shape {tuple(array.shape)}; arrays are (H, W, C) or (N, H, W, C)."
+        )
+    return array.movedim(-1, -3)
+
+
+def _from_pil(images: Sequence[Image.Image], shape: tuple[int, int, int]) -> torch.Tensor:
+    channels, height, width = shape
+    mode = PIL_MODES.get(channels)
+    for i, image in enumerate(images):
+        if image.mode != mode:
+            raise ValueError(
+                f"`images[{i}]` has mode {image.mode!r}; a network of {channels} channels takes "
+                f"{mode!r}. Convert it yourself: image.convert({mode!r})."
+            )
+        if image.size != (width, height):
+            raise ValueError(
+                f"`images[{i}]` is {image.size[0]}x{image.size[1]} (width x height); the network "
+                f"takes {width}x{height}."
+            )
+    arrays = [np.asarray(i).reshape(height, width, channels) for i in images]
+    return _channels_first(torch.from_numpy(np.stack(arrays)))
+
+
+def _unit_range(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if batch.dtype == torch.uint8:
+        return batch.to(dtype) / 255
+    if not batch.is_floating_point():
+        raise ValueError(
+            f"`images` has dtype {batch.dtype}; it must be uint8 in 0 .. 255 or floating point in "
+            "[0, 1]."
+        )
+    low, high = float(batch.min()), float(batch.max())
+    if not (low >= 0.0 and high <= 1.0):  # also catches NaN
+        hint = (
+            " Pass (x + 1) / 2 for images in [-1, 1]." if -1.0 <= low < 0.0 and high <= 1.0 else ""
+        )
+        raise ValueError(
+            f"`images` has values in [{low:.4g}, {high:.4g}]; floating-point images lie in [0, "
+            f"1].{hint}"
+        )
+    return batch.to(dtype)
+
+
+def to_unit_range(x: torch.Tensor) -> torch.Tensor:
+    """Return model-space samples as images in [0, 1], clamped as diffusers does: same shape."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """Return model-space samples (N, C, H, W) as rounded uint8 images (N, H, W, C)."""
+    return (to_unit_range(x) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def to_pil(array: np.ndarray) -> list[Image.Image]:
+    """Return uint8 images (N, H, W, C) as PIL images.
+
+    Raises:
+        ValueError: for channel counts that PIL has no mode for.
+    """
+    check_pil_channels(array.shape[-1])
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in array]
+
+
+def check_pil_channels(channels: int) -> None:
+    """Check that PIL has a mode for `channels`.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if channels not in PIL_MODES:
+        raise ValueError(
+            f"The network has {channels} channels, which PIL cannot show (1, 3 or 4); use "
+            "output_type 'np' or 'pt'."
+        )
+
+
+class OutputBuffer:
+    """Gathers samples in their final form: any number of images costs one batch more.
+
+    `pil`: a list of PIL images. `np`: float32 (N, H, W, C) in [0, 1]. `pt`: (N, C, H, W) in [0, 1]
+    on the CPU, in the dtype of the sample. `latent`: the same in model space, neither scaled nor
+    clamped.
+    """
+
+    def __init__(self, output_type: str, num_images: int, shape: tuple[int, int, int]) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}; it must be one of {OUTPUT_TYPES}.")
+        if output_type == "pil":
+            check_pil_channels(shape[0])
+        self.output_type, self.num_images, self.shape = output_type, num_images, shape
+        self.images: Any = [] if output_type == "pil" else None
+
+    def add(self, start: int, x0: torch.Tensor) -> None:
+        """Store the samples x0 (B, C, H, W) as the images from `start` on."""
+        if self.output_type == "pil":
+            self.images.extend(to_pil(to_uint8(x0)))
+            return
+        block = x0 if self.output_type == "latent" else to_unit_range(x0)
+        block = block.movedim(1, -1).float() if self.output_type == "np" else block
+        if self.images is None:
+            self.images = torch.empty((self.num_images, *block.shape[1:]), dtype=block.dtype)
+        self.images[start : start + block.shape[0]] = block.cpu()
+
+    def result(self) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Return all images in the type that was asked for."""
+        return self.images.numpy() if self.output_type == "np" else self.images

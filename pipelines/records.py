@@ -1,0 +1,97 @@
+"""Observers of the sampling loop: the path of the samples, and how much the clipping cuts."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from ddim_schedulers.pipelines.sampling import Levels, Step
+
+logger = logging.get_logger(__name__)
+
+CLIP_MARGIN = 0.1
+CLIP_WARN_SHARE = 0.05
+
+
+@dataclass
+class SamplingPath:
+    """The way of every sample from x_T to x_0.
+
+    Attributes:
+        timesteps: tau, S timesteps in the order of sampling.
+        x_t: (S + 1, N, C, H, W) on the CPU, model space: x_t at `timesteps`, then the result.
+        x0: (S, N, C, H, W) on the CPU, model space: x0_hat at `timesteps`, as the scheduler used
+            it, or unclipped for schedulers that do not tell.
+    """
+
+    timesteps: list[int]
+    x_t: torch.Tensor
+    x0: torch.Tensor
+
+
+class PathRecorder:
+    """Copies x_t and x0_hat of each step to the CPU. This waits for the device at every step."""
+
+    def __init__(self, timesteps: list[int], num_images: int, x: torch.Tensor) -> None:
+        shape = (num_images, *x.shape[1:])
+        self.path = SamplingPath(
+            timesteps,
+            torch.empty((len(timesteps) + 1, *shape), dtype=x.dtype),
+            torch.empty((len(timesteps), *shape), dtype=x.dtype),
+        )
+
+    def record(self, start: int, step: Step, levels: Levels) -> None:
+        """Store a step of the images from `start` on."""
+        rows = slice(start, start + len(step.x_t))
+        x0 = step.x0
+        if x0 is None:
+            x0 = levels.x0(step.model_output, step.x_t, self.path.timesteps[step.index])
+        self.path.x_t[step.index, rows] = step.x_t.cpu()
+        self.path.x0[step.index, rows] = x0.cpu()
+        self.path.x_t[step.index + 1, rows] = step.x_s.cpu()
+
+
+@dataclass
+class ClipCounter:
+    """Share of the predicted values that clipping cuts by a real amount, near the end of sampling.
+
+    Touching the bound is normal: a good model of images with black backgrounds leaves [-1, 1] in a
+    fifth of its values, by a hundredth. And at high noise every x0_hat overshoots. So a value
+    counts when |x0_hat| before clipping exceeds `clip_sample_range` by more than 10 %, in steps
+    with alpha_bar_t >= 1/2. A pixel model stays near 0 there, while latents with unit variance lose
+    about a quarter of their values. More than 5 % is warned about. The count stays on the device
+    and is read once, at the end.
+    """
+
+    config: Any
+    levels: Levels
+    count: torch.Tensor | None = field(default=None, init=False)
+    values: int = field(default=0, init=False)
+
+    def record(self, step: Step, t: int) -> None:
+        """Count the values of a step at t, if the scheduler clips and the step is a late one."""
+        if (
+            not self.config.get("clip_sample")
+            or self.config.get("thresholding")
+            or self.levels.at(t) < 0.5
+        ):
+            return
+        bound = (1 + CLIP_MARGIN) * self.config.get("clip_sample_range", 1.0)
+        cut = (self.levels.x0(step.model_output, step.x_t, t).abs() > bound).sum()
+        self.count = cut if self.count is None else self.count + cut
+        self.values += step.x_t.numel()
+
+    def share(self) -> float | None:
+        """Return the share, None if nothing was counted, and warn when it is large."""
+        if self.count is None:
+            return None
+        share = int(self.count) / self.values
+        if share > CLIP_WARN_SHARE:
+            logger.warning(
+                f"Clipping cut {share:.1%} of the predicted values by more than {CLIP_MARGIN:.0%} "
+                f"of clip_sample_range={self.config.get('clip_sample_range', 1.0)} in the late "
+                "steps. If the model works on latents or other unbounded data, set "
+                "clip_sample=False in the scheduler's config; else the model is far from its data."
+            )
+        return share

@@ -1,0 +1,199 @@
+"""The sampling loop that every pipeline shares, and what it needs to know of a scheduler.
+
+The sample x_t is kept in float64 for a float64 network and in float32 otherwise, so that a
+half-precision network does not round the state at every step; only the network's input is cast.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddim_schedulers import parameterization
+from ddim_schedulers.pipelines.fitness import has_argument
+from ddim_schedulers.pipelines.interfaces import Network, Scheduler
+from ddim_schedulers.pipelines.noise import Generators
+from ddim_schedulers.scheduling_base import FamilySchedulerMixin
+
+DEFAULT_STEPS = 50
+
+
+@dataclass
+class Step:
+    """One step of the loop, from t to the next planned timestep s (or to the end).
+
+    Attributes:
+        index: position in the plan, from 0.
+        timestep: t, a 0-d integer tensor.
+        x_t: the sample before the step, (B, C, H, W).
+        model_output: what the network said about x_t, in the sample's dtype.
+        x0: x0_hat as the scheduler used it (after clipping), None if it does not say.
+        x_s: the sample after the step. A callback may replace it.
+    """
+
+    index: int
+    timestep: torch.Tensor
+    x_t: torch.Tensor
+    model_output: torch.Tensor
+    x0: torch.Tensor | None
+    x_s: torch.Tensor
+
+
+AfterStep = Callable[[Step], None]
+
+
+def state_dtype(network: Network) -> torch.dtype:
+    """Return the dtype in which samples are kept: float64 for a float64 network, else float32."""
+    return torch.float64 if network.dtype == torch.float64 else torch.float32
+
+
+def predict(network: Network, x: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
+    """Return the network's output for x (B, C, H, W) at timestep t, in the dtype of x."""
+    return network(x.to(network.dtype), t).sample.to(x.dtype)
+
+
+def plan(
+    scheduler: Scheduler,
+    num_inference_steps: int | None,
+    timesteps: Sequence[int] | None,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """Set the scheduler's trajectory tau and return its timesteps, in the order of stepping.
+
+    Args:
+        scheduler: any that fits.
+        num_inference_steps: number of steps; None with `timesteps` None takes the trajectory kept
+            in the scheduler's config, else 50 steps.
+        timesteps: explicit trajectory, strictly decreasing.
+        device: where the sample is.
+
+    Raises:
+        ValueError: if both are given, or the scheduler cannot take explicit timesteps.
+    """
+    if timesteps is None:
+        if num_inference_steps is None and scheduler.config.get("timesteps") is None:
+            num_inference_steps = DEFAULT_STEPS
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.timesteps
+    if num_inference_steps is not None:
+        raise ValueError(
+            "`num_inference_steps` and `timesteps` are both given; pass one of the two."
+        )
+    if not has_argument(scheduler.set_timesteps, "timesteps"):
+        raise ValueError(
+            f"`timesteps` was given, but {type(scheduler).__name__}.set_timesteps takes none; use "
+            "GeneralizedDDIMScheduler.from_config(scheduler.config)."
+        )
+    scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    return scheduler.timesteps
+
+
+def step_arguments(
+    scheduler: Scheduler,
+    generator: Generators | None,
+    eta: float | None,
+    use_clipped_model_output: bool | None = None,
+) -> dict[str, Any]:
+    """Return the keyword arguments that this scheduler's `step` takes.
+
+    Raises:
+        ValueError: if an argument was set that the scheduler would ignore.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in (("eta", eta), ("use_clipped_model_output", use_clipped_model_output)):
+        if value is None:
+            continue
+        if not has_argument(scheduler.step, name):
+            raise ValueError(
+                f"`{name}` is {value!r}, but {type(scheduler).__name__} has no {name}; leave it "
+                "None, or use GeneralizedDDIMScheduler.from_config(scheduler.config)."
+            )
+        arguments[name] = value
+    if has_argument(scheduler.step, "generator"):
+        arguments["generator"] = generator
+    return arguments
+
+
+def denoise(
+    network: Network,
+    scheduler: Scheduler,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    arguments: dict[str, Any],
+    after_step: AfterStep | None = None,
+) -> torch.Tensor:
+    """Run the loop: one network call and one `scheduler.step` for each timestep.
+
+    Args:
+        network: the denoiser.
+        scheduler: set up by `plan`.
+        x_t: the sample at `timesteps[0]`, (B, C, H, W).
+        timesteps: the rest of the plan.
+        arguments: of `step_arguments`.
+        after_step: called with each `Step`; may replace `step.x_s`.
+
+    Returns:
+        the sample at the end of the plan, (B, C, H, W).
+    """
+    for index, t in enumerate(timesteps):
+        model_output = predict(network, x_t, t)
+        output = scheduler.step(model_output, t, x_t, **arguments)
+        x0 = output.get("pred_original_sample")
+        step = Step(index, t, x_t, model_output, x0, output.prev_sample)
+        if after_step is not None:
+            after_step(step)
+        x_t = step.x_s
+    return x_t
+
+
+def alpha_bar_table(scheduler: Scheduler) -> torch.Tensor:
+    """Return alpha_bar of the scheduler's training chain, float64 (T,) on the CPU.
+
+    Stock schedulers keep it in float32; ours in float64.
+    """
+    if isinstance(scheduler, FamilySchedulerMixin):
+        return scheduler.alpha_bar
+    return scheduler.alphas_cumprod.detach().cpu().double()
+
+
+class Levels:
+    """Noise levels of a scheduler's training chain, and what a network output means there.
+
+    Coefficients are computed in float64 and cast to the sample's dtype by multiplication with a
+    Python float, so nothing is read back from the device.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.prediction_type: str = scheduler.config.prediction_type
+        self.alpha_bar = alpha_bar_table(scheduler)
+
+    def at(self, t: int) -> float:
+        """Return alpha_bar_t, and 1 for t = -1, the end."""
+        return 1.0 if t < 0 else float(self.alpha_bar[t])
+
+    def x0(self, model_output: torch.Tensor, x_t: torch.Tensor, t: int) -> torch.Tensor:
+        """Return the unclipped x0_hat of a network output at t."""
+        return self._affine(parameterization.x0_coefficients, model_output, x_t, t)
+
+    def eps(self, model_output: torch.Tensor, x_t: torch.Tensor, t: int) -> torch.Tensor:
+        """Return eps_hat of a network output at t."""
+        return self._affine(parameterization.eps_coefficients, model_output, x_t, t)
+
+    def score(self, model_output: torch.Tensor, x_t: torch.Tensor, t: int) -> torch.Tensor:
+        """Return grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t) (DDPM, Sec. 3.2)."""
+        return self.eps(model_output, x_t, t) * (-1.0 / (1.0 - self.at(t)) ** 0.5)
+
+    def _affine(
+        self,
+        coefficients: Callable[..., Any],
+        model_output: torch.Tensor,
+        x_t: torch.Tensor,
+        t: int,
+    ) -> torch.Tensor:
+        now = torch.tensor(self.at(t), dtype=torch.float64)
+        before = torch.tensor(self.at(t - 1), dtype=torch.float64)
+        k_x, k_m = coefficients(self.prediction_type, now, before)
+        # a network with a learned variance returns it in a second half of the channels
+        mean = model_output[:, : x_t.shape[1]]
+        return float(k_x) * x_t + float(k_m) * mean
