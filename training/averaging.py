@@ -1,0 +1,86 @@
+"""The moving average of the weights, as a second network that is always ready to be used."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+
+from ddim_schedulers.training.config import EMAConfig
+
+
+class AveragedUNet:
+    """diffusers' `EMAModel` whose shadow tensors are the parameters of a network of their own.
+
+    Evaluation and export use `unet`; nothing is ever swapped into the network in training, so there
+    is nothing to restore. The average lives on the device of the weights it is made from. Every
+    process keeps the same average, because every process has the same weights after a step.
+
+    Args:
+        source: the network in training, already on its device and in its memory format.
+        config: decay and warm-up; with `use_ema` off, `unet` is `source` itself.
+    """
+
+    def __init__(self, source: UNet2DModel, config: EMAConfig) -> None:
+        self.source = source
+        self.ema: EMAModel | None = None
+        self.unet = source
+        if not config.use_ema:
+            return
+        self.unet = copy.deepcopy(source).requires_grad_(False).eval()
+        self.ema = EMAModel(
+            self.unet.parameters(),
+            decay=config.ema_decay,
+            update_after_step=config.ema_update_after_step,
+            use_ema_warmup=config.ema_warmup,
+            inv_gamma=config.ema_inv_gamma,
+            power=config.ema_power,
+            foreach=True,
+        )
+        # EMAModel updates its shadow in place, so sharing the storage keeps `unet` up to date.
+        self.ema.shadow_params = [parameter.data for parameter in self.unet.parameters()]
+
+    @property
+    def name(self) -> str:
+        """Which weights `unet` has: 'ema' or 'raw'. Every report says it."""
+        return "raw" if self.ema is None else "ema"
+
+    def step(self) -> None:
+        """Moves the average towards the weights of the network in training."""
+        if self.ema is not None:
+            self.ema.step(self.source.parameters())
+
+    def state_dict(self) -> dict[str, int]:
+        """The clock of the warm-up; the weights are saved as a UNet."""
+        return {} if self.ema is None else {"optimization_step": self.ema.optimization_step}
+
+    def load(self, weights: dict[str, torch.Tensor], state: dict[str, int]) -> None:
+        """Restores weights and clock in place."""
+        if self.ema is not None:
+            copy_into(self.unet.named_parameters(), weights)
+            self.ema.optimization_step = state["optimization_step"]
+
+
+@torch.no_grad()
+def copy_into(
+    parameters: Iterable[tuple[str, torch.Tensor]], weights: dict[str, torch.Tensor]
+) -> None:
+    """Copies named `weights` into `parameters` in place, keeping device and memory format.
+
+    Raises:
+        ValueError: a name or shape that does not match.
+    """
+    parameters = dict(parameters)
+    if parameters.keys() != weights.keys():
+        odd = sorted(parameters.keys() ^ weights.keys())[:3]
+        raise ValueError(
+            f"the saved network has other parameters than this one, for instance {odd}"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(weights[name].shape)} in the saved network and "
+                f"{tuple(parameter.shape)} in this one"
+            )
+        parameter.copy_(weights[name])

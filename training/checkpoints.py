@@ -1,0 +1,228 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder `checkpoints/step-00001000` with
+
+    unet/  unet_ema/         raw and averaged weights, each a UNet2DModel folder
+    optimizer.safetensors    AdamW's moments
+    sampler.safetensors      history of loss-aware timestep sampling, where used
+    state.json               step, clocks, settings, versions
+    manifest.json            size and SHA-256 of every other file, written last
+
+It is written under a temporary name, every file and the folder are flushed to the disk, and then it
+is renamed. Nothing in it is pickled. It holds nothing of a single process (all random numbers are
+functions of seed and step, see `batches.py`), so a run can be continued on another number of
+processes.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+TEMPORARY = ".writing-"
+DISCARDED = ".discarded-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or none that can be read."""
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies under `root`."""
+    return root / f"{PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def listed(root: Path) -> list[Path]:
+    """The checkpoints under `root`, newest first; whole or not is for `verify` to say."""
+    folders = [p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def write(root: Path, step: int, files: Mapping[str, bytes]) -> Path:
+    """Writes a whole checkpoint or nothing.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to; checkpoints from before are
+        untouched.
+    """
+    target, temporary = folder_of(root, step), root / f"{TEMPORARY}{step}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        manifest = {}
+        for name, data in files.items():
+            write_file(temporary / name, data)
+            manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_file(temporary / MANIFEST, to_json(manifest))
+        for folder in {(temporary / name).parent for name in files} | {temporary}:
+            flush_folder(folder)
+        discard(target)
+        os.replace(temporary, target)
+        flush_folder(root)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_failed(root, step, error)) from error
+    return target
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes and flushes one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder; if that is interrupted, what is left no longer looks like a checkpoint."""
+    if folder.exists():
+        moved = folder.with_name(f"{DISCARDED}{folder.name}")
+        shutil.rmtree(moved, ignore_errors=True)
+        os.replace(folder, moved)
+        shutil.rmtree(moved, ignore_errors=True)
+
+
+def prune(root: Path, keep_last: int, best_step: int | None) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and the best, and what dead runs left."""
+    for folder in listed(root)[keep_last:]:
+        if step_of(folder) != best_step:
+            discard(folder)
+    for pattern in (f"{TEMPORARY}*", f"{DISCARDED}*"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify(folder: Path) -> str | None:
+    """None if every file has the size and hash that the manifest says, else what is wrong."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            data = (folder / name).read_bytes()
+            if len(data) != entry["size"]:
+                return f"{name} has {len(data)} bytes instead of {entry['size']}"
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                return f"the contents of {name} have changed"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be used: {error}"
+    return None if "state.json" in manifest else f"{MANIFEST} does not list state.json"
+
+
+def newest_whole(root: Path) -> Path | None:
+    """The newest checkpoint that is whole; every damaged one on the way is warned about.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    found = listed(root)
+    for folder in found:
+        damage = verify(folder)
+        if damage is None:
+            return folder
+        warnings.warn(
+            f"checkpoint {folder} is damaged ({damage}); using the one before", stacklevel=2
+        )
+    if found:
+        raise CheckpointError(f"all {len(found)} checkpoints in {root} are damaged")
+    return None
+
+
+def chosen(resume: str, root: Path) -> Path | None:
+    """The checkpoint that the setting `resume` means; None starts from the beginning.
+
+    Raises:
+        ValueError: 'never' while there are checkpoints, or a path that is no checkpoint.
+        CheckpointError: the named checkpoint, or every one, is damaged.
+    """
+    if resume == "latest":
+        return newest_whole(root)
+    if resume == "never":
+        if listed(root):
+            raise ValueError(
+                f"resume is 'never', but {root} holds checkpoints of a run; set resume to 'latest' "
+                "to continue it, or output_dir to another folder"
+            )
+        return None
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise ValueError(f"resume is {resume!r}; it must be never, latest or a checkpoint folder")
+    if (damage := verify(folder)) is not None:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {damage}")
+    return folder
+
+
+def to_json(value: Any) -> bytes:
+    """JSON with floats to the bit."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as a safetensors file, on the CPU and contiguous."""
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return save_tensors(ready, metadata={"format": "pt"})
+
+
+def unpack(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; empty if there is none."""
+    return load_tensors(path.read_bytes()) if path.exists() else {}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of every parameter under `<index>.<name>`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{index}.{name}": value
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; moments get the memory format of their parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        like = torch.empty_like(parameter) if value.shape == parameter.shape else None
+        # The step counts of the fused optimiser are float32 scalars beside the parameter.
+        restored = value.to(parameter.device) if like is None else like.copy_(value)
+        optimizer.state[parameter][name] = restored
+
+
+def _failed(root: Path, step: int, error: OSError) -> str:
+    why = "the disk is full" if error.errno in _FULL else str(error.strerror or error)
+    whole = next((folder for folder in listed(root) if verify(folder) is None), None)
+    left = f"the last good checkpoint is {whole}" if whole else "there is no checkpoint yet"
+    return f"cannot write the checkpoint of step {step} to {root}: {why}; {left}"

@@ -1,0 +1,382 @@
+"""Every setting of a training run, in one place: the dataclasses generate the command line.
+
+The groups below have flat, unique field names. `TrainingConfig` inherits all of them, so that
+`config.lr` works everywhere and `TrainingConfig(lr=1e-3)` is all a script needs. Values come, later
+ones winning, from the defaults here, a YAML or JSON file, and flags (`parsing.py`).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "posterior_mean")
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A field whose `help_text` is what `--help` shows."""
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from and how they are brought to [-1, 1] and to one size."""
+
+    _argument_group_name = "data"
+
+    data: str = option(
+        "digits",
+        "'digits' (embedded, 8x8), a folder of images, a .npy/.npz/.parquet file, "
+        "or the name of a data set of the `datasets` library",
+    )
+    data_config: str | None = option(None, "configuration name of a `datasets` data set")
+    split: str = option("train", "split of a `datasets` data set")
+    image_column: str | None = option(None, "image column; None takes the only image column")
+    array_key: str | None = option(None, "array in an .npz file; None takes the only one")
+    streaming: bool = option(
+        False, "read a `datasets` data set as a stream, without downloading it"
+    )
+    shuffle_buffer: int = option(1024, "images held back to shuffle a stream")
+    image_size: int | None = option(None, "side of the square images; None keeps their size")
+    fit: Literal["exact", "pad", "crop", "resize_crop", "squash"] = option(
+        "exact",
+        "how an image of another size becomes image_size: refuse it, pad with the lowest value, "
+        "cut the centre, resize the short side and cut the centre, or resize both sides",
+    )
+    random_crop: bool = option(False, "cut at a random place instead of the centre (training only)")
+    random_flip: bool = option(False, "mirror half of the training images from left to right")
+    image_mode: Literal["keep", "L", "RGB", "RGBA"] = option(
+        "keep", "convert image files to grey, colour, or colour with alpha; 'keep' converts nothing"
+    )
+    value_range: list[float] | None = option(
+        None, "the two values that become -1 and 1; None: 0 255 for 8-bit, 0 65535 for 16-bit data"
+    )
+    on_bad_image: Literal["stop", "skip"] = option(
+        "stop", "a file that cannot be decoded stops the run, or its neighbour takes its place"
+    )
+    num_workers: int = option(0, "processes that prepare batches, for each training process")
+
+
+@dataclass
+class ModelConfig:
+    """Which `UNet2DModel` is trained."""
+
+    _argument_group_name = "model"
+
+    model: str = option(
+        "tiny", "preset (tiny, small, ddpm-cifar10, ddpm-256) or a UNet2DModel config file (JSON)"
+    )
+    from_pretrained: str | None = option(
+        None, "pipeline or UNet folder, or Hub name, to start from instead of random weights"
+    )
+    dropout: float | None = option(None, "dropout of the residual blocks; None: as the preset says")
+
+
+@dataclass
+class ProcessConfig:
+    """The forward process and what the network predicts."""
+
+    _argument_group_name = "process"
+
+    num_train_timesteps: int = option(1000, "T, the number of steps of the forward process")
+    beta_schedule: str = option("linear", "linear, scaled_linear, squaredcos_cap_v2, sigmoid, ...")
+    beta_start: float = option(1e-4, "first beta")
+    beta_end: float = option(0.02, "last beta")
+    rescale_betas_zero_snr: bool = option(False, "make the last timestep pure noise")
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "posterior_mean"] = option(
+        "epsilon", "what the network outputs"
+    )
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = option(
+        "fixed_large", "variance of the reverse steps; learned_range trains it (Improved DDPM)"
+    )
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss and the timesteps at which it is taken."""
+
+    _argument_group_name = "objective"
+
+    loss: Literal["simple", "gamma", "vlb", "min_snr"] = option(
+        "simple", "L_simple, L_gamma, the variational bound, or min-SNR weights"
+    )
+    gamma: str | None = option(
+        None,
+        "weights of L_gamma: a .npy, .json or .txt file with T numbers, or 'ddim' for those that "
+        "make L_gamma + C the variational objective J_sigma of the DDIM paper",
+    )
+    gamma_eta: float = option(1.0, "eta of the family member for gamma 'ddim'; must be above 0")
+    snr_gamma: float = option(5.0, "the limit of the min-SNR weights")
+    hybrid_lambda: float = option(0.001, "weight of the bound that trains a learned variance")
+    timestep_sampling: Literal["uniform", "stratified", "loss_aware"] = option(
+        "uniform", "how t is drawn; loss_aware is the importance sampling of Improved DDPM"
+    )
+    sampling_history: int = option(10, "losses kept for each t by loss_aware")
+    sampling_uniform: float = option(0.001, "share of uniform draws in loss_aware")
+
+
+@dataclass
+class OptimisationConfig:
+    """Batch, length, AdamW and its learning rate."""
+
+    _argument_group_name = "optimisation"
+
+    batch_size: int = option(64, "images for each optimiser step, over all processes together")
+    gradient_accumulation_steps: int = option(1, "parts in which a process computes its share")
+    max_train_steps: int = option(1000, "optimiser steps of the whole run")
+    stop_after: int | None = option(
+        None, "end this session after so many steps with a checkpoint; the run can be resumed"
+    )
+    lr: float = option(2e-4, "peak learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine", "polynomial"] = option(
+        "constant", "decay after the warm-up, a function of the step alone"
+    )
+    lr_warmup_steps: int = option(500, "steps of linear warm-up")
+    adam_beta1: float = option(0.9, "AdamW beta1")
+    adam_beta2: float = option(0.999, "AdamW beta2")
+    adam_epsilon: float = option(1e-8, "AdamW epsilon")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_grad_norm: float | None = option(1.0, "gradients are scaled down to this norm; null: never")
+    seed: int = option(0, "seed of weights, data order, noise, t, augmentation and dropout")
+
+
+@dataclass
+class EMAConfig:
+    """The moving average of the weights, which is what gets evaluated and exported."""
+
+    _argument_group_name = "EMA"
+
+    use_ema: bool = option(True, "keep an exponential moving average of the weights")
+    ema_decay: float = option(0.9999, "largest decay")
+    ema_warmup: bool = option(
+        True,
+        "decay 1 - (1 + step / inv_gamma)^-power up to ema_decay; else (1 + step) / (10 + step)",
+    )
+    ema_inv_gamma: float = option(1.0, "see ema_warmup")
+    ema_power: float = option(0.75, "see ema_warmup")
+    ema_update_after_step: int = option(0, "until this step the average equals the weights")
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats and speed."""
+
+    _argument_group_name = "precision and speed"
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto",
+        "autocast of the network (noise and loss stay in weights_dtype); auto: as "
+        "`accelerate launch` or its config file says, else no",
+    )
+    weights_dtype: Literal["float32", "float64"] = option(
+        "float32", "weights, noise and loss; float64 is for checks of exactness"
+    )
+    cpu: bool = option(False, "use the CPU even where there is an accelerator")
+    allow_tf32: bool = option(False, "TensorFloat-32 matrix products on GPUs that have them")
+    compile: bool = option(False, "torch.compile the network")
+    compile_mode: str = option("default", "mode of torch.compile")
+    channels_last: bool = option(False, "channels_last memory format")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    on_nonfinite: Literal["stop", "count"] = option(
+        "stop", "a step that is not finite is never applied; stop the run, or go on and count"
+    )
+
+
+@dataclass
+class ValidationConfig:
+    """What is looked at during the run, always with the weights that will be exported."""
+
+    _argument_group_name = "validation"
+
+    validation_fraction: float = option(0.05, "share of the images held out; digits have their own")
+    validate_every: int = option(
+        0, "steps between validation losses and loss-over-t plots; 0: never"
+    )
+    validation_images: int = option(256, "held-out images in the validation loss")
+    sample_every: int = option(0, "steps between sample grids; 0: never")
+    sample_images: int = option(36, "images in the grid")
+    sample_steps: int = option(50, "DDIM steps (eta 0) of samples for grid, distance and drift")
+    frechet_images: int = option(0, "samples for Frechet distance and channel drift; 0: neither")
+    feature_space: str = option(
+        "pixels", "'pixels' (pooled to at most 8x8), or module:factory of a torch.nn.Module"
+    )
+    eval_batch_size: int = option(64, "images at a time, for each process, in evaluation")
+    best_by: Literal["loss", "frechet"] = option("loss", "figure that decides the best checkpoint")
+
+
+@dataclass
+class CheckpointConfig:
+    """Where the run is written and how it is continued."""
+
+    _argument_group_name = "checkpoints"
+
+    output_dir: str = option("runs/train", "folder of the run")
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0: only at the end")
+    keep_last: int = option(2, "checkpoints kept beside the best one")
+    resume: str = option(
+        "never", "'latest' continues the run in output_dir (or starts it), or a checkpoint folder"
+    )
+
+
+@dataclass
+class TrackingConfig:
+    """How the run reports."""
+
+    _argument_group_name = "tracking"
+
+    log_every: int = option(20, "steps between readings of loss and flags from the device")
+    progress_bar: bool = option(True, "show a progress bar on the main process")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none", "tracker, through Accelerate"
+    )
+    run_name: str = option("ddim-schedulers", "project name for the tracker")
+
+
+@dataclass
+class HubConfig:
+    """Sharing the result: the pipeline folder only, never checkpoints."""
+
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = option(False, "upload the pipeline folder when the run is complete")
+    hub_repo_id: str | None = option(None, "USER/NAME on the Hub")
+    hub_private: bool = option(False, "create the repository as private")
+
+
+GROUPS: tuple[type, ...] = (
+    DataConfig,
+    ModelConfig,
+    ProcessConfig,
+    ObjectiveConfig,
+    OptimisationConfig,
+    EMAConfig,
+    PrecisionConfig,
+    ValidationConfig,
+    CheckpointConfig,
+    TrackingConfig,
+    HubConfig,
+)
+
+
+@dataclass
+class TrainingConfig(
+    DataConfig,
+    ModelConfig,
+    ProcessConfig,
+    ObjectiveConfig,
+    OptimisationConfig,
+    EMAConfig,
+    PrecisionConfig,
+    ValidationConfig,
+    CheckpointConfig,
+    TrackingConfig,
+    HubConfig,
+):
+    """All groups in one flat object.
+
+    Raises:
+        ValueError: a value out of its bounds, named with what is allowed.
+    """
+
+    _argument_group_name = "all"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved settings, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+
+# Fields that change what is computed. A resumed run that differs here is a different run.
+COMPUTED_FROM = frozenset(
+    field.name
+    for group in (
+        DataConfig,
+        ModelConfig,
+        ProcessConfig,
+        ObjectiveConfig,
+        OptimisationConfig,
+        EMAConfig,
+    )
+    for field in dataclasses.fields(group)
+) - {"stop_after", "num_workers", "gradient_accumulation_steps", "on_bad_image"}
+
+AT_LEAST = {
+    "shuffle_buffer": 1,
+    "num_workers": 0,
+    "num_train_timesteps": 1,
+    "sampling_history": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_train_steps": 1,
+    "lr_warmup_steps": 0,
+    "weight_decay": 0,
+    "seed": 0,
+    "ema_update_after_step": 0,
+    "validate_every": 0,
+    "validation_images": 1,
+    "sample_every": 0,
+    "sample_images": 1,
+    "sample_steps": 1,
+    "frechet_images": 0,
+    "eval_batch_size": 1,
+    "checkpoint_every": 0,
+    "keep_last": 1,
+    "log_every": 1,
+    "hybrid_lambda": 0,
+    "image_size": 1,
+    "stop_after": 1,
+}
+ABOVE_ZERO = ("lr", "adam_epsilon", "snr_gamma", "gamma_eta", "ema_inv_gamma", "ema_power")
+SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "validation_fraction", "sampling_uniform")
+
+
+def check(config: TrainingConfig) -> None:
+    """Raises `ValueError` for a setting out of bounds or one that contradicts another."""
+    for name, least in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    for name in ABOVE_ZERO:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
+    for name in SHARES:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be in [0, 1)")
+    if config.max_grad_norm is not None and not config.max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {config.max_grad_norm}; it must be above 0, or null")
+    _check_choices(config)
+    _check_together(config)
+
+
+def _check_choices(config: TrainingConfig) -> None:
+    # Flags and files are checked by argparse already; this is for configs built in Python.
+    import typing
+
+    for name, hint in typing.get_type_hints(type(config)).items():
+        allowed = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if allowed and getattr(config, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_together(config: TrainingConfig) -> None:
+    if config.loss == "gamma" and config.gamma is None:
+        raise ValueError("loss 'gamma' needs its weights: set gamma to a file, or to 'ddim'")
+    if config.gamma is not None and config.loss != "gamma":
+        raise ValueError(f"gamma is set but loss is {config.loss!r}; set loss to 'gamma'")
+    if config.fit != "exact" and config.image_size is None:
+        raise ValueError(f"fit {config.fit!r} needs image_size")
+    if config.random_crop and config.fit not in ("crop", "resize_crop"):
+        raise ValueError(f"random_crop needs fit 'crop' or 'resize_crop'; it is {config.fit!r}")
+    if config.value_range is not None and (
+        len(config.value_range) != 2 or not config.value_range[0] < config.value_range[1]
+    ):
+        raise ValueError(f"value_range is {config.value_range}; it must be two rising numbers")
+    if config.push_to_hub and not config.hub_repo_id:
+        raise ValueError("push_to_hub needs hub_repo_id, as in USER/NAME")
+    if config.best_by == "frechet" and not (config.frechet_images and config.sample_every):
+        raise ValueError("best_by 'frechet' needs frechet_images and sample_every above 0")
+    if config.frechet_images == 1:
+        raise ValueError("frechet_images is 1; a covariance needs at least 2, 0 switches it off")
+    if config.loss == "vlb" and config.hybrid_lambda != type(config).hybrid_lambda:
+        raise ValueError("hybrid_lambda has no meaning with loss 'vlb', which is the bound itself")

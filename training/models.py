@@ -1,0 +1,155 @@
+"""Which UNet is trained: presets, a config file, or a trained model to go on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+
+# The networks of DDPM (arXiv:2006.11239), App. B, as the converted checkpoints configure them: no
+# bias of time frequencies, attention with one head, GroupNorm with epsilon 1e-6, asymmetric
+# padding.
+_DDPM: dict[str, Any] = {
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # for 8x8 images: seconds a run
+    "tiny": {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    },
+    # for 28x28 to 32x32 grey images: an hour on two cores
+    "small": {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    },
+    # 35.7 M parameters
+    "ddpm-cifar10": {
+        **_DDPM,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "dropout": 0.1,
+    },
+    # 114 M parameters
+    "ddpm-256": {
+        **_DDPM,
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (
+            *("DownBlock2D",) * 4,
+            "AttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        "up_block_types": (
+            "UpBlock2D",
+            "AttnUpBlock2D",
+            *("UpBlock2D",) * 4,
+        ),
+    },
+}
+
+
+def make_unet(
+    model: str,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    learned_variance: bool = False,
+    dropout: float | None = None,
+) -> UNet2DModel:
+    """A new UNet with random weights from the global generator.
+
+    Args:
+        model: a name in `PRESETS`, or a UNet2DModel config file (JSON), whose in_channels,
+            out_channels and sample_size may be absent.
+        channels: channels of the images.
+        size: height and width of the images.
+        learned_variance: give the network a second set of output channels for the variance.
+        dropout: replaces the dropout of the preset or file.
+
+    Raises:
+        ValueError: unknown preset, unreadable file, class-conditional network, or channels or size
+            that do not fit.
+    """
+    config = dict(PRESETS[model]) if model in PRESETS else _read_config(model)
+    out_channels = channels * (2 if learned_variance else 1)
+    given = {"in_channels": channels, "out_channels": out_channels}
+    for name, value in given.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} of {model} is {config[name]}, but the data need {value}")
+    height, width = size
+    config |= given | {"sample_size": height if height == width else (height, width)}
+    if dropout is not None:
+        config["dropout"] = dropout
+    _check(config, model, size)
+    return UNet2DModel(**config)
+
+
+def load_unet(
+    path: str, *, channels: int, size: tuple[int, int], learned_variance: bool
+) -> UNet2DModel:
+    """A trained UNet from a pipeline or UNet folder or a Hub name, in float32.
+
+    Raises:
+        ValueError: nothing there, class-conditional, or channels or size that do not fit.
+    """
+    is_pipeline = not Path(path).exists() or (Path(path) / "model_index.json").exists()
+    try:
+        unet = UNet2DModel.from_pretrained(path, subfolder="unet" if is_pipeline else None)
+    except OSError as error:
+        raise ValueError(f"from_pretrained: no UNet2DModel at {path}: {error}") from error
+    wanted = (channels, channels * (2 if learned_variance else 1))
+    if (unet.config.in_channels, unet.config.out_channels) != wanted:
+        raise ValueError(
+            f"from_pretrained: the UNet of {path} has {unet.config.in_channels} channels in and "
+            f"{unet.config.out_channels} out; data and variance_type need {wanted[0]} and {wanted[1]}"
+        )
+    _check(dict(unet.config), path, size)
+    return unet
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"model is {path!r}; it must be one of {', '.join(PRESETS)}, or a UNet2DModel config file"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model: {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(f"model: {path} is not the config of a UNet2DModel")
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    known = set(UNet2DModel.load_config.__self__._get_init_keys(UNet2DModel))
+    if unknown := sorted(set(config) - known):
+        raise ValueError(f"model: {path} has keys that UNet2DModel does not know: {unknown}")
+    return config
+
+
+def _check(config: dict[str, Any], name: str, size: tuple[int, int]) -> None:
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise ValueError(
+            f"the UNet of {name} is class-conditional; this trainer is for unconditional models "
+            "(class_embed_type and num_class_embeds must be null)"
+        )
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if size[0] % factor or size[1] % factor:
+        raise ValueError(
+            f"images are {size[0]}x{size[1]}, but the UNet of {name} halves them to a "
+            f"{factor}th: both sides must be multiples of {factor} (see image_size and fit)"
+        )

@@ -1,0 +1,172 @@
+"""Settings from files and flags: one parser, one set of converters, no abbreviations."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ddim_schedulers.training.config import GROUPS, TrainingConfig
+
+# What the same settings are called in diffusers' `train_unconditional.py`.
+STOCK_NAMES = {
+    "adam_weight_decay": "weight_decay",
+    "checkpointing_steps": "checkpoint_every",
+    "checkpoints_total_limit": "keep_last",
+    "dataloader_num_workers": "num_workers",
+    "dataset_config_name": "data_config",
+    "dataset_name": "data",
+    "ddpm_beta_schedule": "beta_schedule",
+    "ddpm_num_steps": "num_train_timesteps",
+    "ema_max_decay": "ema_decay",
+    "learning_rate": "lr",
+    "logger": "tracker",
+    "lr_scheduler": "lr_schedule",
+    "model_config_name_or_path": "model",
+    "num_epochs": "max_train_steps",
+    "resolution": "image_size",
+    "resume_from_checkpoint": "resume",
+    "train_batch_size": "batch_size",
+    "train_data_dir": "data",
+}
+
+
+def load_config(path: str | Path | None = None, **overrides: Any) -> TrainingConfig:
+    """The settings of a YAML or JSON file with `overrides` (flat field names) on top.
+
+    Raises:
+        ValueError: an unknown key (the nearest valid one is named) or a value of the wrong type.
+    """
+    parser = _parser("ddim-schedulers train")
+    values = _converted(parser, _read(Path(path)), str(path)) if path is not None else {}
+    values |= _converted(parser, overrides, "the call")
+    return TrainingConfig(**values)
+
+
+def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[TrainingConfig, bool]:
+    """The settings of `--config FILE` and of the flags, which win; and whether `--dry_run` stood.
+
+    Raises:
+        ValueError: an unknown flag or key (the nearest valid one is named), a value of the wrong
+            type or out of bounds.
+        SystemExit: after `--help`.
+    """
+    parser = _parser(prog)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the fields")
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="print the settings, load a batch, do one step, report parameters, memory and time",
+    )
+    path = _config_path(argv)
+    if path is not None:
+        parser.set_defaults(**_converted(parser, _read(Path(path)), path))
+    namespace, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            raise ValueError(f"unknown flag {flag}{_nearest(flag.lstrip('-'), _names(), '--')}")
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} stands where a flag is expected")
+    return TrainingConfig(
+        **{name: getattr(namespace, name) for name in _names()}
+    ), namespace.dry_run
+
+
+def save_config(config: TrainingConfig, path: Path) -> None:
+    """Writes the resolved settings as YAML, group by group, so that the file can be run again."""
+    import yaml
+
+    lines = []
+    for group in GROUPS:
+        lines.append(f"# {group._argument_group_name}")  # type: ignore[attr-defined]
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(group)}
+        lines.append(yaml.safe_dump(values, sort_keys=False))
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _names() -> list[str]:
+    return [field.name for field in dataclasses.fields(TrainingConfig)]
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:  # the caller decides how bad input is shown
+            raise ValueError(message)
+
+    return Parser(
+        GROUPS,
+        prog=prog,
+        allow_abbrev=False,
+        description="Train an unconditional UNet2DModel. Fields of --config have the same names.",
+    )
+
+
+def _config_path(argv: list[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        return finder.parse_known_args(argv)[0].config
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"config: cannot read {path}: {error.strerror}") from error
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except ValueError as error:
+        raise ValueError(f"config: {path} is not valid JSON: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold a mapping of field names to values")
+    return values
+
+
+def _converted(
+    parser: argparse.ArgumentParser, values: dict[str, Any], source: str
+) -> dict[str, Any]:
+    """`values` sent through the converters of the flags with the same names."""
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
+    converted = {}
+    for key, value in values.items():
+        if key not in defaults:
+            raise ValueError(
+                f"{source}: unknown key {key!r}{_nearest(str(key), list(defaults), '')}"
+            )
+        if value is None:
+            if defaults[key] is not None and key not in ("max_grad_norm",):
+                raise ValueError(f"{source}: {key} cannot be null")
+            converted[key] = None
+            continue
+        words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+        if len(words) != 1 and actions[key].nargs != "+":
+            raise ValueError(f"{source}: {key} takes one value, not {value!r}")
+        try:
+            # argparse has no public call for "convert as this flag would"; a plain parse would
+            # take a negative number in scientific notation for a flag.
+            converted[key] = parser._get_values(actions[key], words)  # type: ignore[attr-defined]
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{source}: {key}: {error.message}") from error
+    return converted
+
+
+def _nearest(name: str, names: list[str], prefix: str) -> str:
+    name = name.replace("-", "_")
+    close = [STOCK_NAMES[name]] if name in STOCK_NAMES else []
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else "; see --help for all names"

@@ -1,0 +1,71 @@
+"""The trainer: `train(config)`, or `python -m ddim_schedulers.training.train --config FILE`.
+
+Under `accelerate launch -m` or `torchrun -m` the same module trains on several devices. How a step
+is kept the same on any number of processes: `batches.py`. What a checkpoint holds:
+`checkpoints.py`.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddim_schedulers.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from ddim_schedulers.training.trainer import TrainingResult
+
+
+def train(config: TrainingConfig) -> "TrainingResult":
+    """Trains as `config` says, from the start or from a checkpoint.
+
+    Returns:
+        Where the pipeline is, the averaged network, the loss of every step, and what else happened.
+
+    Raises:
+        ValueError: bad settings or data, before training begins.
+        CheckpointError: a checkpoint cannot be written (the last good one is left), or none be
+        read. NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. It was not
+        applied.
+    """
+    from ddim_schedulers.training.trainer import Trainer
+
+    return Trainer(config).run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see `--help`.
+
+    Returns:
+        0 if the run is complete or was stopped on request, 1 if it failed.
+
+    Raises:
+        ValueError: bad settings or data.
+    """
+    from ddim_schedulers.training.parsing import parse_args
+
+    config, dry_run = parse_args(sys.argv[1:] if argv is None else argv)
+    from ddim_schedulers.training.checkpoints import CheckpointError
+    from ddim_schedulers.training.trainer import NonFiniteError, Trainer
+
+    try:
+        trainer = Trainer(config)
+        if dry_run:
+            from ddim_schedulers.training.dry_run import dry_run as report
+
+            report(trainer)
+            return 0
+        result = trainer.run()
+    except (CheckpointError, NonFiniteError) as error:
+        print(f"ddim-schedulers train: {error}", file=sys.stderr)
+        return 1
+    if trainer.accelerator.is_main_process:
+        print(result.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,444 @@
+"""One run of training: what is built once, what a step does, and what is read back when.
+
+On the hot path nothing is read from the device. A step that is not finite is skipped by the
+optimiser's kernel itself; losses and flags of `log_every` steps are read together.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
+from torch import Tensor
+
+from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.training import checkpoints
+from ddim_schedulers.training.averaging import AveragedUNet, copy_into
+from ddim_schedulers.training.batches import Batch, Draws, MapBatches, Share, derive_seed,
+make_loader from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
+from ddim_schedulers.training.data import load_data
+from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
+from ddim_schedulers.training.models import load_unet, make_unet
+from ddim_schedulers.training.objectives import make_objective
+from ddim_schedulers.training.parsing import save_config
+from ddim_schedulers.training.records import Records, Window
+from ddim_schedulers.training.stopping import StopSignals
+from ddim_schedulers.training.timestep_sampling import make_timestep_sampler
+
+
+class NonFiniteError(RuntimeError):
+    """A step whose loss or gradient was not finite. It was not applied."""
+
+
+@dataclass
+class TrainingResult:
+    """What a run leaves.
+
+    Attributes:
+        output_dir: folder of the run.
+        pipeline_dir: the diffusers pipeline, with the weights that `weights` names; None if the run
+        was
+            stopped before its end.
+        unet: the network with those weights, on the training device, in evaluation mode.
+        scheduler: the process it was trained for.
+        weights: 'ema' or 'raw'.
+        steps: optimiser steps done, in all sessions.
+        losses: loss of every step of this session, over the global batch.
+        final_loss: mean of the last (at most 100) of them.
+        seconds: time of this session's steps.
+        stopped_by: signal that ended the session early, 'stop_after', or None.
+        skipped_steps: steps of this session that were not finite and not applied.
+        replaced_images: broken images of this session for which a neighbour was used.
+        evaluations: what validation found, oldest first.
+    """
+
+    output_dir: Path
+    pipeline_dir: Path | None
+    unet: UNet2DModel
+    scheduler: SchedulerMixin
+    weights: str
+    steps: int
+    losses: list[float]
+    final_loss: float
+    seconds: float
+    stopped_by: str | None = None
+    skipped_steps: int = 0
+    replaced_images: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Two or three lines for the terminal."""
+        lines = [f"{self.steps} steps, {self.seconds:.1f} s, loss {self.final_loss:.4f}"]
+        if self.skipped_steps:
+            lines.append(f"{self.skipped_steps} steps were not finite and were not applied")
+        if self.replaced_images:
+            lines.append(f"{self.replaced_images} broken images were replaced by their neighbours")
+        if self.stopped_by:
+            lines.append(f"stopped by {self.stopped_by}; continue with --resume latest")
+        if self.pipeline_dir:
+            lines.append(f"pipeline with the {self.weights} weights: {self.pipeline_dir}")
+        return "\n".join(lines)
+
+
+class Trainer:
+    """Everything a run needs, built from its settings.
+
+    Raises:
+        ValueError: bad settings or data.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+        self.dtype = torch.float64 if config.weights_dtype == "float64" else torch.float32
+        self.share = Share(
+            config.batch_size,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            self.accelerator.gradient_accumulation_steps,
+        )
+        self.root = Path(config.output_dir)
+        self.start_from = self._choose_checkpoint()
+        # The main process first: what it downloads or caches, the others find.
+        with self.accelerator.main_process_first():
+            self.data, self.held_out = load_data(config)
+        self._build()
+        self.records = Records(self.root, self.accelerator.is_main_process)
+        self.step = 0
+        self.best: dict[str, Any] = {}
+        if self.start_from is not None:
+            self._restore(self.start_from)
+
+    def _build(self) -> None:
+        config = self.config
+        self.objective, betas = make_objective(config, self.data.levels)
+        self.objective.to(self.device, self.dtype)
+        self.scheduler = _scheduler(config, betas)
+        self.sampler = make_timestep_sampler(
+            config.timestep_sampling,
+            config.num_train_timesteps,
+            config.sampling_history,
+            config.sampling_uniform,
+            self.device,
+        )
+        self.unet = self._make_unet()
+        self.average = AveragedUNet(self.unet, config)
+        self.parameters = list(self.unet.parameters())
+        self.has_dropout = any(
+            isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules()
+        )
+        optimizer = make_optimizer(self.parameters, config)
+        network = torch.compile(self.unet, mode=config.compile_mode) if config.compile else self.unet
+        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.learning_rate = LearningRate(config)
+        draws = Draws(
+            config.seed,
+            config.batch_size,
+            config.timestep_sampling == "stratified",
+            config.random_flip,
+            config.random_crop,
+        )
+        self.batches = MapBatches(self.data, draws, self.share)
+
+    def _make_unet(self) -> UNet2DModel:
+        config = self.config
+        learned = config.variance_type == "learned_range"
+        fits: dict[str, Any] = {
+            "channels": self.data.channels,
+            "size": self.data.size,
+            "learned_variance": learned,
+        }
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        if config.from_pretrained is not None:
+            unet = load_unet(config.from_pretrained, **fits)
+        else:
+            unet = make_unet(config.model, dropout=config.dropout, **fits)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet = unet.to(self.device)
+        if self.dtype == torch.float64:
+            unet = unet.double()
+        if config.channels_last:
+            unet = unet.to(memory_format=torch.channels_last)
+        return unet.train()
+
+    def run(self) -> TrainingResult:
+        """Trains to the end, or until a signal or `stop_after`. See `train`."""
+        config = self.config
+        stop = config.max_train_steps
+        if config.stop_after is not None:
+            stop = min(stop, self.step + config.stop_after)
+        if self.accelerator.is_main_process:
+            self.root.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.root / "config.yaml")
+        self._start_tracker()
+        began = time.perf_counter()
+        with StopSignals() as signals, self.records.progress(config, self.step):
+            stopped_by = self._steps(stop, signals)
+        seconds = time.perf_counter() - began
+        if self.step < config.max_train_steps and stopped_by is None:
+            stopped_by = "stop_after"
+        pipeline_dir = None if stopped_by else self._export()
+        self.accelerator.end_training()
+        return self._result(pipeline_dir, stopped_by, seconds)
+
+    def _steps(self, stop: int, signals: StopSignals) -> str | None:
+        """Runs to step `stop`; the name of the signal that ended it before, or None."""
+        config, window = self.config, Window(self.share, self.step)
+        pin = self.device.type == "cuda"
+        loader = iter(make_loader(self.batches, self.step, stop, config.num_workers, pin))
+        saved = self.step if self.start_from is not None else -1
+        alone = self.accelerator.num_processes == 1
+        stopped_by: str | None = None
+        while self.step < stop and stopped_by is None:
+            self._one_step(loader, window)
+            self.step += 1
+            self.average.step()
+            stopped_by = signals.name if alone else None
+            due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+            if stopped_by or due or self.step % config.log_every == 0 or self.step == stop:
+                stopped_by = self._read(window, signals)
+            if due:
+                self._save()
+                saved = self.step
+        if saved != self.step:
+            self._save()
+        return stopped_by
+
+    def _one_step(self, loader: Any, window: Window) -> None:
+        """Forward and backward over the parts of the batch, and one update. Reads nothing back."""
+        if self.has_dropout:
+            # Dropout masks too are a function of the step, so no generator state is ever saved.
+            torch.manual_seed(
+                derive_seed(self.config.seed, "dropout", self.step, self.share.process_index)
+            )
+        for _ in range(self.share.parts):
+            batch: Batch = next(loader)
+            with self.accelerator.accumulate(self.network):
+                loss = self._loss(batch, window)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self._update(window)
+        self._learn_from_losses(window)
+
+    def _loss(self, batch: Batch, window: Window) -> Tensor:
+        x0, noise, u = (
+            batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "u")
+        )
+        x0, noise = x0.to(self.dtype), noise.to(self.dtype)
+        t, weight = self.sampler.draw(u)
+        x_t = self.objective.noisy(x0, noise, t)
+        if self.config.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        output = self.network(x_t, t, return_dict=False)[0]
+        loss, error = self.objective(output, x0, noise, t)
+        weighted = loss if weight is None else loss * weight.to(loss.dtype)
+        window.add(t, loss.detach(), weighted.detach(), error, int(batch["replaced"]))
+        mean = weighted.mean()
+        # A loss can overflow while its gradient does not. This makes the gradient NaN on this
+        # process, and the sum over processes then tells all of them.
+        return mean * torch.where(torch.isfinite(mean), 1.0, torch.nan)
+
+    def _update(self, window: Window) -> None:
+        limit = self.config.max_grad_norm
+        if limit is not None:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.accelerator.scaler is None:
+            # What a gradient scaler would do: the fused kernel leaves weights and moments as they
+            # are.
+            inner = self.optimizer.optimizer
+            inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).to(torch.float32)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        window.close_step(norm)
+
+    def _learn_from_losses(self, window: Window) -> None:
+        if self.config.timestep_sampling != "loss_aware":
+            return
+        t, loss = window.last_step()
+        if self.accelerator.num_processes > 1:
+            t, loss = self.accelerator.gather(t), self.accelerator.gather(loss)
+        # Gathered as (process, part, row); positions in the global batch go (part, process, row).
+        shape = (self.share.num_processes, self.share.parts, self.share.rows)
+        t, loss = (x.reshape(shape).transpose(0, 1).flatten() for x in (t, loss))
+        self.sampler.update(t, loss)
+
+    def _read(self, window: Window, signals: StopSignals) -> str | None:
+        """The one host read of `log_every` steps: losses, flags and signals of all processes."""
+        reading = window.read(self.accelerator, signals.name is not None)
+        rate = self.learning_rate(self.step - 1)
+        values = self.records.take(reading, self.step, rate, self.config.batch_size)
+        if self.config.tracker != "none":
+            self.accelerator.log(values, step=self.step)
+        failed = reading.failed_steps(fp16=self.accelerator.scaler is not None)
+        if failed and self.config.on_nonfinite == "stop":
+            self._save()
+            raise NonFiniteError(self._describe(reading, failed[0]))
+        if reading.stop_requested:
+            return signals.name or "a signal to another process"
+        return None
+
+    def _describe(self, reading: Any, step: int) -> str:
+        ids = self.batches.ids(step)
+        t, loss = reading.of_step(step)
+        rows = ", ".join(
+            f"{name} (id {i}) t={int(at)} loss={value:.4g}"
+            for name, i, at, value in zip(self.data.names(ids), ids, t, loss, strict=True)
+        )
+        bad = [f"{n}" for n, value in enumerate(loss) if not torch.isfinite(value)]
+        return (
+            f"step {step} was not finite and was not applied; the weights are those of the last "
+            f"finite step. Gradient norm {reading.norm_of(step):.4g}; positions with a loss that is "
+            f"not finite: {', '.join(bad) or 'none'}. Batch: {rows}"
+        )
+
+    def _save(self) -> None:
+        """Writes a checkpoint from the main process; an error there ends all of them."""
+        message: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                root = self.root / "checkpoints"
+                checkpoints.write(root, self.step, self._files())
+                checkpoints.prune(root, self.config.keep_last, self.best.get("step"))
+            except checkpoints.CheckpointError as error:
+                message[0] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(message)
+        if message[0] is not None:
+            raise checkpoints.CheckpointError(message[0])
+
+    def _files(self) -> dict[str, bytes]:
+        state = {
+            "step": self.step,
+            "ema": self.average.state_dict(),
+            "best": self.best,
+            "config": self.config.to_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "versions": _versions(),
+        }
+        files = {"state.json": checkpoints.to_json(state)}
+        networks = {"unet": self.unet}
+        if self.average.ema is not None:
+            networks["unet_ema"] = self.average.unet
+        for name, unet in networks.items():
+            files[f"{name}/config.json"] = unet.to_json_string().encode()
+            files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(unet.state_dict())
+        tensors = checkpoints.optimizer_tensors(self.optimizer.optimizer)
+        files["optimizer.safetensors"] = checkpoints.pack(tensors)
+        if tables := self.sampler.state_dict():
+            files["sampler.safetensors"] = checkpoints.pack(tables)
+        return files
+
+    def _choose_checkpoint(self) -> Path | None:
+        """The main process looks; all processes continue from the same one."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = checkpoints.chosen(self.config.resume, self.root / "checkpoints")
+            except (ValueError, checkpoints.CheckpointError) as error:
+                found[1] = error
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def _restore(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self._compare(state["config"])
+        weights = "diffusion_pytorch_model.safetensors"
+        copy_into(self.unet.named_parameters(), checkpoints.unpack(folder / "unet" / weights))
+        if self.average.ema is not None:
+            self.average.load(checkpoints.unpack(folder / "unet_ema" / weights), state["ema"])
+        checkpoints.restore_optimizer(
+            self.optimizer.optimizer, checkpoints.unpack(folder / "optimizer.safetensors")
+        )
+        if tables := checkpoints.unpack(folder / "sampler.safetensors"):
+            self.sampler.load_state_dict(tables)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        self.records.rewind(self.step)
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        now = self.config.to_dict()
+        changed = [k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"]
+        if changed:
+            pairs = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in changed)
+            raise ValueError(
+                f"the checkpoint is of a run with other settings: {pairs}; start a new run "
+                "(from_pretrained takes its weights) or set them back"
+            )
+
+    def _export(self) -> Path:
+        target = self.root / "pipeline"
+        if self.accelerator.is_main_process:
+            pipeline = DDPMPipeline(unet=self.average.unet, scheduler=self.scheduler)
+            partial = self.root / ".pipeline"
+            pipeline.save_pretrained(partial)
+            checkpoints.discard(target)
+            partial.rename(target)
+            self.unet.save_pretrained(self.root / "unet_raw")
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def _start_tracker(self) -> None:
+        if self.config.tracker != "none":
+            plain = {
+                k: v if isinstance(v, int | float | str | bool) else str(v)
+                for k, v in self.config.to_dict().items()
+            }
+            self.accelerator.init_trackers(self.config.run_name, config=plain)
+
+    def _result(self, pipeline_dir: Path | None, stopped_by: str | None, seconds: float) -> TrainingResult:
+        losses = self.records.losses
+        last = losses[-100:]
+        return TrainingResult(
+            output_dir=self.root,
+            pipeline_dir=pipeline_dir,
+            unet=self.average.unet.eval(),
+            scheduler=self.scheduler,
+            weights=self.average.name,
+            steps=self.step,
+            losses=losses,
+            final_loss=sum(last) / len(last) if last else float("nan"),
+            seconds=seconds,
+            stopped_by=stopped_by,
+            skipped_steps=self.records.skipped,
+            replaced_images=self.records.replaced,
+        )
+
+
+def _scheduler(config: TrainingConfig, betas: Tensor) -> MarkovianDDPMScheduler:
+    """The process of the run as a scheduler, which is how a pipeline records it."""
+    del betas
+    return MarkovianDDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+
+
+def _versions() -> dict[str, str]:
+    import accelerate
+    import diffusers
+
+    import ddim_schedulers
+
+    modules = (torch, diffusers, accelerate, ddim_schedulers)
+    return {module.__name__: str(module.__version__) for module in modules}
