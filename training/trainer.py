@@ -18,8 +18,15 @@ from torch import Tensor
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training.averaging import AveragedUNet, copy_into
-from ddim_schedulers.training.batches import Batch, Draws, MapBatches, Share, derive_seed,
-make_loader from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
+from ddim_schedulers.training.batches import (
+    Batch,
+    Draws,
+    MapBatches,
+    Share,
+    derive_seed,
+    make_loader,
+)
+from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
 from ddim_schedulers.training.data import load_data
 from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
 from ddim_schedulers.training.models import load_unet, make_unet
@@ -133,7 +140,9 @@ class Trainer:
             isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules()
         )
         optimizer = make_optimizer(self.parameters, config)
-        network = torch.compile(self.unet, mode=config.compile_mode) if config.compile else self.unet
+        network = (
+            torch.compile(self.unet, mode=config.compile_mode) if config.compile else self.unet
+        )
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.learning_rate = LearningRate(config)
         draws = Draws(
@@ -250,7 +259,9 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         else:
             self.accelerator.unscale_gradients()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.parameters if p.grad is not None]
+            )
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -324,7 +335,9 @@ class Trainer:
             "ema": self.average.state_dict(),
             "best": self.best,
             "config": self.config.to_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "scaler": None
+            if self.accelerator.scaler is None
+            else self.accelerator.scaler.state_dict(),
             "versions": _versions(),
         }
         files = {"state.json": checkpoints.to_json(state)}
@@ -333,7 +346,9 @@ class Trainer:
             networks["unet_ema"] = self.average.unet
         for name, unet in networks.items():
             files[f"{name}/config.json"] = unet.to_json_string().encode()
-            files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(unet.state_dict())
+            files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(
+                unet.state_dict()
+            )
         tensors = checkpoints.optimizer_tensors(self.optimizer.optimizer)
         files["optimizer.safetensors"] = checkpoints.pack(tensors)
         if tables := self.sampler.state_dict():
@@ -373,7 +388,9 @@ class Trainer:
 
     def _compare(self, before: dict[str, Any]) -> None:
         now = self.config.to_dict()
-        changed = [k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"]
+        changed = [
+            k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"
+        ]
         if changed:
             pairs = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in changed)
             raise ValueError(
@@ -401,7 +418,9 @@ class Trainer:
             }
             self.accelerator.init_trackers(self.config.run_name, config=plain)
 
-    def _result(self, pipeline_dir: Path | None, stopped_by: str | None, seconds: float) -> TrainingResult:
+    def _result(
+        self, pipeline_dir: Path | None, stopped_by: str | None, seconds: float
+    ) -> TrainingResult:
         losses = self.records.losses
         last = losses[-100:]
         return TrainingResult(
