@@ -1,5 +1,6 @@
 """Settings and fixtures that every test shares."""
 
+import math
 import os
 
 # Before torch, matplotlib or huggingface_hub are imported: they read these once.
@@ -30,3 +31,115 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield torch.float64
     torch.set_default_dtype(before)
+
+
+class ClosedForm:
+    """The papers' formulas in float64, written out again: nothing here calls the package.
+
+    DDPM is arXiv:2006.11239, DDIM arXiv:2010.02502. Numbers are Python floats, batches tensors.
+    """
+
+    @staticmethod
+    def alpha_bar(schedule="linear", steps=1000, beta_start=1e-4, beta_end=0.02, zero_snr=False):
+        """alpha_bar_t for every t as a list of floats (DDPM, Eq. 4)."""
+
+        def between(low, high):
+            return [low + (high - low) * i / max(steps - 1, 1) for i in range(steps)]
+
+        def from_shares(share):
+            ratios = [share((i + 1) / steps) / share(i / steps) for i in range(steps)]
+            return [min(1 - ratio, 0.999) for ratio in ratios]
+
+        def laplace(u):
+            sign = 1.0 if u <= 0.5 else -1.0
+            snr = math.exp(-0.5 * sign * math.log(1 - 2 * abs(0.5 - u) + 1e-6))
+            return math.sqrt(snr / (1 + snr))
+
+        if schedule == "linear":
+            betas = between(beta_start, beta_end)
+        elif schedule == "scaled_linear":
+            betas = [root * root for root in between(math.sqrt(beta_start), math.sqrt(beta_end))]
+        elif schedule == "squaredcos_cap_v2":
+            betas = from_shares(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+        elif schedule == "sigmoid":
+            betas = [
+                beta_start + (beta_end - beta_start) / (1 + math.exp(-x)) for x in between(-6, 6)
+            ]
+        else:
+            betas = from_shares(laplace)
+        alpha_bar, product = [], 1.0
+        for beta in betas:
+            product *= 1 - beta
+            alpha_bar.append(product)
+        if zero_snr:  # arXiv:2305.08891, Algorithm 1
+            first, last = math.sqrt(alpha_bar[0]), math.sqrt(alpha_bar[-1])
+            alpha_bar = [((math.sqrt(a) - last) * first / (first - last)) ** 2 for a in alpha_bar]
+        return alpha_bar
+
+    @staticmethod
+    def sigma(a_t, a_s, eta=1.0):
+        """DDIM, Eq. 16."""
+        return eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)
+
+    @staticmethod
+    def posterior(a_t, a_s):
+        """(weight of x_0, weight of x_t, variance) of q(x_s | x_t, x_0): DDPM, Eq. 6-7."""
+        alpha = a_t / a_s
+        beta = 1 - alpha
+        return (
+            math.sqrt(a_s) * beta / (1 - a_t),
+            math.sqrt(alpha) * (1 - a_s) / (1 - a_t),
+            (1 - a_s) / (1 - a_t) * beta,
+        )
+
+    @classmethod
+    def predictions(cls, kind, m, x, a_t, a_before=None):
+        """(x0_hat, eps_hat) of a prediction, from its definition."""
+        m, x = m.double(), x.double()
+        if kind == "epsilon":
+            return (x - math.sqrt(1 - a_t) * m) / math.sqrt(a_t), m
+        if kind == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x_0
+            x0 = math.sqrt(a_t) * x - math.sqrt(1 - a_t) * m
+            return x0, math.sqrt(1 - a_t) * x + math.sqrt(a_t) * m
+        if kind == "sample":
+            x0 = m
+        else:
+            of_x0, of_x, _ = cls.posterior(a_t, a_before)
+            x0 = (m - of_x * x) / of_x0
+        return x0, (x - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
+
+    @staticmethod
+    def rederived(x, x0, a_t):
+        """eps_hat that belongs to x0_hat (DDPM, Eq. 4)."""
+        return (x.double() - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
+
+    @staticmethod
+    def ddim(x0, eps, a_s, sigma, z, std=None):
+        """DDIM, Eq. 12; `std` is the noise where it is not sigma."""
+        rest = max(1 - a_s - sigma**2, 0.0)
+        noise = (sigma if std is None else std) * z.double()
+        return math.sqrt(a_s) * x0 + math.sqrt(rest) * eps + noise
+
+    @classmethod
+    def ddpm(cls, x0, x, a_t, a_s, std, z):
+        """DDPM, Algorithm 2, through the posterior mean of Eq. 7."""
+        of_x0, of_x, _ = cls.posterior(a_t, a_s)
+        return of_x0 * x0 + of_x * x.double() + std * z.double()
+
+    @staticmethod
+    def limited(x0, config):
+        """Clipping or dynamic thresholding (arXiv:2205.11487, Sec. 2.3) as the config asks."""
+        if config.get("thresholding"):
+            flat = x0.flatten(1)
+            q = torch.quantile(flat.abs(), config["dynamic_thresholding_ratio"], dim=1)
+            q = q.clamp(1, config["sample_max_value"]).view(-1, *[1] * (x0.ndim - 1))
+            return torch.minimum(torch.maximum(x0, -q), q) / q
+        if config["clip_sample"]:
+            return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+        return x0
+
+
+@pytest.fixture(scope="session")
+def closed_form():
+    """The formulas that the mathematics and the schedulers are compared with."""
+    return ClosedForm
