@@ -6,7 +6,9 @@ written s = -1.
 """
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -54,7 +56,10 @@ def make_timesteps(
             )
         ascending = [i * ratio + steps_offset for i in range(n)]
     elif spacing == "trailing":
-        ascending = [round(big_t - i * (big_t / n)) - 1 for i in reversed(range(n))]
+        # the arithmetic of `numpy.arange`, as in stock: its rounding decides where T - i T / n is
+        # halfway between two integers
+        gap = (big_t - big_t / n) - big_t
+        ascending = [round(big_t + i * gap) - 1 for i in reversed(range(n))]
     elif spacing == "linspace":
         # numpy's convention for a single point is the start, and stock diffusers follows it
         gap = (big_t - 1) / (n - 1) if n > 1 else 0.0
@@ -87,10 +92,10 @@ def check_num_inference_steps(num_inference_steps: int, num_train_timesteps: int
     Raises:
         ValueError: otherwise.
     """
-    n = num_inference_steps
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= num_train_timesteps:
+    n = _as_int(num_inference_steps)
+    if n is None or not 1 <= n <= num_train_timesteps:
         raise ValueError(
-            f"`num_inference_steps` is {n!r}; it must be an integer from 1 to "
+            f"`num_inference_steps` is {num_inference_steps!r}; it must be an integer from 1 to "
             f"`num_train_timesteps`={num_train_timesteps}."
         )
     return n
@@ -106,26 +111,39 @@ def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[
     Raises:
         ValueError: naming the first offending value.
     """
-    values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-    if not values:
-        raise ValueError("`timesteps` is empty; it must hold at least one timestep.")
-    for i, t in enumerate(values):
-        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < num_train_timesteps:
+    values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(values, Iterable):
+        raise ValueError(f"`timesteps` is {values!r}; it must be a list of integers.")
+    checked: list[int] = []
+    for i, value in enumerate(values):
+        t = _as_int(value)
+        if t is None or not 0 <= t < num_train_timesteps:
             raise ValueError(
-                f"`timesteps[{i}]` is {t!r}; timesteps must be integers in 0 .. "
+                f"`timesteps[{i}]` is {value!r}; timesteps must be integers in 0 .. "
                 f"{num_train_timesteps - 1}."
             )
-        if i and t >= values[i - 1]:
+        if checked and t >= checked[-1]:
             raise ValueError(
-                f"`timesteps[{i}]` is {t} after {values[i - 1]}; timesteps must decrease strictly."
+                f"`timesteps[{i}]` is {t} after {checked[-1]}; timesteps must decrease strictly."
             )
-    return values
+        checked.append(t)
+    if not checked:
+        raise ValueError("`timesteps` is empty; it must hold at least one timestep.")
+    return checked
+
+
+def _as_int(value: Any) -> int | None:
+    """Return a whole number of any integer type (Python's, numpy's, a 0-d tensor), else None."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def pairs(timesteps: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the planned steps [(t, s), ...] in the order of sampling; the last s is -1, the
-    end.
-    """
+    """Return the planned steps [(t, s), ...] in the order of sampling; the last s is -1 (end)."""
     return list(zip(timesteps, [*timesteps[1:], END], strict=True))
 
 
