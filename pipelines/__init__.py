@@ -5,11 +5,29 @@ from ddim_schedulers.pipelines.generation import (
     GenerationPipeline,
     VariationsOutput,
 )
+from ddim_schedulers.pipelines.interpolation import InterpolationOutput, InterpolationPipeline
+from ddim_schedulers.pipelines.inversion import (
+    InversionOutput,
+    InversionPipeline,
+    ReconstructionOutput,
+)
+from ddim_schedulers.pipelines.langevin import AnnealedLangevinPipeline, LangevinOutput
+from ddim_schedulers.pipelines.pictures import make_grid
 from ddim_schedulers.pipelines.records import SamplingPath
+from ddim_schedulers.pipelines.slerp import slerp
 
 __all__ = [
+    "AnnealedLangevinPipeline",
     "GenerationOutput",
     "GenerationPipeline",
+    "InterpolationOutput",
+    "InterpolationPipeline",
+    "InversionOutput",
+    "InversionPipeline",
+    "LangevinOutput",
+    "ReconstructionOutput",
     "SamplingPath",
     "VariationsOutput",
+    "make_grid",
+    "slerp",
 ]

@@ -25,5 +25,18 @@ class Scheduler(Protocol):
     config: Any
     timesteps: torch.Tensor
     alphas_cumprod: torch.Tensor
-    set_timesteps: Callable[..., None]
-    step: Callable[..., Any]
+
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
+        """Plan the trajectory."""
+
+    @property
+    def step(self) -> Callable[..., Any]:
+        """Take one step."""
+
+
+class Bar(Protocol):
+    """A progress bar, as tqdm's."""
+
+    def update(self) -> object:
+        """Count one step."""

@@ -1,0 +1,295 @@
+"""`InterpolationPipeline`: between seeds, latents or images, the DDIM way and the DDPM way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from ddim_schedulers.pipelines.base import DEFAULT_BATCH_SIZE, UnconditionalPipeline
+from ddim_schedulers.pipelines.fitness import (
+    MULTISTEP,
+    SINGLE_STEP,
+    check_scheduler,
+    has_argument,
+    is_deterministic,
+)
+from ddim_schedulers.pipelines.generation import GenerationPipeline
+from ddim_schedulers.pipelines.images import ImageInput, to_model_space
+from ddim_schedulers.pipelines.inversion import InversionOutput, InversionPipeline
+from ddim_schedulers.pipelines.noise import check_seeds, draw
+from ddim_schedulers.pipelines.sampling import Levels
+from ddim_schedulers.pipelines.slerp import slerp_chain, slerp_grid
+from ddim_schedulers.process import q_sample
+
+
+@dataclass
+class InterpolationOutput(BaseOutput):
+    """What interpolation returns.
+
+    Attributes:
+        images: in the output type, in order from the first end to the last, or row by row.
+        latents: what was decoded, (N, C, H, W) on the CPU: x_T, or the mixed x_t.
+        rows: how many rows the pictures form.
+        inversion: what encoding the ends returned, where images were given.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    latents: torch.Tensor
+    rows: int
+    inversion: InversionOutput | None = None
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The ends of an interpolation as latents, and the pipeline that decodes them."""
+
+    latents: torch.Tensor
+    decoder: GenerationPipeline
+    inversion: InversionOutput | None
+
+
+class InterpolationPipeline(UnconditionalPipeline):
+    """Interpolates between samples of a trained model.
+
+    `__call__` and `grid` mix x_T spherically and decode deterministically (DDIM, Sec. 5.3 and App.
+    D.5); seeds and latents go through the pipeline's own scheduler, so that the ends are its plain
+    samples, and images through `InversionPipeline`, with clipping off both ways. `diffuse` is
+    DDPM's interpolation (Sec. 4.3).
+    """
+
+    accepted_schedulers = SINGLE_STEP + MULTISTEP
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        seeds: Sequence[int] | None = None,
+        latents: torch.Tensor | None = None,
+        images: ImageInput | None = None,
+        num_points: int = 8,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        refinements: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> InterpolationOutput:
+        """Interpolate along a chain of two or more ends.
+
+        Args:
+            seeds: ends as seeds of x_T; exactly one of `seeds`, `latents` and `images` is given.
+            latents: ends as x_T (K, C, H, W).
+            images: ends as images, which are encoded first; see `to_model_space`.
+            num_points: pictures of each stretch, both its ends included, >= 2.
+            num_inference_steps: as in generation.
+            timesteps: as in generation.
+            refinements: of the encoding of images; see `InversionPipeline`.
+            batch_size: images in one network call.
+            output_type: pil, np, pt or latent.
+
+        Returns:
+            (K - 1) (num_points - 1) + 1 images; each end stands once.
+
+        Raises:
+            ValueError: for a scheduler that draws noise in its steps, fewer than two ends, or
+                arguments that do not fit.
+        """
+        _check_count("num_points", num_points)
+        common = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
+        ends = self._ends(seeds, latents, images, refinements, batch_size, common)
+        if len(ends.latents) < 2:
+            raise ValueError("One end is given; interpolation needs at least two.")
+        weights = [i / (num_points - 1) for i in range(num_points - 1)]
+        mixed = slerp_chain(ends.latents, weights)
+        return self._decode(ends, mixed, 1, batch_size, output_type, common)
+
+    @torch.no_grad()
+    def grid(
+        self,
+        *,
+        seeds: Sequence[int] | None = None,
+        latents: torch.Tensor | None = None,
+        images: ImageInput | None = None,
+        rows: int = 8,
+        columns: int = 8,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        refinements: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> InterpolationOutput:
+        """Interpolate between four corners (DDIM, App. D.5): down the sides, then across.
+
+        Args:
+            seeds: four corners, top left, top right, bottom left, bottom right; or `latents` or
+                `images`.
+            latents: as in `__call__`.
+            images: as in `__call__`.
+            rows: >= 2.
+            columns: >= 2.
+            num_inference_steps: as in `__call__`.
+            timesteps: as in `__call__`.
+            refinements: as in `__call__`.
+            batch_size: as in `__call__`.
+            output_type: as in `__call__`.
+
+        Returns:
+            rows * columns images, row by row.
+
+        Raises:
+            ValueError: unless there are four corners; otherwise as `__call__`.
+        """
+        _check_count("rows", rows)
+        _check_count("columns", columns)
+        common = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
+        ends = self._ends(seeds, latents, images, refinements, batch_size, common)
+        if len(ends.latents) != 4:
+            raise ValueError(f"{len(ends.latents)} corners are given; the grid needs four.")
+        mixed = slerp_grid(ends.latents, rows, columns)
+        return self._decode(ends, mixed, rows, batch_size, output_type, common)
+
+    @torch.no_grad()
+    def diffuse(
+        self,
+        images: ImageInput,
+        timestep: int,
+        *,
+        num_points: int = 8,
+        noise: str = "separate",
+        noise_seeds: Sequence[int] = (0, 1),
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> InterpolationOutput:
+        """Interpolate between two images the DDPM way (DDPM, Sec. 4.3 and Fig. 8).
+
+        Both images are diffused, x_t ~ q(x_t | x_0) and x_t' ~ q(x_t | x_0'), mixed linearly as
+        (1 - w) x_t + w x_t', and decoded by the reverse process from t. The noise is fixed for all
+        w, so that x_t and x_t' stay the same; the noise of the reverse steps is that of `seed` for
+        all w, too.
+
+        Args:
+            images: two images; see `to_model_space`.
+            timestep: t, on the trajectory; the paper shows 500 of 1000. A larger t mixes more
+                freely.
+            num_points: pictures, both ends included, >= 2.
+            noise: `separate`: each image gets its own draw, as the paper writes it; the mix then
+                has less variance than x_t. `same`: both get the first draw; the mix of the noise
+                keeps its variance.
+            noise_seeds: of the two draws.
+            seed: of the noise in the reverse steps.
+            num_inference_steps: of the whole trajectory, of which the part from t down is run.
+            timesteps: explicit trajectory instead.
+            eta: as in generation.
+            batch_size: as in `__call__`.
+            output_type: as in `__call__`.
+
+        Raises:
+            ValueError: unless there are two images, or for arguments that do not fit.
+        """
+        self.check()
+        check_scheduler(self.scheduler, SINGLE_STEP, "`diffuse`")
+        _check_count("num_points", num_points)
+        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        if len(x0) != 2:
+            raise ValueError(f"{len(x0)} images are given; DDPM's interpolation needs two.")
+        eps = self._two_draws(noise, noise_seeds)
+        alpha_bar_t = Levels(self.scheduler).at(self._check_timestep(timestep))
+        x_t = q_sample(x0, eps, alpha_bar_t)
+        weights = [i / (num_points - 1) for i in range(num_points)]
+        mixed = torch.stack([(1 - w) * x_t[0] + w * x_t[1] for w in weights])
+        images_out = self.sibling(GenerationPipeline)(
+            latents=mixed,
+            start_timestep=timestep,
+            seeds=[seed] * num_points,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            eta=eta,
+            batch_size=batch_size,
+            output_type=output_type,
+        ).images
+        return InterpolationOutput(images_out, mixed, 1)
+
+    def _check_timestep(self, timestep: int) -> int:
+        big_t = self.scheduler.config.num_train_timesteps
+        if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < big_t:
+            raise ValueError(
+                f"`timestep` is {timestep!r}; it must be an integer in 0 .. {big_t - 1}."
+            )
+        return timestep
+
+    def _two_draws(self, noise: str, noise_seeds: Sequence[int]) -> torch.Tensor:
+        if noise not in ("separate", "same"):
+            raise ValueError(f"`noise` is {noise!r}; it must be 'separate' or 'same'.")
+        if len(noise_seeds) != 2:
+            raise ValueError(f"`noise_seeds` has {len(noise_seeds)} seeds; it must have two.")
+        first, second = check_seeds(noise_seeds)
+        return self._noise_of([first, first if noise == "same" else second])
+
+    def _noise_of(self, seeds: Sequence[int]) -> torch.Tensor:
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        shape = (len(seeds), *self.image_shape)
+        return draw(shape, generators, torch.device("cpu"), self.state_dtype)
+
+    def _ends(
+        self,
+        seeds: Sequence[int] | None,
+        latents: torch.Tensor | None,
+        images: ImageInput | None,
+        refinements: int,
+        batch_size: int,
+        common: dict[str, Any],
+    ) -> _Ends:
+        self.check()
+        if sum(x is not None for x in (seeds, latents, images)) != 1:
+            raise ValueError("Exactly one of `seeds`, `latents` and `images` must be given.")
+        if images is not None:
+            inverter = self.sibling(InversionPipeline)
+            inversion = inverter(images, refinements=refinements, batch_size=batch_size, **common)
+            decoder = self.sibling(GenerationPipeline, scheduler=inverter.decoding_scheduler())
+            return _Ends(inversion.latents, decoder, inversion)
+        if not is_deterministic(self.scheduler):
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__} that draws noise in its steps, "
+                "so x_T does not determine the image; use "
+                "GeneralizedDDIMScheduler.from_config(scheduler.config), whose eta is 0, or "
+                "`diffuse` for DDPM's own interpolation."
+            )
+        if seeds is not None:
+            x_end = self._noise_of(check_seeds(seeds))
+        else:
+            assert latents is not None
+            x_end = self.check_latents(latents).cpu()
+        return _Ends(x_end, self.sibling(GenerationPipeline), None)
+
+    def _decode(
+        self,
+        ends: _Ends,
+        mixed: torch.Tensor,
+        rows: int,
+        batch_size: int,
+        output_type: str,
+        common: dict[str, Any],
+    ) -> InterpolationOutput:
+        eta = 0.0 if has_argument(ends.decoder.scheduler.step, "eta") else None
+        # the seeds serve nothing: the decoder is deterministic
+        output = ends.decoder(
+            latents=mixed,
+            seeds=[0] * len(mixed),
+            eta=eta,
+            batch_size=batch_size,
+            output_type=output_type,
+            **common,
+        )
+        return InterpolationOutput(output.images, mixed, rows, ends.inversion)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 2.")

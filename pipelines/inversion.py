@@ -1,0 +1,255 @@
+"""`InversionPipeline`: images to the latents that DDIM decodes to them, and back.
+
+DDIM at sigma = 0 is an ODE solver, so it can be run backwards (DDIM, Sec. 4.3 and 5.4). One
+decoding step is x_s = a x_t + b eps(x_t, t). Plain inversion solves it for x_t with eps(x_s, t) in
+the place of eps(x_t, t), an error of first order; fixed-point refinement iterates
+
+    x_t <- (x_s - b eps(x_t, t)) / a
+
+from there, whose fixed point is the exact inverse of the decoding step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput, logging
+from PIL import Image
+
+from ddim_schedulers import GeneralizedDDIMInverseScheduler, GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines.base import (
+    DEFAULT_BATCH_SIZE,
+    UnconditionalPipeline,
+    check_batch_size,
+    chunks,
+)
+from ddim_schedulers.pipelines.generation import GenerationPipeline
+from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer, to_model_space
+from ddim_schedulers.pipelines.refinement import Refinement
+from ddim_schedulers.pipelines.sampling import denoise, plan
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_TOLERANCE = 1e-4
+
+
+@dataclass
+class InversionOutput(BaseOutput):
+    """What encoding returns.
+
+    Attributes:
+        latents: x_t at the end of the trajectory, (N, C, H, W) on the CPU, model space.
+        timesteps: tau in the order of encoding (increasing), S timesteps.
+        network_calls: calls of the network for each image.
+        residual: float64 (S, N): root mean square change of x_t in the last refinement of each
+            step, the residual of the iterate before it; None without refinement.
+        converged: whether every residual is within the tolerance; None without refinement.
+    """
+
+    latents: torch.Tensor
+    timesteps: list[int]
+    network_calls: int
+    residual: torch.Tensor | None = None
+    converged: bool | None = None
+
+
+@dataclass
+class ReconstructionOutput(BaseOutput):
+    """What reconstruction returns.
+
+    Attributes:
+        images: the reconstructions, in the output type.
+        error: float64 (N,): mean squared error per dimension with images scaled to [0, 1], of the
+            unclamped reconstruction (the measure of DDIM, Table 2).
+        inversion: what encoding returned.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    error: torch.Tensor
+    inversion: InversionOutput
+
+
+class InversionPipeline(UnconditionalPipeline):
+    """Encodes images to latents along any trajectory and reconstructs them.
+
+    The scheduler gives its config: noise schedule, prediction type and trajectory. Encoding runs
+    `GeneralizedDDIMInverseScheduler` and decoding `GeneralizedDDIMScheduler` at eta = 0, both built
+    from it with clipping and thresholding **off**, because a clipped step has no inverse; a warning
+    says so when the config has them on. The component itself is neither used to step nor changed.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: ImageInput,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        refinements: int = 0,
+        tolerance: float = DEFAULT_TOLERANCE,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> InversionOutput:
+        """Encode images.
+
+        Args:
+            images: PIL images, arrays or tensors; see `to_model_space`.
+            num_inference_steps: S; None: the trajectory kept in the scheduler's config, else 50.
+            timesteps: explicit trajectory instead, strictly **decreasing**, as for decoding.
+            refinements: fixed-point iterations of each step, each one network call; 0 is plain
+                inversion.
+            tolerance: root mean square change of x_t at which an image's iteration stops, > 0 (x_t
+                has a standard deviation of about 1). What has not reached it after `refinements` is
+                warned about.
+            batch_size: images in one network call; bounds the memory. A sample stops on its own, so
+                the result does not depend on the batch.
+
+        Returns:
+            latents with residuals.
+
+        Raises:
+            ValueError: for images that do not fit the network, or arguments out of range.
+        """
+        self.check()
+        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        return self.encode(
+            x0,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            refinements=refinements,
+            tolerance=tolerance,
+            batch_size=batch_size,
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x0: torch.Tensor,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        refinements: int = 0,
+        tolerance: float = DEFAULT_TOLERANCE,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> InversionOutput:
+        """Encode samples x0 (N, C, H, W) in model space, of any range; the rest as in `__call__`.
+
+        Raises:
+            ValueError: for samples that do not fit the network, or arguments out of range.
+        """
+        x0 = self.check_latents(x0, "x0")
+        inverse = self.inverse_scheduler()
+        tau = plan(inverse, num_inference_steps, timesteps, self._execution_device)
+        refinement = Refinement(self.unet, inverse, refinements, tolerance)
+        parts = chunks(len(x0), check_batch_size(batch_size))
+        latents = torch.empty(x0.shape, dtype=x0.dtype)
+        with self.progress_bar(total=len(parts) * len(tau)) as bar:
+            for start, stop in parts:
+                x = x0[start:stop].to(self._execution_device)
+                after = refinement.following(bar.update)
+                latents[start:stop] = denoise(self.unet, inverse, x, tau, {}, after).cpu()
+        self.maybe_free_model_hooks()
+        residual = refinement.residual()
+        converged = None if residual is None else refinement.report(residual)
+        steps = [int(t) for t in tau.tolist()]
+        return InversionOutput(latents, steps, refinement.calls(len(steps)), residual, converged)
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Decode latents (N, C, H, W) with DDIM at eta = 0 and without clipping.
+
+        Args:
+            latents: as `__call__` returned them.
+            num_inference_steps: as for encoding.
+            timesteps: as for encoding.
+            batch_size: as for encoding.
+            output_type: pil, np, pt or latent (the unclamped sample in model space).
+
+        Raises:
+            ValueError: for latents that do not fit the network, or arguments out of range.
+        """
+        decoder = self.sibling(GenerationPipeline, scheduler=self.decoding_scheduler())
+        return decoder(
+            latents=latents,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            eta=0.0,
+            batch_size=batch_size,
+            output_type=output_type,
+        ).images
+
+    def reconstruct(
+        self,
+        images: ImageInput,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        refinements: int = 0,
+        tolerance: float = DEFAULT_TOLERANCE,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> ReconstructionOutput:
+        """Encode images and decode the latents, both on the same trajectory (DDIM, Sec. 5.4).
+
+        Args:
+            images: as in `__call__`.
+            num_inference_steps: S steps each way.
+            timesteps: explicit trajectory instead, strictly decreasing.
+            refinements: as in `__call__`.
+            tolerance: as in `__call__`.
+            batch_size: as in `__call__`.
+            output_type: pil, np, pt or latent.
+
+        Returns:
+            reconstructions with their error per dimension on [0, 1].
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        self.check()
+        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        common: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
+            "batch_size": batch_size,
+        }
+        inversion = self.encode(x0, refinements=refinements, tolerance=tolerance, **common)
+        again: Any = self.decode(inversion.latents, output_type="latent", **common)
+        buffer = OutputBuffer(output_type, len(x0), self.image_shape)
+        buffer.add(0, again)
+        return ReconstructionOutput(buffer.result(), unit_error(again, x0), inversion)
+
+    def inverse_scheduler(self) -> GeneralizedDDIMInverseScheduler:
+        """Return the encoding scheduler: the component's config with clipping off."""
+        config = self.scheduler.config
+        clipping = [k for k in ("clip_sample", "thresholding") if config.get(k)]
+        if clipping:
+            logger.warning(
+                f"{' and '.join(clipping)} is on in the scheduler's config; InversionPipeline "
+                "encodes and decodes with it off, because a clipped step has no inverse."
+            )
+        return GeneralizedDDIMInverseScheduler.from_config(config, clip_sample=False)
+
+    def decoding_scheduler(self) -> GeneralizedDDIMScheduler:
+        """Return the decoding scheduler: the config with clipping off, the member eta = 0."""
+        return GeneralizedDDIMScheduler.from_config(
+            self.scheduler.config,
+            clip_sample=False,
+            thresholding=False,
+            eta=None,
+            sigma=None,
+            reverse_variance="sigma",
+        )
+
+
+def unit_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of each sample, float64 (N,), with [-1, 1] scaled to [0, 1]."""
+    return ((x.double() - y.double()) / 2).square().flatten(1).mean(dim=1)
