@@ -118,9 +118,7 @@ def score_from(
     alpha_bar_t: torch.Tensor,
     alpha_bar_before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the score grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t), in the shape of
-    `x_t`.
-    """
+    """Return the score grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t)."""
     eps = eps_from(prediction_type, model_output, x_t, alpha_bar_t, alpha_bar_before)
     return score_from_eps(eps, alpha_bar_t)
 
@@ -131,9 +129,7 @@ def score_from_eps(eps: torch.Tensor, alpha_bar_t: torch.Tensor) -> torch.Tensor
 
 
 def eps_from_x0(x0: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor) -> torch.Tensor:
-    """Return (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), for alpha_bar_t < 1 (DDPM, Eq.
-    4).
-    """
+    """Return (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t) (DDPM, Eq. 4)."""
     return (x_t - alpha_bar_t.sqrt() * x0) / (1 - alpha_bar_t).sqrt()
 
 
@@ -144,8 +140,7 @@ def target(
     alpha_bar_t: torch.Tensor,
     alpha_bar_before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what a perfect network would predict for x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t)
-    eps.
+    """Return what a perfect network would predict at x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
 
     Raises:
         ValueError: for an unknown prediction type, or `posterior_mean` without `alpha_bar_before`.
@@ -168,8 +163,7 @@ def clip(x0: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
-    """Clip each sample to its own quantile and scale back into [-1, 1] (arXiv:2205.11487, Sec.
-    2.3).
+    """Clip each sample to its own quantile, scaled back to [-1, 1] (arXiv:2205.11487, Sec. 2.3).
 
     Args:
         x0: batch (B, ...), float32 or float64.

@@ -11,7 +11,9 @@ import importlib
 import inspect
 from typing import Any
 
-SETTINGS_KEY = "_ddim_schedulers"
+from .settings import SETTINGS_KEY, restore_settings
+
+__all__ = ["SETTINGS_KEY", "STOCK_CLASSES", "register", "restore_settings", "to_portable"]
 
 STOCK_CLASSES = {
     "GeneralizedDDIMInverseScheduler": "DDIMInverseScheduler",
@@ -19,10 +21,32 @@ STOCK_CLASSES = {
     "MarkovianDDPMScheduler": "DDPMScheduler",
 }
 
+# What each stock class offers of the settings that have names (diffusers 0.42.1). DDIMInverse lists
+# `linspace` nowhere and raises.
+STOCK_SPACINGS = {
+    "DDIMInverseScheduler": ("leading", "trailing"),
+    "DDIMScheduler": ("leading", "trailing", "linspace"),
+    "DDPMScheduler": ("leading", "trailing", "linspace"),
+}
+STOCK_SCHEDULES = {
+    "DDIMInverseScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "DDIMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "DDPMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
+}
+# The same variance; stock's own `fixed_large_log` is NaN in the first step.
+STOCK_VARIANCE_TYPES = {"fixed_large_log": "fixed_large"}
+
+# Settings that no stock class has, with the values that change nothing.
+NEUTRAL = {
+    "eta": (None, 0.0),
+    "sigma": (None,),
+    "timesteps": (None,),
+    "reverse_variance": (None, "sigma"),
+}
+
 
 def register() -> None:
-    """Tell diffusers that the classes of this package can be saved and loaded by
-    `["ddim_schedulers", name]`.
+    """Tell diffusers to save and load our classes as `["ddim_schedulers", name]`.
 
     Raises:
         ImportError: if this diffusers keeps its table of loadable classes elsewhere.
@@ -36,8 +60,7 @@ def register() -> None:
         raise ImportError(
             f"diffusers {diffusers.__version__} has no LOADABLE_CLASSES in "
             "diffusers.pipelines.pipeline_loading_utils, so ddim_schedulers cannot register its "
-            "schedulers; "
-            "please report this with your version."
+            "schedulers; please report this with your version."
         ) from error
     methods = {name: ["save_pretrained", "from_pretrained"] for name in STOCK_CLASSES}
     loadable["ddim_schedulers"] = methods
@@ -64,97 +87,74 @@ def to_portable(scheduler: Any) -> tuple[Any, list[str]]:
     if name not in STOCK_CLASSES:
         raise ValueError(f"`scheduler` is a {name}; it must be one of {sorted(STOCK_CLASSES)}.")
     stock = getattr(diffusers, STOCK_CLASSES[name])
-    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    config = {k: _plain(v) for k, v in scheduler.config.items() if not k.startswith("_")}
     if config["prediction_type"] == "posterior_mean":
         raise ValueError(
-            "`prediction_type` is 'posterior_mean', which no stock scheduler understands; a "
-            "portable export "
-            "would sample noise. Train with 'epsilon', 'sample' or 'v_prediction' to share it that "
-            "way."
+            "`prediction_type` is 'posterior_mean', which no stock scheduler understands: a "
+            "portable export would sample noise. Export it as 'plug-in' or 'self-contained', or "
+            "train with 'epsilon', 'sample' or 'v_prediction'."
         )
-    stand_ins = _stand_ins(name, config)
+    stand_ins = _stand_ins(stock.__name__, scheduler, config)
     stock_keys = inspect.signature(stock.__init__).parameters
     settings = {k: v for k, v in config.items() if k not in stock_keys or k in stand_ins}
     kept = {k: v for k, v in config.items() if k in stock_keys}
     portable = stock(**{**kept, **stand_ins})
     private = {"class": name, "settings": settings, "stand_ins": stand_ins}
     portable.register_to_config(**{SETTINGS_KEY: private})
-    return portable, _what_is_lost(name, config, stand_ins, stock.__name__)
+    return portable, _what_is_lost(stock.__name__, scheduler, config, stand_ins)
 
 
-def restore_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `config` with the settings of a portable export put back; other configs are returned
-    as they are.
-
-    A value that stands in for one of ours is replaced only where nobody changed it since.
-    """
-    private = config.get(SETTINGS_KEY)
-    if private is None:
-        return config
-    if not isinstance(private, dict) or not isinstance(private.get("settings"), dict):
-        raise ValueError(
-            f"`{SETTINGS_KEY}` in the config is not a record of this package: {private!r}."
-        )
-    restored = {k: v for k, v in config.items() if k != SETTINGS_KEY}
-    stand_ins = private.get("stand_ins", {})
-    for key, value in private["settings"].items():
-        if key in stand_ins and restored.get(key) != stand_ins[key]:
-            continue
-        restored[key] = value
-    return restored
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: arrays and tensors as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _stand_ins(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the nearest stock value of each setting whose key stock has, but whose value it
-    lacks.
-    """
+def _stand_ins(stock: str, scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the nearest stock value of each setting that stock knows, but not with our value."""
     stand_ins: dict[str, Any] = {}
-    stock_spacings = {"leading", "trailing", "linspace"}
-    if name == "GeneralizedDDIMInverseScheduler":
-        stock_spacings = {"leading", "trailing"}
-    if config["timestep_spacing"] not in stock_spacings:
+    if config["timestep_spacing"] not in STOCK_SPACINGS[stock]:
         stand_ins["timestep_spacing"] = "leading"
-    if config["trained_betas"] is None:
-        import diffusers
-
-        stock_schedules = {"linear", "scaled_linear", "squaredcos_cap_v2"}
-        if STOCK_CLASSES[name] == "DDPMScheduler":
-            stock_schedules |= {"sigmoid", "laplace"}
-        if config["beta_schedule"] not in stock_schedules:
-            # the betas themselves can always be said in numbers
-            ours = getattr(importlib.import_module("ddim_schedulers"), name)
-            del diffusers
-            betas = ours(
-                **{
-                    k: v
-                    for k, v in config.items()
-                    if k in inspect.signature(ours.__init__).parameters
-                }
-            )
-            stand_ins["trained_betas"] = betas.betas.tolist()
+    if config["trained_betas"] is None and config["beta_schedule"] not in STOCK_SCHEDULES[stock]:
+        # the betas themselves can always be said in numbers
+        stand_ins["trained_betas"] = scheduler.betas.tolist()
+    if stock == "DDPMScheduler" and config["variance_type"] in STOCK_VARIANCE_TYPES:
+        stand_ins["variance_type"] = STOCK_VARIANCE_TYPES[config["variance_type"]]
     return stand_ins
 
 
 def _what_is_lost(
-    name: str, config: dict[str, Any], stand_ins: dict[str, Any], stock: str
+    stock: str, scheduler: Any, config: dict[str, Any], stand_ins: dict[str, Any]
 ) -> list[str]:
     notes = []
+    spacing = config["timestep_spacing"]
     if "timestep_spacing" in stand_ins:
         notes.append(
-            f"{stock} has no timestep_spacing={config['timestep_spacing']!r}; without "
-            f"ddim_schedulers it uses "
+            f"{stock} has no timestep_spacing={spacing!r}; without ddim_schedulers it uses "
             f"{stand_ins['timestep_spacing']!r}."
         )
-    neutral = {
-        "eta": (None, 0.0),
-        "sigma": (None,),
-        "timesteps": (None,),
-        "reverse_variance": (None, "sigma"),
-    }
-    for key, values in neutral.items():
-        if config.get(key) not in values:
-            notes.append(
-                f"{stock} has no `{key}`; without ddim_schedulers {key}={config[key]!r} has no "
-                f"effect."
+    elif spacing != "leading" and stock != "DDPMScheduler":
+        notes.append(
+            f"{stock} steps from a {spacing!r} timestep t to t - T // n, not to the next planned "
+            "timestep as ddim_schedulers does; its samples differ a little."
+        )
+    for key, values in NEUTRAL.items():
+        value = config.get(key)
+        if value in values:
+            continue
+        without = f"without ddim_schedulers {key}={_short(value)} has no effect"
+        note = f"{stock} has no `{key}`; {without}."
+        if key == "eta":
+            note += f" Pass `eta={value!r}` to the pipeline where its call takes it."
+        elif value == "learned_range":
+            note = (
+                f"{stock} cannot use a network that predicts its variance (reverse_variance="
+                "'learned_range', 2 C output channels); without ddim_schedulers it fails."
             )
+        notes.append(note)
     return notes
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 6:
+        return f"[{value[0]!r}, ..., {value[-1]!r}] ({len(value)} values)"
+    return repr(value)

@@ -138,8 +138,7 @@ def respace(alpha_bar: torch.Tensor, timesteps: Sequence[int]) -> torch.Tensor:
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> torch.Tensor:
-    """Return KL(p || q) of two Gaussians elementwise, in nats; the sum over elements is the joint
-    KL.
+    """Return KL(p || q) of two Gaussians elementwise, in nats; the joint KL is the sum.
 
     0.5 (log(v_q / v_p) + (v_p + (m_p - m_q)^2) / v_q - 1), for variances > 0 (a zero one gives inf
     or nan).

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -36,7 +36,7 @@ from .parameterization import (
     eps_coefficients,
     x0_coefficients,
 )
-from .plugin import restore_settings
+from .settings import restore_settings
 from .sigmas import sigma_eta, sigma_hat
 from .timesteps import (
     TIMESTEP_SPACINGS,
@@ -71,31 +71,31 @@ MIN_STD = 1e-10
 
 
 class Table(NamedTuple):
-    """Rows of one (trajectory, eta), float32 or float64 of shape (T, 8), and what is known of all
-    rows.
+    """Rows of one (trajectory, eta), float32 or float64, and what is known of all of them.
+
+    The columns are x0_x, x0_m, out_x0, out_x, out_m, std and, where the network tells the noise, its
+    bounds log_std_min and log_std_max.
     """
 
-    rows: torch.Tensor  # columns: x0_x, x0_m, out_x0, out_x, out_m, std, log_std_min, log_std_max
+    rows: torch.Tensor
     uses_sample: bool  # is out_x needed beside a clipped x0_hat?
     uses_output: bool  # is out_m needed beside a clipped x0_hat?
 
 
 class FamilySchedulerMixin:
-    """The common part of the scheduler classes; the host's `SchedulerMixin` and `ConfigMixin` come
-    after it.
-    """
+    """The common part of the scheduler classes, in front of `SchedulerMixin` and `ConfigMixin`."""
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
     config: Any
+    config_name: Any = SCHEDULER_CONFIG_NAME
 
     @classmethod
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """Build the scheduler from the config of any discrete variance-preserving diffusers
-        scheduler.
+        """Build the scheduler from any discrete variance-preserving diffusers scheduler's config.
 
         Args:
             config: a scheduler's config; `kwargs` override its keys. Settings that a portable
@@ -116,9 +116,7 @@ class FamilySchedulerMixin:
     def extract_init_dict(
         cls, config_dict: dict[str, Any], **kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        """Split a config as diffusers does; arguments of our other classes become hidden keys in
-        silence.
-        """
+        """Split a config as diffusers does; arguments of our other classes become hidden keys."""
         own = cls._get_init_keys(cls)  # type: ignore[attr-defined]
         other = {k: v for k, v in config_dict.items() if k in FAMILY_KEYS and k not in own}
         rest = {k: v for k, v in config_dict.items() if k not in other}
@@ -147,14 +145,13 @@ class FamilySchedulerMixin:
         self._tables: dict[tuple, Table] = {}
         self._forward: dict[tuple, torch.Tensor] = {}
         self.num_inference_steps: int | None = None
+        self._planned = False  # compiled code would recompile for each `num_inference_steps`
         self._set_plan(list(range(big_t - 1, -1, -1)))
         self.timesteps = self._plan_tensor()
 
     @property
     def alpha_bar(self) -> torch.Tensor:
-        """alpha_bar_t = prod_{i <= t} (1 - beta_i), float64 on the CPU, shape (T,) (DDPM, Eq.
-        4).
-        """
+        """alpha_bar_t = prod_{i <= t} (1 - beta_i), float64, shape (T,) (DDPM, Eq. 4)."""
         return self._alpha_bar
 
     @property
@@ -219,9 +216,7 @@ class FamilySchedulerMixin:
         return pairs(self._plan)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
-        """Return where a step from `timestep` lands: the next planned timestep, or -1 for the
-        end.
-        """
+        """Return where a step from `timestep` lands: the next planned one, or -1 for the end."""
         if isinstance(timestep, torch.Tensor):
             return self._landing.to(timestep.device)[timestep.long()]
         return int(self._landing[self._check_timestep(timestep)])
@@ -232,16 +227,12 @@ class FamilySchedulerMixin:
             raise ValueError(f"`timestep` is {t}; it must lie in 0 .. {len(self) - 1}.")
         return t
 
-    # -- one step
-    # -----------------------------------------------------------------------------------------
-
     def _table(
-        self, sigma: torch.Tensor, std: torch.Tensor, rederive: bool, device: Any, dtype: Any
+        self, sigma: torch.Tensor, std: torch.Tensor | None, rederive: bool, device: Any, dtype: Any
     ) -> Table:
-        """Return the table of the reverse transitions with the given sigma and noise, each of shape
-        (T,).
+        """Return the table of the reverse transitions with the given sigma and noise, both (T,).
 
-        With `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
+        `std=None` leaves the noise to the network: the column is 1, its bounds follow it. With `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
         sqrt(1 - abar_t); otherwise it is the network's own, as in stock DDIM. It makes no
         difference where nothing is clipped.
         """
@@ -250,9 +241,9 @@ class FamilySchedulerMixin:
         before = alpha_bar_before(a_t)
         x0 = x0_coefficients(prediction, a_t, before)
         eps = eps_coefficients(prediction, a_t, before)
-        std = torch.where(
-            self._alpha_bar_s == 1, 0.0, std
-        )  # no noise on the step that lands on x_0
+        bounds = self._noise_bounds() if std is None else []
+        std = torch.ones_like(sigma) if std is None else std
+        std = torch.where(self._alpha_bar_s == 1, 0.0, std)  # the step that lands on x_0 adds none
         row = transition(self._alpha_bar_s, sigma, std)
         if self._clips() and rederive:
             weight = row.eps / (1 - a_t).sqrt()
@@ -260,7 +251,7 @@ class FamilySchedulerMixin:
         else:
             out = fold(x0, eps, row, self._clips())
         uses_sample = rederive or prediction != "epsilon"
-        rows = torch.stack([*x0, *out, row.std, *self._noise_bounds()], dim=1)
+        rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
         return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive)
 
     def _noise_bounds(self) -> list[torch.Tensor]:
@@ -290,7 +281,7 @@ class FamilySchedulerMixin:
             )
         index = timestep.to(rows.device)
         if index.ndim == 0:
-            return rows.index_select(0, index.reshape(1)).view(-1).unbind(0)
+            return rows.index_select(0, index.view(1)).unbind(1)
         if index.ndim > 1 or index.shape[0] not in (1, sample.shape[0]):
             raise ValueError(
                 f"`timestep` has shape {tuple(index.shape)}; it must be a number or have one value "
@@ -313,9 +304,7 @@ class FamilySchedulerMixin:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
         prediction, raw_variance = _split_learned(model_output, sample, learned)
-        x0_x, x0_m, out_x0, out_x, out_m, std, log_min, log_max = self._look_up(
-            table.rows, timestep, sample
-        )
+        x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = self._look_up(table.rows, timestep, sample)
         dtype = table.rows.dtype
         x, m = sample.to(dtype), prediction.to(dtype)
         x0 = torch.mul(x, x0_x).addcmul_(m, x0_m)
@@ -331,12 +320,9 @@ class FamilySchedulerMixin:
         if adds_noise:
             noise = _noise_like(prediction, generator, variance_noise).to(dtype)
             if raw_variance is not None:
-                std = std * _learned_std(learned, raw_variance.to(dtype), log_min, log_max)
+                std = std * _learned_std(raw_variance.to(dtype), *bounds, learned=learned)
             out.addcmul_(noise, std)
         return out.to(sample.dtype), x0.to(sample.dtype)
-
-    # -- the rest of the interface of a diffusers scheduler
-    # -----------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Return the sample as it is: a variance-preserving process needs no scaling."""
@@ -401,6 +387,7 @@ def fold(x0: Coefficients, eps: Coefficients, row: Transition, clipped: bool) ->
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Return float64 if one of the tensors has it, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -446,7 +433,7 @@ def _split_learned(
 
 
 def _learned_std(
-    learned: str | None, raw: torch.Tensor, log_min: torch.Tensor, log_max: torch.Tensor
+    raw: torch.Tensor, log_min: torch.Tensor, log_max: torch.Tensor, learned: str | None
 ) -> torch.Tensor:
     if learned == "learned":  # the output is the variance itself, as in stock diffusers
         return raw.sqrt()

@@ -1,6 +1,4 @@
-"""`GeneralizedDDIMScheduler`: the sigma-family of DDIM (arXiv:2010.02502) as a diffusers
-scheduler.
-"""
+"""`GeneralizedDDIMScheduler`: the sigma-family of DDIM (arXiv:2010.02502)."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -175,6 +173,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
             self._sigma = torch.full_like(self._alpha_bar, torch.nan)
             self._sigma[planned] = member
         self.num_inference_steps = len(planned)
+        self._planned = True
 
     def _sigma_of(self, eta: float) -> torch.Tensor:
         return sigma_eta(self._alpha_bar, self._alpha_bar_s, eta)
@@ -211,17 +210,17 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         )
         table = self._tables.get(key)
         if table is None:
-            sigma = self._sigma if self._sigma is not None else self._checked_sigma(eta)
-            if config.reverse_variance == "sigma":
-                std = sigma
-            elif config.reverse_variance == "sigma_hat":
+            sigma = self._sigma if eta is None else self._checked_sigma(eta)
+            assert sigma is not None  # `_member` returns None only for an explicit sigma
+            std: torch.Tensor | None = sigma
+            if config.reverse_variance == "sigma_hat":
                 std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-            else:
-                std = torch.ones_like(sigma)  # a learned std is multiplied on
+            elif config.reverse_variance == "learned_range":
+                std = None
             table = self._tables[key] = self._table(sigma, std, rederive and clips, device, dtype)
         return table
 
-    def _checked_sigma(self, eta: float | None) -> torch.Tensor:
+    def _checked_sigma(self, eta: float) -> torch.Tensor:
         sigma = self._sigma_of(check_eta(eta))
         # up to eta = 1 every sigma is admissible; above it the plan decides (a traced call gets NaN
         # instead)
@@ -264,7 +263,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         Raises:
             ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
         """
-        if self.num_inference_steps is None:
+        if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
         member = self._member(eta)
         if self._sigma is not None:

@@ -1,6 +1,4 @@
-"""`GeneralizedDDIMInverseScheduler`: DDIM encoding, x_0 to x_T, on the trajectory of the forward
-scheduler.
-"""
+"""`GeneralizedDDIMInverseScheduler`: DDIM encoding, from x_0 to x_T."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,8 +14,7 @@ from .transition import transition
 
 
 class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
-    """Drop-in for `DDIMInverseScheduler`: the deterministic member run backwards, on any
-    trajectory.
+    """Drop-in for `DDIMInverseScheduler`: the deterministic member run backwards.
 
     The pairs (t, s) are those of `GeneralizedDDIMScheduler` with the same settings, in reverse
     order. A step goes from s up to t, with the network asked at t, the later one of the pair
@@ -88,9 +85,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         return clip(x0, self.config.clip_sample_range)
 
     def planned_pairs(self) -> list[tuple[int, int]]:
-        """Return the planned steps [(t, s), ...] in the order of encoding; each goes from s up to
-        t.
-        """
+        """Return the planned steps [(t, s), ...] in the order of encoding, each from s up to t."""
         return super().planned_pairs()[::-1]
 
     def set_timesteps(
@@ -119,12 +114,11 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
             self._set_plan(before)
             raise
         self.num_inference_steps = len(self._plan)
+        self._planned = True
         self.timesteps = self._plan_tensor().to(device)
 
     def _coefficients(self) -> tuple[Coefficients, Coefficients]:
-        """Return those of x0_hat and eps_hat, from x_s and the prediction; see the class on the
-        levels.
-        """
+        """Return those of x0_hat and eps_hat, from x_s and the prediction."""
         a_t, a_s, prediction = self._alpha_bar, self._alpha_bar_s, self.config.prediction_type
         before = alpha_bar_before(a_t)
         if prediction == "posterior_mean":
@@ -143,7 +137,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
             x0, eps = self._coefficients()
             none = torch.zeros_like(self._alpha_bar)
             row = transition(self._alpha_bar, none)
-            rows = torch.stack([*x0, *fold(x0, eps, row, clips), none, none, none], dim=1)
+            rows = torch.stack([*x0, *fold(x0, eps, row, clips), none], dim=1)
             table = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
             self._tables[key] = table
         return table
@@ -170,7 +164,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         Raises:
             ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
         """
-        if self.num_inference_steps is None:
+        if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
         table = self._table_for(sample.device, compute_dtype(sample, model_output))
         x_t, x0 = self._step(table, False, model_output, timestep, sample, None, None, None)

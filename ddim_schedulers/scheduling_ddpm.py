@@ -131,12 +131,11 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         if table is None:
             sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
             name = self._check_variance_type()
-            if name.startswith("fixed_small"):
-                std = sigma
-            elif name.startswith("fixed_large"):
+            std: torch.Tensor | None = sigma
+            if name.startswith("fixed_large"):
                 std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-            else:
-                std = torch.ones_like(sigma)  # a learned std is multiplied on
+            elif name.startswith("learned"):
+                std = None
             # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
             # re-derived
             table = self._tables[key] = self._table(sigma, std, clips, device, dtype)

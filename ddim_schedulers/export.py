@@ -1,0 +1,383 @@
+"""The three forms in which a pipeline with our scheduler is shared.
+
+| form             | `model_index.json` names       | who can load it                           |
+|------------------|--------------------------------|-------------------------------------------|
+| `portable`       | the stock class                | anyone; our settings travel under one key |
+| `plug-in`        | `["ddim_schedulers", <class>]` | who has imported this package             |
+| `self-contained` | a `.py` beside the config      | anyone, with `trust_remote_code=True`     |
+
+A form is a matter of two small JSON files (and the one `.py`): weights are neither read nor copied.
+`export_folder` says what a saved pipeline looks like in a form, `save_pipeline` writes it.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .plugin import STOCK_CLASSES, to_portable
+from .settings import SETTINGS_KEY
+
+FORMS = ("portable", "plug-in", "self-contained")
+
+INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+BUNDLE_PREFIX = "ddim_schedulers_"
+
+# What a diffusers pipeline consists of. Checkpoints, optimiser states, pickles and code of others
+# are not part of it.
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+ROOT_FILES = (INDEX, "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A pipeline folder in one form.
+
+    Attributes:
+        files: path in the repository -> the file on disk, or new content where the form changes it.
+        notes: one sentence for each setting that the form cannot express.
+        left_out: files of the folder that are not part of the pipeline.
+        schedulers: component name -> our scheduler, as it is after loading with this package.
+    """
+
+    files: dict[str, Path | bytes]
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    schedulers: dict[str, Any] = field(default_factory=dict)
+
+
+def check_form(form: str) -> str:
+    """Return `form` if it is one of `FORMS`.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if form not in FORMS:
+        raise ValueError(f"`form` is {form!r}; it must be one of {FORMS}.")
+    return form
+
+
+def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") -> Export:
+    """Return the files of a saved pipeline in the given form; nothing on disk is changed.
+
+    Args:
+        pipeline_dir: a folder that `save_pretrained` wrote, in any form.
+        form: one of `FORMS`.
+
+    Raises:
+        ValueError: for an unknown form, a folder that is not a pipeline, pickled weights, a
+            scheduler that the form cannot hold, or `plug-in` and `self-contained` without one of
+            ours.
+    """
+    check_form(form)
+    root = Path(pipeline_dir)
+    index = _read_index(root)
+    components = [
+        name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None
+    ]
+    files, left_out = _pipeline_files(root, components)
+    notes: list[str] = []
+    schedulers: dict[str, Any] = {}
+    for name in components:
+        scheduler = _our_scheduler(root, name, index[name])
+        if scheduler is None:
+            continue
+        schedulers[name] = scheduler
+        for path in [p for p in files if p.startswith(f"{name}/") and p.endswith(".py")]:
+            del files[path]
+        entry, written, lost = scheduler_files(scheduler, form)
+        index[name] = entry
+        files.update({f"{name}/{path}": content for path, content in written.items()})
+        notes += lost
+    if not schedulers and form != "portable":
+        raise ValueError(
+            f"`form` is {form!r}, but no scheduler of {root} is one of {sorted(STOCK_CLASSES)}; a "
+            "pipeline of stock classes is portable as it is."
+        )
+    index["_class_name"] = _pipeline_class(index, schedulers, form)
+    files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    return Export(files, notes, left_out, schedulers)
+
+
+def save_pipeline(
+    pipeline: Any, directory: str | os.PathLike[str], form: str = "portable"
+) -> list[str]:
+    """Save a pipeline in the given form.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        directory: where to, as in `save_pretrained`.
+        form: one of `FORMS`.
+
+    Returns:
+        One sentence for each setting that the form cannot express.
+
+    Raises:
+        ValueError: as `export_folder`.
+    """
+    check_form(form)
+    for component in pipeline.components.values():
+        if form == "portable" and type(component).__name__ in STOCK_CLASSES:
+            to_portable(component)  # refuses before anything is written
+    pipeline.save_pretrained(directory)
+    root = Path(directory)
+    export = export_folder(root, form)
+    for path in [p for s in export.schedulers for p in (root / s).glob(f"{BUNDLE_PREFIX}*.py")]:
+        path.unlink()
+    # the index last: until then the folder is the plug-in form that `save_pretrained` wrote
+    for path, content in sorted(export.files.items(), key=lambda item: item[0] == INDEX):
+        if isinstance(content, bytes):
+            _write(root / path, content)
+    return export.notes
+
+
+def scheduler_files(scheduler: Any, form: str) -> tuple[list[str], dict[str, bytes], list[str]]:
+    """Return the entry in `model_index.json`, the files of the scheduler folder, and what is lost.
+
+    Args:
+        scheduler: one of ours.
+        form: one of `FORMS`.
+
+    Raises:
+        ValueError: if the form cannot hold the scheduler.
+    """
+    check_form(form)
+    name = type(scheduler).__name__
+    if form == "portable":
+        stock, notes = to_portable(scheduler)
+        entry = ["diffusers", type(stock).__name__]
+        return entry, {SCHEDULER_CONFIG: stock.to_json_string().encode()}, notes
+    config = {SCHEDULER_CONFIG: scheduler.to_json_string().encode()}
+    if form == "plug-in":
+        return ["ddim_schedulers", name], config, []
+    module, source = bundle(name)
+    return [module, name], {**config, f"{module}.py": source.encode()}, []
+
+
+# -- reading a saved pipeline
+
+
+def _read_index(root: Path) -> dict[str, Any]:
+    path = root / INDEX
+    if not path.is_file():
+        raise ValueError(f"{root} is not a saved pipeline: it has no {INDEX}.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(index, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    for name, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+            raise ValueError(f"{path}: {name!r} must name a library and a class, got {entry!r}.")
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"{path}: {name!r} is not the name of a component.")
+    return index
+
+
+def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path | bytes], list[str]]:
+    files: dict[str, Path | bytes] = {}
+    left_out = []
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        parts = path.relative_to(root).parts
+        name = "/".join(parts)
+        if len(parts) == 2 and parts[0] in components and path.suffix in COMPONENT_SUFFIXES:
+            files[name] = path
+        elif len(parts) == 2 and parts[0] in components and path.suffix == ".py":
+            files[name] = path
+        elif len(parts) == 1 and (name in ROOT_FILES or path.suffix.lower() in PICTURES):
+            files[name] = path
+        elif parts[0] == "assets" and path.suffix.lower() in PICTURES:
+            files[name] = path
+        else:
+            left_out.append(name)
+    pickled = [n for n in left_out if n.partition("/")[0] in components and n.endswith(".bin")]
+    if pickled:
+        raise ValueError(
+            f"{root / pickled[0]} is a pickle, which can run code where it is loaded; save the "
+            "pipeline again with `safe_serialization=True`."
+        )
+    return files, left_out
+
+
+def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
+    """Return the component as a scheduler of ours, or None if it is something else."""
+    import ddim_schedulers
+
+    path = root / name / SCHEDULER_CONFIG
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    library, class_name = entry
+    private = config.get(SETTINGS_KEY)
+    if library == "diffusers" and isinstance(private, dict):
+        class_name = private.get("class")
+    elif library != "ddim_schedulers" and not library.startswith(
+        ("ddim_schedulers.", BUNDLE_PREFIX)
+    ):
+        return None
+    if class_name not in STOCK_CLASSES:
+        raise ValueError(
+            f"{path} names the class {class_name!r}; it must be one of {sorted(STOCK_CLASSES)}."
+        )
+    return getattr(ddim_schedulers, class_name).from_config(config)
+
+
+def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str) -> Any:
+    """Return the pipeline class by which everyone can load the folder.
+
+    `DDIMPipeline` puts a stock scheduler in the place of any other, so a scheduler of ours needs
+    `DDPMPipeline`, whose loop is the same; our own pipelines are unknown to diffusers.
+    """
+    import diffusers
+
+    name = index.get("_class_name")
+    components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
+    if components != {"unet", "scheduler"} or "scheduler" not in schedulers:
+        return name
+    known = isinstance(name, str) and hasattr(diffusers, name)
+    if known and name not in ("DDPMPipeline", "DDIMPipeline"):
+        return name
+    ddim = type(schedulers["scheduler"]).__name__ == "GeneralizedDDIMScheduler"
+    return "DDIMPipeline" if ddim and form == "portable" else "DDPMPipeline"
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# -- the self-contained scheduler: one file out of our modules
+
+BUNDLE_IMPORTS = ("import os", "import shutil")
+
+BUNDLE_HEAD = '''\
+"""{name} of ddim-schedulers {version}, in one file.
+
+Made from the package's own modules, in the order of their imports, so that a repository can carry
+its scheduler: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`. It needs torch,
+numpy and diffusers, and nothing else. Licensed under the Apache License, Version 2.0.
+"""
+'''
+
+# Diffusers records a component under its module; the module of a downloaded class is a path in
+# this machine's cache. Saved under the name of this file, and with it, a pipeline stays loadable.
+BUNDLE_TAIL = """\
+# -- saving again: the file travels with the config
+
+
+def _save_with_source(
+    self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    SchedulerMixin.save_pretrained(self, save_directory, push_to_hub=False)
+    target = os.path.join(save_directory, _MODULE + ".py")
+    if os.path.abspath(target) != os.path.abspath(__file__):
+        shutil.copyfile(__file__, target)
+    if push_to_hub:
+        raise ValueError("`push_to_hub` of a lone scheduler is not supported; push its pipeline.")
+
+
+_MODULE = os.path.splitext(os.path.basename(__file__))[0]
+{name}.save_pretrained = _save_with_source  # type: ignore[method-assign]
+{name}.__module__ = _MODULE
+"""
+
+
+def bundle(class_name: str) -> tuple[str, str]:
+    """Return module name and source of one file that holds a scheduler class of this package.
+
+    Modules are joined in the order of their relative imports, which are dropped; a name that two
+    modules define would be lost, so it is refused.
+
+    Args:
+        class_name: one of our three classes.
+
+    Raises:
+        ValueError: for another class, or modules that cannot be joined.
+    """
+    import sys
+
+    import ddim_schedulers
+
+    if class_name not in STOCK_CLASSES:
+        raise ValueError(
+            f"`class_name` is {class_name!r}; it must be one of {sorted(STOCK_CLASSES)}."
+        )
+    main = sys.modules[getattr(ddim_schedulers, class_name).__module__].__file__
+    assert main is not None
+    joined = _Joined()
+    joined.add(Path(main))
+    head = BUNDLE_HEAD.format(name=class_name, version=ddim_schedulers.__version__)
+    imports = [*BUNDLE_IMPORTS, *sorted(joined.imports - set(BUNDLE_IMPORTS))]
+    parts = [f"# -- {name}.py\n\n{body}" for name, body in joined.bodies.items()]
+    tail = BUNDLE_TAIL.format(name=class_name)
+    source = "\n\n".join([head + "\n" + "\n".join(imports) + "\n", *parts, tail])
+    digest = hashlib.sha256(source.encode()).hexdigest()[:10]
+    # a name of its own for each content: diffusers keeps the code of all local repos in one folder
+    return f"{BUNDLE_PREFIX}{class_name.lower()}_{digest}", source
+
+
+class _Joined:
+    """Modules on their way into one file."""
+
+    def __init__(self) -> None:
+        self.imports: set[str] = set()
+        self.bodies: dict[str, str] = {}
+        self.owner: dict[str, str] = {}  # of every top-level name
+
+    def add(self, path: Path) -> None:
+        """Add a module after those that it imports relatively."""
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            if isinstance(node, ast.ImportFrom) and node.level:
+                self._follow(path, node)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                for line, name in _single_imports(node):
+                    self.imports.add(line)
+                    self._own(name, line)
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                for name in _defined_by(node):
+                    self._own(name, path.name)
+                continue
+            lines[first:last] = [""] * (last - first)
+        self.bodies[path.stem] = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip() + "\n"
+
+    def _follow(self, path: Path, node: ast.ImportFrom) -> None:
+        if node.level != 1 or node.module is None or any(alias.asname for alias in node.names):
+            raise ValueError(f"{path}: only `from .module import name` can be joined.")
+        if node.module not in self.bodies:
+            self.add(path.with_name(node.module + ".py"))
+
+    def _own(self, name: str, owner: str) -> None:
+        if self.owner.setdefault(name, owner) != owner:
+            raise ValueError(
+                f"`{name}` is defined twice, by {self.owner[name]} and by {owner}; rename one, so "
+                "that the modules can be joined."
+            )
+
+
+def _single_imports(node: ast.Import | ast.ImportFrom) -> list[tuple[str, str]]:
+    """Return one line for each imported name, and the name that it binds."""
+    start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
+    return [(start + ast.unparse(a), (a.asname or a.name).split(".")[0]) for a in node.names]
+
+
+def _defined_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [t.id for t in targets if isinstance(t, ast.Name) and t.id != "__all__"]

@@ -1,0 +1,255 @@
+r"""The reverse variance and the trajectory that minimise the variational bound.
+
+With `a` for alpha_bar and b = 1 - a, the posterior q(x_s | x_t, x_0) of the member sigma and the
+reverse step p(x_s | x_t) differ in their means by
+
+    weight (x_0 - x0_hat),    weight = sqrt(a_s) - sqrt((b_s - sigma^2) a_t / b_t)
+
+so that their KL divergence, and the variance that minimises it, need one number for every t: the
+mean squared error of x0_hat. It follows from two statistics of a trained network, expectations over
+data and noise that are estimated once and serve every member and every trajectory (Analytic-DPM,
+arXiv:2201.06503):
+
+    gamma_t     = E ||eps_theta(x_t, t)||^2 / d       1 - gamma_t = eps_error_t if it is perfect
+    eps_error_t = E ||eps - eps_theta(x_t, t)||^2 / d
+    x0_error_t  = E ||x_0 - x0_hat(x_t, t)||^2 / d    (b_t / a_t) eps_error_t if nothing is clipped
+
+All tensors are float64; statistics and alpha_bar have shape (T,), index t = 0 .. T - 1.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from .parameterization import Coefficients
+from .sigmas import sigma_eta, sigma_hat
+
+COST_VARIANCES = ("fixed_small", "fixed_large", "optimal")
+# The matrix of costs has T^2 entries: 800 MB at this T.
+MAX_TIMESTEPS = 10_000
+
+
+def check_statistic(name: str, values: Iterable[float], num_train_timesteps: int) -> torch.Tensor:
+    """Return a statistic as float64 of shape (T,) after checking it.
+
+    Args:
+        name: what the message calls it, e.g. `gamma`.
+        values: T finite numbers >= 0 (a list, an array or a tensor).
+        num_train_timesteps: T.
+
+    Raises:
+        ValueError: for a wrong length or a number that is negative or not finite, naming the first.
+    """
+    given = values if isinstance(values, torch.Tensor) else list(values)
+    table = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+    if table.shape != (num_train_timesteps,):
+        raise ValueError(
+            f"`{name}` has shape {tuple(table.shape)}; it must have one value for each of the "
+            f"`num_train_timesteps`={num_train_timesteps} timesteps."
+        )
+    valid = torch.isfinite(table) & (table >= 0)
+    if not bool(valid.all()):
+        t = int((~valid).nonzero()[0])
+        raise ValueError(f"`{name}[{t}]` is {float(table[t])}; it must be finite and >= 0.")
+    return table
+
+
+def x0_error_from_eps(eps_error: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Return (b_t / a_t) eps_error, the error of x0_hat that an error of eps_hat means, (T,).
+
+    Infinite at a_t = 0, where eps says nothing about x_0.
+    """
+    return torch.where(alpha_bar > 0, (1 - alpha_bar) / alpha_bar * eps_error, math.inf)
+
+
+def x0_variance(gamma: torch.Tensor, alpha_bar: torch.Tensor, limit: float = 1.0) -> torch.Tensor:
+    """Return the mean variance of x_0 given x_t, (T,): (b_t / a_t)(1 - gamma_t) within [0, limit].
+
+    Data in [-1, 1] have no more variance than 1 (Analytic-DPM, Theorem 2 and App. F), and an
+    estimate of gamma may exceed 1.
+
+    Args:
+        gamma: E||eps_theta||^2 / d, (T,).
+        alpha_bar: (T,).
+        limit: r^2 for data in [-r, r]; > 0.
+    """
+    return x0_error_from_eps((1 - gamma).clamp(min=0), alpha_bar).clamp(max=limit)
+
+
+def x0_weight(
+    alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """Return the weight of x_0 in the mean of q(x_s | x_t, x_0) (DDIM, arXiv:2010.02502, Eq. 7).
+
+    Args:
+        alpha_bar_t: in [0, 1).
+        alpha_bar_s: in (0, 1].
+        sigma: the member, 0 <= sigma^2 <= 1 - alpha_bar_s.
+    """
+    rest = (1 - alpha_bar_s - sigma**2).clamp(min=0)
+    return alpha_bar_s.sqrt() - (rest * alpha_bar_t / (1 - alpha_bar_t)).sqrt()
+
+
+def optimal_variance(
+    alpha_bar_t: torch.Tensor,
+    alpha_bar_s: torch.Tensor,
+    sigma: torch.Tensor,
+    x0_variance_t: torch.Tensor,
+) -> torch.Tensor:
+    """Return the reverse variance that minimises the bound: sigma^2 + weight^2 Var(x_0 | x_t).
+
+    Analytic-DPM (arXiv:2201.06503), Theorem 1, with x_0's variance in the place of the score's
+    norm; both forms are the same, and this one takes the bound on x_0's variance.
+    """
+    return sigma**2 + x0_weight(alpha_bar_t, alpha_bar_s, sigma) ** 2 * x0_variance_t
+
+
+def late_noise_cap(pixels: float) -> float:
+    """Return the largest std of the noise of the second-to-last step, for 8-bit data in [-1, 1].
+
+    Such noise moves a pixel by `pixels` of its 256 levels in the mean, E|std z| = pixels 2 / 255
+    (Analytic-DPM, App. F). It is a bound for samples that are looked at, never for likelihoods.
+    """
+    return pixels * (2 / 255) * math.sqrt(math.pi / 2)
+
+
+def step_kl(
+    posterior_variance: torch.Tensor,
+    reverse_variance: torch.Tensor,
+    weight: torch.Tensor,
+    x0_error: torch.Tensor,
+) -> torch.Tensor:
+    """Return KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension (DDPM, Eq. 8).
+
+    Args:
+        posterior_variance: sigma^2 of the member, > 0.
+        reverse_variance: of p, the same for every dimension, > 0.
+        weight: as `x0_weight` gives it.
+        x0_error: ||x_0 - x0_hat||^2 / d of one image, or its expectation.
+    """
+    ratio = posterior_variance / reverse_variance
+    return 0.5 * (ratio - 1 - torch.log(ratio) + weight**2 * x0_error / reverse_variance)
+
+
+def reverse_variance(
+    variance: str,
+    alpha_bar_t: torch.Tensor,
+    alpha_bar_s: torch.Tensor,
+    sigma: torch.Tensor,
+    x0_variance_t: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the variance of p(x_s | x_t) by name, without any cap on late noise.
+
+    Args:
+        variance: `fixed_small` (sigma^2), `fixed_large` (1 - a_t / a_s) or `optimal`.
+        alpha_bar_t: in [0, 1).
+        alpha_bar_s: in (0, 1].
+        sigma: the member.
+        x0_variance_t: Var(x_0 | x_t), needed by `optimal`.
+
+    Raises:
+        ValueError: for another name, or `optimal` without statistics.
+    """
+    if variance == "fixed_small":
+        return sigma**2
+    if variance == "fixed_large":
+        return sigma_hat(alpha_bar_t, alpha_bar_s) ** 2
+    if variance != "optimal":
+        raise ValueError(f"`variance` is {variance!r}; it must be one of {COST_VARIANCES}.")
+    if x0_variance_t is None:
+        raise ValueError("`variance` is 'optimal', which needs the statistics of a calibration.")
+    return optimal_variance(alpha_bar_t, alpha_bar_s, sigma, x0_variance_t)
+
+
+def cost_matrix(
+    alpha_bar: torch.Tensor,
+    variance: str,
+    x0_error: torch.Tensor,
+    eta: float = 1.0,
+    x0_variance_t: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the cost of every step t -> s in the bound, nats per dimension, shape (T, T).
+
+    Entry [t, s] is the expected KL of that step; it is infinite for s >= t. The whole matrix costs
+    one statistic for each t (Watson et al., arXiv:2106.03802, Sec. 3.2). With a perfect network and
+    the optimal variance it is half the logarithm of the ratio of optimal and posterior variance
+    (Analytic-DPM, Sec. 4).
+
+    Args:
+        alpha_bar: (T,), T <= 10,000.
+        variance: `fixed_small`, `fixed_large` or `optimal`.
+        x0_error: E||x_0 - x0_hat||^2 / d, (T,).
+        eta: the member, > 0.
+        x0_variance_t: Var(x_0 | x_t), (T,), for `optimal`.
+
+    Raises:
+        ValueError: for a longer chain, eta = 0 (the bound is infinite) or an unknown variance.
+    """
+    big_t = alpha_bar.shape[0]
+    if big_t > MAX_TIMESTEPS:
+        raise ValueError(
+            f"`num_train_timesteps` is {big_t}; the optimal trajectory needs a matrix of its "
+            f"square and is limited to {MAX_TIMESTEPS}."
+        )
+    if eta <= 0:
+        raise ValueError(f"`eta` is {eta!r}; a cost in the bound needs eta > 0.")
+    a_t, a_s = alpha_bar[:, None], alpha_bar[None, :]
+    below = torch.ones(big_t, big_t, dtype=torch.bool).tril(-1)
+    # outside the triangle nothing is defined: any admissible pair keeps the formulas finite there
+    a_s = torch.where(below, a_s, 0.5 * (1 + a_t))
+    sigma = sigma_eta(a_t, a_s, eta)
+    own = None if x0_variance_t is None else x0_variance_t[:, None]
+    reverse = reverse_variance(variance, a_t, a_s, sigma, own)
+    cost = step_kl(sigma**2, reverse, x0_weight(a_t, a_s, sigma), x0_error[:, None])
+    return torch.where(below, cost, math.inf)
+
+
+def best_trajectory(cost: torch.Tensor, num_inference_steps: int) -> list[int]:
+    """Return the S timesteps from T - 1 to 0 whose steps cost least in sum, strictly decreasing.
+
+    Exact dynamic programming: S - 2 relaxations of all T values through the matrix (Watson et al.,
+    arXiv:2106.03802, Algorithm 1), O(S T^2).
+
+    Args:
+        cost: (T, T), entry [t, s] for the step t -> s, infinite for s >= t.
+        num_inference_steps: S, from 2 to T (both ends are on the trajectory).
+
+    Raises:
+        ValueError: for S out of range, or if every trajectory of S timesteps costs infinity.
+    """
+    big_t, steps = cost.shape[0], num_inference_steps
+    if not 2 <= steps <= big_t:
+        raise ValueError(
+            f"`num_inference_steps` is {steps!r}; the optimal trajectory holds both 0 and T - 1 "
+            f"and needs 2 to {big_t} timesteps."
+        )
+    value, came_from = cost[-1], []
+    for _ in range(steps - 2):
+        best = (value[:, None] + cost).min(dim=0)
+        value = best.values
+        came_from.append(best.indices)
+    if not math.isfinite(float(value[0])):
+        raise ValueError("`cost` is infinite or NaN on every trajectory from T - 1 to 0.")
+    path = [0]
+    for origin in reversed(came_from):
+        path.append(int(origin[path[-1]]))
+    return [big_t - 1, *reversed(path)]
+
+
+def trajectory_cost(cost: torch.Tensor, timesteps: list[int]) -> float:
+    """Return the sum of the costs of the steps of a trajectory, without its last step to x_0."""
+    t = torch.tensor(timesteps)
+    return float(cost[t[:-1], t[1:]].sum())
+
+
+def gaussian_eps(alpha_bar: torch.Tensor, mean: float, variance: float) -> Coefficients:
+    """Return (k_x, k_1) of the perfect eps_hat = k_x x_t + k_1 for data N(mean, variance I).
+
+    E[eps | x_t] = sqrt(b_t) (x_t - sqrt(a_t) mean) / (a_t variance + b_t), the case in which every
+    quantity of this module has a closed form: gamma_t = b_t / (a_t variance + b_t) and
+    Var(x_0 | x_t) = variance b_t / (a_t variance + b_t).
+    """
+    marginal = alpha_bar * variance + (1 - alpha_bar)
+    slope = (1 - alpha_bar).sqrt() / marginal
+    return slope, -slope * alpha_bar.sqrt() * mean
