@@ -73,8 +73,8 @@ MIN_STD = 1e-10
 class Table(NamedTuple):
     """Rows of one (trajectory, eta), float32 or float64, and what is known of all of them.
 
-    The columns are x0_x, x0_m, out_x0, out_x, out_m, std and, where the network tells the noise, its
-    bounds log_std_min and log_std_max.
+    The columns are x0_x, x0_m, out_x0, out_x, out_m, std and, where the network tells the noise,
+    its bounds log_std_min and log_std_max.
     """
 
     rows: torch.Tensor
@@ -232,7 +232,8 @@ class FamilySchedulerMixin:
     ) -> Table:
         """Return the table of the reverse transitions with the given sigma and noise, both (T,).
 
-        `std=None` leaves the noise to the network: the column is 1, its bounds follow it. With `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
+        `std=None` leaves the noise to the network: the column is 1, and its bounds follow it. With
+        `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
         sqrt(1 - abar_t); otherwise it is the network's own, as in stock DDIM. It makes no
         difference where nothing is clipped.
         """
@@ -320,7 +321,7 @@ class FamilySchedulerMixin:
         if adds_noise:
             noise = _noise_like(prediction, generator, variance_noise).to(dtype)
             if raw_variance is not None:
-                std = std * _learned_std(raw_variance.to(dtype), *bounds, learned=learned)
+                std = std * _learned_std(learned, raw_variance.to(dtype), *bounds)
             out.addcmul_(noise, std)
         return out.to(sample.dtype), x0.to(sample.dtype)
 
@@ -433,7 +434,7 @@ def _split_learned(
 
 
 def _learned_std(
-    raw: torch.Tensor, log_min: torch.Tensor, log_max: torch.Tensor, learned: str | None
+    learned: str | None, raw: torch.Tensor, log_min: torch.Tensor, log_max: torch.Tensor
 ) -> torch.Tensor:
     if learned == "learned":  # the output is the variance itself, as in stock diffusers
         return raw.sqrt()
