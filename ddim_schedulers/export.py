@@ -101,6 +101,9 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
             "pipeline of stock classes is portable as it is."
         )
     index["_class_name"] = _pipeline_class(index, schedulers, form)
+    index.pop("_name_or_path", None)  # a folder of the machine where it was loaded
+    for path in [p for p in files if p.endswith("/config.json")]:
+        files[path] = _without_local_path(files[path])
     files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     return Export(files, notes, left_out, schedulers)
 
@@ -208,6 +211,15 @@ def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path |
     return files, left_out
 
 
+def _without_local_path(config: Path | bytes) -> Path | bytes:
+    """Return a model's config without the folder from which it was loaded on this machine."""
+    content = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+    if not isinstance(content, dict) or not os.path.isabs(str(content.get("_name_or_path", ""))):
+        return config
+    del content["_name_or_path"]
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
 def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
     """Return the component as a scheduler of ours, or None if it is something else."""
     import ddim_schedulers
@@ -246,7 +258,10 @@ def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str
     known = isinstance(name, str) and hasattr(diffusers, name)
     if known and name not in ("DDPMPipeline", "DDIMPipeline"):
         return name
-    ddim = type(schedulers["scheduler"]).__name__ == "GeneralizedDDIMScheduler"
+    ours = type(schedulers["scheduler"]).__name__
+    if ours == "GeneralizedDDIMInverseScheduler":
+        return name
+    ddim = ours == "GeneralizedDDIMScheduler"
     return "DDIMPipeline" if ddim and form == "portable" else "DDPMPipeline"
 
 

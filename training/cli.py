@@ -19,7 +19,9 @@ from ddim_schedulers import __version__
 PROG = "ddim-schedulers"
 TRACEBACK_VARIABLE = "DDIM_SCHEDULERS_TRACEBACK"
 
-VERBS: dict[str, str] = {}
+VERBS: dict[str, str] = {
+    "push": "Share a saved pipeline on the Hugging Face Hub.",
+}
 OWN_PARSER: frozenset[str] = frozenset()
 
 # The modules that each extra brings, by the name under which they are imported.

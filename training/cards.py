@@ -1,0 +1,78 @@
+"""The model card of a pushed pipeline, from the one template in `ddim_schedulers.model_cards`.
+
+The template's marked section says how the repository is loaded; it belongs to the form in which the
+pipeline is pushed, and is put into a card that is already there in place of an older one.
+"""
+
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ddim_schedulers.export import INDEX, Export
+
+SECTION = re.compile(
+    r"<!-- ddim-schedulers: how to load it -->.*?<!-- /ddim-schedulers -->", re.DOTALL
+)
+
+
+def card_for(export: Export, repo_id: str, form: str) -> bytes:
+    """Return the card of an export: the folder's own README.md with our section, or a new one.
+
+    Args:
+        export: the pipeline in the form in which it is pushed.
+        repo_id: `USER/NAME`.
+        form: the form's name.
+    """
+    fresh = render(export, repo_id, form)
+    own = export.files.get("README.md")
+    if own is None:
+        return fresh.encode()
+    text = own.decode() if isinstance(own, bytes) else Path(own).read_text(encoding="utf-8")
+    section = SECTION.search(fresh)
+    assert section is not None, "the template has lost its marked section"
+    if SECTION.search(text):
+        text = SECTION.sub(lambda _: section[0], text)
+    else:
+        text = f"{text.rstrip()}\n\n{section[0]}\n"
+    if not text.startswith("---\n"):
+        text = f"{fresh[: fresh.index('---', 3) + 4]}\n{text}"
+    return text.encode()
+
+
+def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
+    """Return the template filled in for an export.
+
+    Args:
+        export: the pipeline.
+        repo_id: `USER/NAME`.
+        form: the form's name.
+        **fields: values of the template that replace the ones from the export.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    index = export.files[INDEX]
+    pipeline_class = json.loads(index if isinstance(index, bytes) else index.read_text())[
+        "_class_name"
+    ]
+    unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline")
+    data = ModelCardData(
+        library_name="diffusers",
+        tags=["ddim-schedulers"],
+        pipeline_tag="unconditional-image-generation" if unconditional else None,
+    )
+    values: dict[str, Any] = {
+        "title": repo_id.partition("/")[2],
+        "summary": f"A `{pipeline_class}` of diffusers.",
+        "repo_id": repo_id,
+        "form": form,
+        "schedulers": {name: type(s).__name__ for name, s in export.schedulers.items()},
+        "code": [path for path in export.files if path.endswith(".py")],
+        "notes": export.notes,
+    }
+    template = resources.files("ddim_schedulers.model_cards").joinpath("template.md")
+    card = ModelCard.from_template(
+        data, template_str=template.read_text(encoding="utf-8"), **{**values, **fields}
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"

@@ -1,0 +1,314 @@
+"""Sharing a saved pipeline on the Hub: one commit, repeatable, with one sentence for each failure.
+
+The upload is the pipeline alone, in one of the forms of `ddim_schedulers.export`, with its card.
+Nothing on disk is changed. The token is read from where `hf auth login` or HF_TOKEN keep it, goes
+into the request headers alone, and is cut out of every message.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ddim_schedulers.export import Export, check_form, export_folder
+
+R = TypeVar("R")
+
+ATTEMPTS = 4
+FIRST_WAIT = 1.0  # seconds; doubled after every attempt
+LONGEST_WAIT = 60.0
+TIMEOUT = 120.0  # seconds without an answer; the Hub client itself waits for ever
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+TEXT_SUFFIXES = (".json", ".md", ".txt", ".py", ".svg")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+
+
+class PushError(RuntimeError):
+    """A push that did not happen; the message is one sentence that says what to do."""
+
+
+def push_pipeline(
+    pipeline_dir: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    form: str = "portable",
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Upload pipeline",
+    endpoint: str | None = None,
+    attempts: int = ATTEMPTS,
+) -> str:
+    """Create or update a model repository from a saved pipeline, in one commit.
+
+    Pushing again with the same content makes no new commit. Files of the pipeline's folders that
+    the new version lacks are deleted in the same commit; other files of the repository are kept.
+
+    Args:
+        pipeline_dir: a folder that `save_pretrained` wrote. Checkpoints, optimiser states and
+            anything else that lies in it beside the pipeline is not uploaded.
+        repo_id: `USER/NAME`.
+        form: `portable`, `plug-in` or `self-contained`, see `ddim_schedulers.export`.
+        private: create the repository as private.
+        revision: branch; it is created where missing. `None` is `main`.
+        token: `None` takes the one of `hf auth login` or HF_TOKEN.
+        message: the commit's first line.
+        endpoint: URL of the Hub; `None` takes HF_ENDPOINT or huggingface.co.
+        attempts: how often a step is tried when the network or the Hub fails, >= 1.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ValueError: for an argument out of its range, or a folder that is not a pipeline.
+        PushError: if the Hub cannot be reached or refuses.
+    """
+    check_form(form)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"`repo_id` is {repo_id!r}; it must be USER/NAME.")
+    if attempts < 1:
+        raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
+    from ddim_schedulers.training import cards
+
+    export = export_folder(pipeline_dir, form)
+    export.files["README.md"] = cards.card_for(export, repo_id, form)
+    token = _usable_token(token)
+    _refuse_secrets(export, token)
+    push = _Push(repo_id, token, endpoint, attempts)
+    try:
+        return push.run(export, private, revision, message)
+    except PushError:
+        raise
+    except Exception as error:  # whatever the client raises, in the words of one sentence
+        raise PushError(_scrub(_sentence(error, repo_id, push.endpoint), token)) from None
+
+
+def push_after_training(
+    pipeline_dir: str | os.PathLike[str], repo_id: str, **options: Any
+) -> str | None:
+    """Push as `push_pipeline`, but never raise: a failed push must not fail the run before it.
+
+    Returns:
+        The URL of the commit, or `None` after saying on stderr what failed and how to repeat it.
+        The local pipeline is left as it is.
+    """
+    try:
+        return push_pipeline(pipeline_dir, repo_id, **options)
+    except Exception as error:
+        reason = _scrub(str(error), options.get("token") or _stored_token())
+        print(
+            f"The pipeline was not pushed to {repo_id}: {reason}\n"
+            f"It is in {pipeline_dir}; to push it again:\n"
+            f"  {repeat_command(pipeline_dir, repo_id, **options)}",
+            file=sys.stderr,
+        )
+        return None
+
+
+def repeat_command(
+    pipeline_dir: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    form: str = "portable",
+    private: bool = False,
+    revision: str | None = None,
+    **ignored: Any,
+) -> str:
+    """Return the command line that does the same push; the token is never part of it."""
+    words = ["ddim-schedulers", "push", "--pipeline", os.fspath(pipeline_dir)]
+    words += ["--repo_id", repo_id, "--form", str(form)]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words)
+
+
+class _Push:
+    """One push: the client, and the steps that are repeated while the network fails."""
+
+    def __init__(self, repo_id: str, token: str, endpoint: str | None, attempts: int) -> None:
+        from huggingface_hub import HfApi
+
+        from ddim_schedulers import __version__
+
+        self.repo_id = repo_id
+        self.attempts = attempts
+        self.api = HfApi(
+            endpoint=endpoint,
+            token=token,
+            library_name="ddim-schedulers",
+            library_version=__version__,
+        )
+        self.endpoint: str = self.api.endpoint
+
+    def run(self, export: Export, private: bool, revision: str | None, message: str) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        self._retry(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+        if private and not self._retry(lambda: self.api.model_info(self.repo_id)).private:
+            raise PushError(
+                f"{self.repo_id} exists and is public, but --private was asked for; nothing was "
+                "uploaded. Make it private in its settings, or take another name."
+            )
+        if revision is not None and revision != "main":
+            self._retry(
+                lambda: self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
+            )
+
+        def commit() -> str:
+            # Made anew for every attempt: the client marks operations as it goes. What arrived in
+            # an attempt whose answer was lost is recognised by its hash, or no longer listed.
+            there = self.api.list_repo_files(self.repo_id, revision=revision)
+            delete = [CommitOperationDelete(path) for path in self._stale(export, there)]
+            add = [
+                CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+                for path, content in export.files.items()
+            ]
+            done = self.api.create_commit(
+                self.repo_id, [*add, *delete], commit_message=message, revision=revision
+            )
+            return done.commit_url
+
+        return self._retry(commit)
+
+    def _stale(self, export: Export, there: list[str]) -> list[str]:
+        """Return the repository's files that the new version replaces by nothing."""
+        kept = {".gitattributes", "README.md", "LICENSE"}
+        if "model_index.json" not in there and not set(there) <= kept:
+            raise PushError(
+                f"{self.repo_id} exists and holds something else than a pipeline "
+                f"({sorted(set(there) - kept)[0]}, ...); nothing was uploaded. Take another name."
+            )
+        folders = {path.partition("/")[0] for path in export.files if "/" in path}
+        return [p for p in there if p.partition("/")[0] in folders and p not in export.files]
+
+    def _retry(self, call: Callable[[], R]) -> R:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this client uses
+        for attempt in range(1, self.attempts + 1):
+            try:
+                with _timeout():
+                    return call()
+            except (http_error, OSError, json.JSONDecodeError) as error:
+                # the client reads some answers as JSON before it looks at their status
+                status = _status(error)
+                lost = status in TRANSIENT if status else not isinstance(error, OSError)
+                if not lost or attempt == self.attempts:
+                    raise
+                wait = _wait(error, attempt)
+                reason = f"it answers {status}" if status else type(error).__name__
+                print(
+                    f"{self.endpoint} fails ({reason}); trying again in {wait:.0f} s "
+                    f"({attempt} of {self.attempts - 1}).",
+                    file=sys.stderr,
+                )
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def _timeout() -> Iterator[None]:
+    """Bound the time without an answer of the Hub client's shared session, meanwhile."""
+    from huggingface_hub.utils import get_session
+
+    session = get_session()
+    before = session.timeout
+    session.timeout = TIMEOUT
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _wait(error: BaseException, attempt: int) -> float:
+    """Return how long to wait: what Retry-After says, else twice as long each time."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    if asked.isdigit():
+        return min(float(asked), LONGEST_WAIT)
+    return min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
+
+
+def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
+    """Say what happened and what to do, in one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return _OFFLINE
+    if status == 401:
+        return (
+            f"{endpoint} does not accept the token (401): it is mistyped or expired; run "
+            "`hf auth login` again or set HF_TOKEN."
+        )
+    if status == 403:
+        return (
+            f"the token has no permission to write to {repo_id} (403): it needs the role 'write', "
+            "and the user must be allowed to write there; or take another USER/NAME."
+        )
+    if status == 404:
+        return f"{repo_id} is not there, or the token may not see it (404)."
+    if status == 409:
+        return f"the name {repo_id} is taken (409); take another one."
+    if status == 429:
+        return f"{endpoint} limits the rate of requests (429); try again later."
+    if status is not None:
+        said = getattr(error, "server_message", None) or type(error).__name__
+        return f"{endpoint} answers {status}: {' '.join(str(said).split())[:300]}"
+    if isinstance(error, HfHubHTTPError.__bases__[0] | OSError):
+        return f"{endpoint} cannot be reached ({type(error).__name__}: {str(error)[:200]})."
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+_OFFLINE = "offline mode is on (HF_HUB_OFFLINE); unset it to push."
+
+
+def _stored_token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except Exception:  # a broken credential store is no token
+        return None
+
+
+def _usable_token(token: str | None) -> str:
+    """Return the token without the space around it, which the client would quote in an error."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise PushError(_OFFLINE)
+    token = (token if token is not None else _stored_token() or "").strip()
+    if not token:
+        raise PushError("there is no Hugging Face token; run `hf auth login` or set HF_TOKEN.")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise PushError("the Hugging Face token holds characters that no token has.")
+    return token
+
+
+def _refuse_secrets(export: Export, token: str) -> None:
+    """Refuse to upload a text file that holds a token."""
+    for path, content in export.files.items():
+        if not path.endswith(TEXT_SUFFIXES):
+            continue
+        data = content if isinstance(content, bytes) else Path(content).read_bytes()
+        text = data.decode("utf-8", errors="replace")
+        if token in text or TOKEN.search(text):
+            raise ValueError(f"{path} holds a Hugging Face token; remove it before pushing.")
+
+
+def _scrub(text: str, token: str | None) -> str:
+    text = text.replace(token, "<token>") if token else text
+    return TOKEN.sub("<token>", text)
