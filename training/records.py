@@ -175,6 +175,12 @@ class Records:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Steps and training losses of all sessions, from `metrics.jsonl`."""
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        return [step for step, _ in points], [loss for _, loss in points]
+
     def rewind(self, step: int) -> None:
         """Drops what was written after the checkpoint of `step` by a session that died."""
         if self.is_main and self.path.exists():

@@ -5,6 +5,7 @@ optimiser's kernel itself; losses and flags of `log_every` steps are read togeth
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from ddim_schedulers.training.parsing import save_config
 from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
 from ddim_schedulers.training.timestep_sampling import make_timestep_sampler
+from ddim_schedulers.training.watch import Watcher, plot_losses
 
 
 class NonFiniteError(RuntimeError):
@@ -118,6 +120,7 @@ class Trainer:
         self.records = Records(self.root, self.accelerator.is_main_process)
         self.step = 0
         self.best: dict[str, Any] = {}
+        self.evaluations: list[dict[str, Any]] = []
         if self.start_from is not None:
             self._restore(self.start_from)
 
@@ -153,6 +156,15 @@ class Trainer:
             config.random_crop,
         )
         self.batches = MapBatches(self.data, draws, self.share)
+        self.watcher = Watcher(
+            self.accelerator,
+            config,
+            self.data,
+            self.held_out,
+            self.objective,
+            self.scheduler,
+            self.root / "pictures",
+        )
 
     def _make_unet(self) -> UNet2DModel:
         config = self.config
@@ -209,15 +221,49 @@ class Trainer:
             self.step += 1
             self.average.step()
             stopped_by = signals.name if alone else None
-            due = config.checkpoint_every and self.step % config.checkpoint_every == 0
-            if stopped_by or due or self.step % config.log_every == 0 or self.step == stop:
+            due = self._due(config.checkpoint_every) and self.step < stop
+            look = self._due(config.validate_every) or self._due(config.sample_every)
+            if stopped_by or due or look or self._due(config.log_every) or self.step == stop:
                 stopped_by = self._read(window, signals)
-            if due:
+            if look and self._look() or due:
                 self._save()
                 saved = self.step
         if saved != self.step:
             self._save()
         return stopped_by
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.max_train_steps)
+
+    def _look(self) -> bool:
+        """Evaluates the averaged weights; True if they are the best so far."""
+        config, unet = self.config, self.average.unet
+        report: dict[str, Any] = {"step": self.step, "weights": self.average.name}
+        unet.eval()
+        if self._due(config.validate_every):
+            report |= self.watcher.validate(unet, self.step)
+        if self._due(config.sample_every):
+            report |= self.watcher.sample(unet, self.step)
+        if unet is self.unet:
+            unet.train()
+        self.evaluations.append(report)
+        self.records.write(report)
+        if config.tracker != "none":
+            numbers = {
+                k: v for k, v in report.items() if isinstance(v, int | float) and k != "step"
+            }
+            self.accelerator.log(numbers, step=self.step)
+        figure = "frechet" if config.best_by == "frechet" else "validation_loss"
+        value = report.get(figure)
+        if value is None or not math.isfinite(value) or value >= self.best.get("value", math.inf):
+            return False
+        self.best = {
+            "step": self.step,
+            "figure": figure,
+            "value": value,
+            "weights": self.average.name,
+        }
+        return True
 
     def _one_step(self, loader: Any, window: Window) -> None:
         """Forward and backward over the parts of the batch, and one update. Reads nothing back."""
@@ -407,6 +453,7 @@ class Trainer:
             checkpoints.discard(target)
             partial.rename(target)
             self.unet.save_pretrained(self.root / "unet_raw")
+            plot_losses(*self.records.curve(), self.root / "pictures" / "loss.png")
         self.accelerator.wait_for_everyone()
         return target
 
@@ -436,6 +483,7 @@ class Trainer:
             stopped_by=stopped_by,
             skipped_steps=self.records.skipped,
             replaced_images=self.records.replaced,
+            evaluations=self.evaluations,
         )
 
 
