@@ -28,6 +28,14 @@ from .betas import (
     make_betas,
     rescale_zero_terminal_snr,
 )
+from .optimal import (
+    Statistics,
+    late_noise_cap,
+    optimal_timesteps,
+    optimal_variance,
+    statistics_of,
+    x0_variance,
+)
 from .parameterization import (
     Coefficients,
     check_prediction_type,
@@ -53,6 +61,7 @@ logger = logging.get_logger(__name__)
 # Constructor arguments that one of our classes has and another lacks. They travel through
 # `from_config` as hidden keys, without diffusers' warning about unexpected ones.
 FAMILY_KEYS = (
+    "calibration",
     "dynamic_thresholding_ratio",
     "eta",
     "quadratic_end",
@@ -64,6 +73,15 @@ FAMILY_KEYS = (
     "timesteps",
     "variance_type",
 )
+
+# The name under which the bound knows each noise. A learned noise has no statistics of its own and
+# comes near the optimal one.
+BOUND_VARIANCES = {
+    "sigma": "fixed_small",
+    "sigma_hat": "fixed_large",
+    "optimal": "optimal",
+    "learned_range": "optimal",
+}
 
 # The variance of a step whose lower bound is 0 needs a logarithm; diffusers and OpenAI's code floor
 # it so.
@@ -137,6 +155,9 @@ class FamilySchedulerMixin:
         if config.rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
         self._alpha_bar = alpha_bar_from_betas(betas)
+        self._optimal_plans: dict[tuple, list[int]] = {}
+        if config.get("calibration") is not None or self._needs_calibration():
+            self._statistics()
         # float32 copies under diffusers' names, for training scripts and pipelines that read them
         self.betas = betas.float()
         self.alphas = (1.0 - betas).float()
@@ -203,13 +224,72 @@ class FamilySchedulerMixin:
             raise ValueError(
                 "`num_inference_steps` is None and no `timesteps` are given; pass one of them."
             )
+        check_num_inference_steps(num_inference_steps, big_t)
+        if config.timestep_spacing == "optimal":
+            return list(self._optimal_timesteps(num_inference_steps))
         return make_timesteps(
             config.timestep_spacing,
-            check_num_inference_steps(num_inference_steps, big_t),
+            num_inference_steps,
             big_t,
             config.steps_offset,
             config.quadratic_end,
         )
+
+    def _needs_calibration(self) -> bool:
+        return self.config.timestep_spacing == "optimal"
+
+    def _statistics(self) -> Statistics:
+        calibration = self.config.get("calibration")
+        if calibration is None:
+            raise ValueError(
+                "`calibration` is None, but 'optimal' noise or spacing needs the statistics of the "
+                "network; `ddim-schedulers calibrate` estimates them and puts them into the config."
+            )
+        return statistics_of(calibration, self._alpha_bar)
+
+    @property
+    def _x0_limit(self) -> float:
+        """Largest |x_0|: the range of thresholded data is 1, any other's `clip_sample_range`."""
+        if self.config.get("thresholding", False):
+            return 1.0
+        return float(self.config.get("clip_sample_range", 1.0))
+
+    def _bound_member(self) -> tuple[str, float]:
+        """Return the variance and eta whose bound `timestep_spacing='optimal'` minimises.
+
+        Where sigma may be 0 the bound is infinite, and the Markovian member's with the optimal
+        variance takes its place.
+        """
+        eta = self.config.get("eta")
+        if not eta:
+            return "optimal", 1.0
+        return BOUND_VARIANCES[self.config.get("reverse_variance", "sigma")], float(eta)
+
+    def _optimal_timesteps(self, num_inference_steps: int) -> list[int]:
+        statistics, member = self._statistics(), self._bound_member()
+        numbers = (tuple(values.tolist()) for values in statistics)
+        key = (num_inference_steps, *member, self._x0_limit, *numbers)
+        if key not in self._optimal_plans:
+            self._optimal_plans[key] = optimal_timesteps(
+                self._alpha_bar, statistics, num_inference_steps, *member, self._x0_limit
+            )
+        return self._optimal_plans[key]
+
+    def _optimal_std(self, sigma: torch.Tensor, eta: float | None) -> torch.Tensor:
+        """Return the std of Analytic-DPM's optimal noise for the member sigma, (T,).
+
+        For clipped data, i.e. pixels, the noise of the second-to-last step is capped as in the
+        paper, App. F: by 2 pixels for DDPM on its linear schedule, by 1 otherwise.
+        """
+        config = self.config
+        own = x0_variance(self._statistics().gamma, self._alpha_bar, self._x0_limit**2)
+        variance = optimal_variance(self._alpha_bar, self._alpha_bar_s, sigma, own)
+        if not self._clips():
+            return variance.sqrt()
+        is_paper = config.trained_betas is None and config.beta_schedule == "linear"
+        cap = late_noise_cap(2.0 if eta == 1 and is_paper else 1.0)
+        is_late = self._landing == self._plan[-1]
+        return torch.where(is_late, variance.sqrt().clamp(max=cap), variance.sqrt())
 
     def planned_pairs(self) -> list[tuple[int, int]]:
         """Return the planned steps [(t, s), ...] in the order of sampling; s = -1 is the end."""
@@ -321,7 +401,9 @@ class FamilySchedulerMixin:
         if adds_noise:
             noise = _noise_like(prediction, generator, variance_noise).to(dtype)
             if raw_variance is not None:
-                std = std * _learned_std(learned, raw_variance.to(dtype), *bounds)
+                learned_std = _learned_std(learned, raw_variance.to(dtype), *bounds)
+                # not a product: the network may say anything, NaN after the root, where std is 0
+                std = torch.where(std > 0, learned_std, 0.0)
             out.addcmul_(noise, std)
         return out.to(sample.dtype), x0.to(sample.dtype)
 
@@ -452,10 +534,10 @@ def _check_length(name: str, length: int, num_inference_steps: int | None) -> No
 
 def _check_names(config: Any) -> None:
     check_prediction_type(config.prediction_type)
-    if config.timestep_spacing not in TIMESTEP_SPACINGS:
+    spacings = (*TIMESTEP_SPACINGS, "optimal")
+    if config.timestep_spacing not in spacings:
         raise ValueError(
-            f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of "
-            f"{TIMESTEP_SPACINGS}."
+            f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of {spacings}."
         )
     for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
         value = config.get(name, 1.0)

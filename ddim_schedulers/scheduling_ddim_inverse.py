@@ -23,10 +23,12 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         x_t = sqrt(abar_t) x0_hat + sqrt(1 - abar_t) eps_hat                         DDIM, Sec. 4.3
         and 5.4
 
-    x0_hat and eps_hat are read off the prediction at the noise level of x_s, as in stock. Two
-    exceptions take the level t, at which the network was asked: `posterior_mean`, which belongs to
-    one t of the training chain, and `sample` where x_s is x_0 itself (alpha_bar_s = 1): there x_s -
-    x0_hat tells nothing of eps (0 / 0), and eps_hat = (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t).
+    x0_hat and eps_hat are read off the prediction at the noise level of x_s, as in stock. In two
+    cases that level cannot tell eps_hat, which is then read at the level t, where the network was
+    asked, with x_s for x_t; x0_hat = (x_s - sqrt(1 - abar_s) eps_hat) / sqrt(abar_s) follows it, as
+    for an eps network: `posterior_mean`, which belongs to one t of the training chain, and
+    `sample` where x_s is x_0 itself (alpha_bar_s = 1). There x_s - m over 0 is no eps, so eps_hat =
+    (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and x0_hat = x_s.
 
     For an eps that does not depend on x, without clipping, it is the exact inverse of the forward
     scheduler; for a network it is the first-order one that both papers use.
@@ -120,13 +122,18 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
     def _coefficients(self) -> tuple[Coefficients, Coefficients]:
         """Return those of x0_hat and eps_hat, from x_s and the prediction."""
         a_t, a_s, prediction = self._alpha_bar, self._alpha_bar_s, self.config.prediction_type
-        before = alpha_bar_before(a_t)
+        if prediction in ("epsilon", "v_prediction"):
+            return x0_coefficients(prediction, a_s), eps_coefficients(prediction, a_s)
+        # both at one level would make x_t = x_s: a step that goes nowhere
+        e_x, e_m = eps_coefficients(prediction, a_t, alpha_bar_before(a_t))
+        rest = (1 - a_s).sqrt()
+        x0 = (1 - rest * e_x) / a_s.sqrt(), -rest * e_m / a_s.sqrt()
         if prediction == "posterior_mean":
-            return x0_coefficients(prediction, a_t, before), eps_coefficients(
-                prediction, a_t, before
-            )
-        level = torch.where(a_s == 1, a_t, a_s) if prediction == "sample" else a_s
-        return x0_coefficients(prediction, a_s), eps_coefficients(prediction, level)
+            return x0, (e_x, e_m)
+        first = a_s == 1
+        at_s = x0_coefficients(prediction, a_s), eps_coefficients(prediction, a_s)
+        x0 = torch.where(first, x0[0], at_s[0][0]), torch.where(first, x0[1], at_s[0][1])
+        return x0, (torch.where(first, e_x, at_s[1][0]), torch.where(first, e_m, at_s[1][1]))
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
         prediction, clips = self.config.prediction_type, self._clips()

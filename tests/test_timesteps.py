@@ -58,7 +58,7 @@ def _assert_authors_grid(make):
             if len(set(expected)) == n:
                 assert make("quadratic", n, steps) == expected[::-1], (steps, n)
                 compared += 1
-    assert compared > 100
+    assert compared > 50
 
 
 def test_quadratic_is_the_authors_grid_where_nothing_repeats():
