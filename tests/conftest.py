@@ -1,7 +1,11 @@
 """Settings and fixtures that every test shares."""
 
+import importlib.util
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 # Before torch, matplotlib or huggingface_hub are imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -143,3 +147,80 @@ class ClosedForm:
 def closed_form():
     """The formulas that the mathematics and the schedulers are compared with."""
     return ClosedForm
+
+
+@pytest.fixture
+def loopback_hub(monkeypatch):
+    """A running Hub on 127.0.0.1 (tests/loopback_hub.py) that this process's client may reach."""
+    path = Path(__file__).with_name("loopback_hub.py")
+    spec = importlib.util.spec_from_file_location("loopback_hub", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["loopback_hub"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    with module.running() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        hub.Fault = module.Fault
+        yield hub
+    assert not hub.unknown()
+
+
+@pytest.fixture
+def fresh_python(tmp_path):
+    """Runs code in a new process with empty caches; `without_package` hides ddim_schedulers."""
+
+    hide = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ddim_schedulers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+    def run(code, *, without_package=False, timeout=120, **variables):
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "hf_home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            **{name: str(value) for name, value in variables.items()},
+        }
+        return subprocess.run(
+            [sys.executable, "-c", (hide if without_package else "") + code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def tiny_ddpm():
+    """Makes a `DDPMPipeline` with random weights around a scheduler: 8 x 8 grey images."""
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    def make(scheduler, channels=1):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+        )
+        return DDPMPipeline(unet, scheduler)
+
+    return make
