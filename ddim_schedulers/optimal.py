@@ -18,7 +18,8 @@ All tensors are float64; statistics and alpha_bar have shape (T,), index t = 0 .
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,6 +54,57 @@ def check_statistic(name: str, values: Iterable[float], num_train_timesteps: int
         t = int((~valid).nonzero()[0])
         raise ValueError(f"`{name}[{t}]` is {float(table[t])}; it must be finite and >= 0.")
     return table
+
+
+class Statistics(NamedTuple):
+    """What the optimal variance and trajectory need of a network, float64 (T,) each."""
+
+    gamma: torch.Tensor
+    x0_error: torch.Tensor
+
+
+def statistics_of(calibration: Any, alpha_bar: torch.Tensor) -> Statistics:
+    """Return the checked statistics of a scheduler's `calibration`.
+
+    Args:
+        calibration: mapping with `gamma`, and `x0_error` or `eps_error` where they were measured;
+            a missing x0_error follows from eps_error, a missing eps_error is 1 - gamma.
+        alpha_bar: (T,).
+
+    Raises:
+        ValueError: if it is no mapping, has no `gamma`, or a list that `check_statistic` refuses.
+    """
+    if not isinstance(calibration, Mapping) or calibration.get("gamma") is None:
+        raise ValueError(
+            f"`calibration` is {str(calibration)[:60]!r}; it must be a dictionary with the list "
+            "`gamma` (and `x0_error` or `eps_error`), as `ddim-schedulers calibrate` writes it."
+        )
+    given = {
+        name: check_statistic(f"calibration[{name!r}]", calibration[name], alpha_bar.shape[0])
+        for name in ("gamma", "eps_error", "x0_error")
+        if calibration.get(name) is not None
+    }
+    gamma = given["gamma"]
+    error = given.get("eps_error", (1 - gamma).clamp(min=0))
+    return Statistics(gamma, given.get("x0_error", x0_error_from_eps(error, alpha_bar)))
+
+
+def optimal_timesteps(
+    alpha_bar: torch.Tensor,
+    statistics: Statistics,
+    num_inference_steps: int,
+    variance: str = "optimal",
+    eta: float = 1.0,
+    x0_limit: float = 1.0,
+) -> list[int]:
+    """Return the trajectory of S timesteps with the smallest expected bound, strictly decreasing.
+
+    Raises:
+        ValueError: as `cost_matrix` and `best_trajectory`.
+    """
+    own = x0_variance(statistics.gamma, alpha_bar, x0_limit**2)
+    cost = cost_matrix(alpha_bar, variance, statistics.x0_error, eta, own)
+    return best_trajectory(cost, num_inference_steps)
 
 
 def x0_error_from_eps(eps_error: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:

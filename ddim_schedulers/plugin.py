@@ -34,7 +34,7 @@ STOCK_SCHEDULES = {
     "DDPMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
 }
 # The same variance; stock's own `fixed_large_log` is NaN in the first step.
-STOCK_VARIANCE_TYPES = {"fixed_large_log": "fixed_large"}
+STOCK_VARIANCE_TYPES = {"fixed_large_log": "fixed_large", "optimal": "fixed_small"}
 
 # Settings that no stock class has, with the values that change nothing.
 NEUTRAL = {
@@ -136,6 +136,11 @@ def _what_is_lost(
         notes.append(
             f"{stock} steps from a {spacing!r} timestep t to t - T // n, not to the next planned "
             "timestep as ddim_schedulers does; its samples differ a little."
+        )
+    if config.get("variance_type") == "optimal" and "variance_type" in stand_ins:
+        notes.append(
+            f"{stock} has no variance_type='optimal'; without ddim_schedulers it uses "
+            f"{stand_ins['variance_type']!r}."
         )
     for key, values in NEUTRAL.items():
         value = config.get(key)

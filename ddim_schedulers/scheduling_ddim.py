@@ -11,7 +11,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, logger
 from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
 
-REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range")
+REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range", "optimal")
+# The noises that go with any member; the others replace that of eta = 1.
+ANY_MEMBER = ("sigma", "optimal")
 
 
 class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -40,7 +42,10 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: > 0.
         sample_max_value: largest threshold of dynamic thresholding, >= 1.
-        timestep_spacing: `leading`, `trailing`, `linspace` or `quadratic`.
+        timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic`, or `optimal`, the
+            trajectory with the smallest likelihood bound for the member and noise in use (for eta 0
+            or None, whose bound is infinite or unknown: for the Markovian member with the optimal
+            noise); needs `calibration`.
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
         eta: the member, sigma = eta sigma(1), >= 0. `None` follows the argument of `step`; a number
             wins over it, because pipelines pass `eta=0.0` whenever there is such an argument.
@@ -49,9 +54,13 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         timesteps: explicit trajectory, strictly decreasing within 0 .. T - 1.
         reverse_variance: the noise that is added: `sigma` (the member's own), `sigma_hat` (DDPM's
             larger choice, DDIM, Sec. 5) or `learned_range` (Improved DDPM, Eq. 15; a network with 2
-            C output channels). The last two keep the direction of sigma(1) and need `eta=1`.
+            C output channels), which both keep the direction of sigma(1) and need `eta=1`; or
+            `optimal`, the one that minimises the likelihood bound, for any member
+            (Analytic-DPM, arXiv:2201.06503; needs `calibration`).
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1]; 1.0 reaches T
             - 1.
+        calibration: statistics of the network as `ddim-schedulers calibrate` writes them: a
+            dictionary with the list `gamma`, T values of E||eps_theta||^2 / d, and the like.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -80,6 +89,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         timesteps: Sequence[int] | None = None,
         reverse_variance: str = "sigma",
         quadratic_end: float = 0.8,
+        calibration: dict[str, Any] | None = None,
     ) -> None:
         self._sigma: torch.Tensor | None = None
         self._warned_of_eta = False
@@ -101,13 +111,18 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
                 f"`reverse_variance` is {config.reverse_variance!r}; it must be one of "
                 f"{REVERSE_VARIANCES}."
             )
-        if config.reverse_variance != "sigma" and (config.eta != 1 or config.sigma is not None):
+        if config.reverse_variance not in ANY_MEMBER and (
+            config.eta != 1 or config.sigma is not None
+        ):
             raise ValueError(
                 f"`reverse_variance` is {config.reverse_variance!r}, which needs `eta=1.0` in the "
                 f"config; it is "
                 f"eta={config.eta!r}"
                 + (", and `sigma` is set." if config.sigma is not None else ".")
             )
+
+    def _needs_calibration(self) -> bool:
+        return self.config.reverse_variance == "optimal" or super()._needs_calibration()
 
     def set_timesteps(
         self,
@@ -135,12 +150,12 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         wanted = self.config.sigma if sigma is None else sigma
         member = None if wanted is None else _as_sigma(wanted)
         if sigma is not None and (
-            self.config.eta is not None or self.config.reverse_variance != "sigma"
+            self.config.eta is not None or self.config.reverse_variance not in ANY_MEMBER
         ):
             raise ValueError(
                 f"`sigma` is given, but the config says eta={self.config.eta!r} and "
                 f"reverse_variance={self.config.reverse_variance!r}; explicit sigma needs eta=None "
-                f"and 'sigma'."
+                f"and one of {ANY_MEMBER}."
             )
         if member is not None and num_inference_steps is None and timesteps is None:
             num_inference_steps = len(member) if self.config.timesteps is None else None
@@ -182,7 +197,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         """Return the eta that counts, or `None` for an explicit sigma."""
         set_in_config = self.config.eta
         if set_in_config is None and self._sigma is None:
-            if self.config.reverse_variance != "sigma":
+            if self.config.reverse_variance not in ANY_MEMBER:
                 self._check_member()
             return eta
         if eta != 0 and eta != set_in_config and not self._warned_of_eta:
@@ -217,6 +232,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
                 std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
             elif config.reverse_variance == "learned_range":
                 std = None
+            elif config.reverse_variance == "optimal":
+                std = self._optimal_std(sigma, eta)
             table = self._tables[key] = self._table(sigma, std, rederive and clips, device, dtype)
         return table
 
@@ -271,7 +288,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         dtype = compute_dtype(sample, model_output)
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
         learned = "learned_range" if self.config.reverse_variance == "learned_range" else None
-        adds_noise = member is None or member > 0
+        adds_noise = member is None or member > 0 or self.config.reverse_variance == "optimal"
         prev_sample, x0 = self._step(
             table, adds_noise, model_output, timestep, sample, learned, generator, variance_noise
         )

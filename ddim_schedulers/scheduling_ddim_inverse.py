@@ -1,6 +1,7 @@
 """`GeneralizedDDIMInverseScheduler`: DDIM encoding, from x_0 to x_T."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -45,10 +46,12 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         steps_offset: added to `leading` timesteps.
         prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean`.
         clip_sample_range: > 0.
-        timestep_spacing: `leading`, `trailing`, `linspace` or `quadratic`.
+        timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic` or `optimal` (the forward
+            scheduler's; needs `calibration`).
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
         timesteps: explicit trajectory, strictly decreasing as for the forward scheduler.
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
+        calibration: statistics of the network, as for the forward scheduler.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -71,6 +74,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         rescale_betas_zero_snr: bool = False,
         timesteps: Sequence[int] | None = None,
         quadratic_end: float = 0.8,
+        calibration: dict[str, Any] | None = None,
     ) -> None:
         self._make_tables()
         self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end)

@@ -1,6 +1,7 @@
 """`MarkovianDDPMScheduler`: DDPM (arXiv:2006.11239) as a diffusers scheduler."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +18,7 @@ VARIANCE_TYPES = (
     "fixed_large_log",
     "learned",
     "learned_range",
+    "optimal",
 )
 
 
@@ -36,18 +38,22 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         variance_type: the noise that is added: `fixed_small` (the posterior's), `fixed_large`
             (sigma-hat, beta_t), both also under their `_log` names, `learned` (the network's second
             C channels are the variance) or `learned_range` (they interpolate between the logarithms
-            of the two fixed ones, Improved DDPM, Eq. 15).
+            of the two fixed ones, Improved DDPM, Eq. 15) or `optimal` (the variance that minimises
+            the likelihood bound, Analytic-DPM, arXiv:2201.06503; needs `calibration`).
         clip_sample: clip x0_hat to +- `clip_sample_range`.
         prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean`.
         thresholding: dynamic thresholding of x0_hat instead of clipping.
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: > 0.
         sample_max_value: largest threshold of dynamic thresholding, >= 1.
-        timestep_spacing: `leading`, `trailing`, `linspace` or `quadratic`.
+        timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic`, or `optimal`, the
+            trajectory with the smallest likelihood bound (needs `calibration`).
         steps_offset: added to `leading` timesteps.
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
         timesteps: explicit trajectory, strictly decreasing within 0 .. T - 1.
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
+        calibration: statistics of the network as `ddim-schedulers calibrate` writes them: a
+            dictionary with the list `gamma`, T values of E||eps_theta||^2 / d, and the like.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -73,6 +79,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         timesteps: Sequence[int] | None = None,
         quadratic_end: float = 0.8,
+        calibration: dict[str, Any] | None = None,
     ) -> None:
         self.custom_timesteps = False
         self._make_tables()
@@ -93,6 +100,13 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         if name not in VARIANCE_TYPES:
             raise ValueError(f"`variance_type` is {name!r}; it must be one of {VARIANCE_TYPES}.")
         return name
+
+    def _needs_calibration(self) -> bool:
+        return self.config.variance_type == "optimal" or super()._needs_calibration()
+
+    def _bound_member(self) -> tuple[str, float]:
+        name = self.config.variance_type.removesuffix("_log")
+        return (name if name.startswith("fixed") else "optimal"), 1.0
 
     def set_timesteps(
         self,
@@ -136,6 +150,8 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
                 std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
             elif name.startswith("learned"):
                 std = None
+            elif name == "optimal":
+                std = self._optimal_std(sigma, 1.0)
             # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
             # re-derived
             table = self._tables[key] = self._table(sigma, std, clips, device, dtype)
