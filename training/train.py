@@ -50,16 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         trainer = Trainer(config)
         if dry_run:
-            from ddim_schedulers.training.dry_run import dry_run as report
+            from ddim_schedulers.training.dry_run import report
 
-            report(trainer)
-            return 0
-        result = trainer.run()
+            lines = report(trainer)
+        else:
+            lines = trainer.run().summary()
     except (CheckpointError, NonFiniteError) as error:
         print(f"ddim-schedulers train: {error}", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
-        print(result.summary())
+        print(lines)
+    trainer.accelerator.end_training()
     return 0
 
 

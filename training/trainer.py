@@ -205,7 +205,9 @@ class Trainer:
         if self.step < config.max_train_steps and stopped_by is None:
             stopped_by = "stop_after"
         pipeline_dir = None if stopped_by else self._export()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers.clear()
         return self._result(pipeline_dir, stopped_by, seconds)
 
     def _steps(self, stop: int, signals: StopSignals) -> str | None:

@@ -1,0 +1,228 @@
+"""Training on two processes: the same batch gives the same run, and a resumed run the same bits.
+
+Everything runs in one `torchrun` (its start costs more than the training) and is looked at by several
+tests. Both sides of each comparison run with one thread.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+CHILD = '''
+"""Trains each of the given configs and writes what came out. Run by the test through torchrun."""
+
+import json
+import sys
+import warnings
+
+import torch
+from accelerate import Accelerator
+
+torch.set_num_threads(1)
+jobs = json.load(open(sys.argv[1]))
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == jobs["processes"], accelerator.num_processes
+
+from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.trainer import NonFiniteError, Trainer
+
+if jobs["processes"] == 2:
+    # FSDP and DeepSpeed aside, DDP over CPU processes must be what really runs.
+    assert str(accelerator.distributed_type).endswith("MULTI_CPU")
+
+for name, settings, poison in jobs["runs"]:
+    trainer = Trainer(TrainingConfig(**settings))
+    if poison is not None and accelerator.process_index == poison:
+        objective = type(trainer.objective).__call__
+
+        def poisoned(self, output, x0, noise, t, trainer=trainer, objective=objective):
+            loss, error = objective(self, output, x0, noise, t)
+            return (loss * float("inf"), error) if trainer.step == 3 else (loss, error)
+
+        type(trainer.objective).__call__ = poisoned
+    try:
+        result = trainer.run()
+        out = {"losses": result.losses, "skipped": result.skipped_steps, "error": None}
+        out["evaluations"] = result.evaluations
+    except NonFiniteError as error:
+        out = {"error": str(error), "step": trainer.step}
+    finally:
+        if poison is not None and accelerator.process_index == poison:
+            type(trainer.objective).__call__ = objective
+    weights = [p.detach().double().sum() for p in trainer.parameters]
+    everyone = accelerator.gather(torch.stack(weights)[None])
+    out["same_on_all"] = bool((everyone == everyone[0]).all())
+    if accelerator.is_main_process:
+        json.dump(out, open(f"{settings['output_dir']}/{name}.json", "w"))
+    accelerator.wait_for_everyone()
+accelerator.end_training()
+'''
+
+
+def run_child(folder: Path, processes: int, runs: list) -> None:
+    (folder / "child.py").write_text(CHILD)
+    jobs = folder / f"jobs-{processes}.json"
+    jobs.write_text(json.dumps({"processes": processes, "runs": runs}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(folder / "child.py"), str(jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which all runs have happened, on one and on two processes."""
+    root = tmp_path_factory.mktemp("distributed")
+    unet = {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
+    (root / "unet.json").write_text(json.dumps(unet))
+    (root / "noisy_unet.json").write_text(json.dumps(unet | {"dropout": 0.1}))
+
+    def settings(name, **changes):
+        return {
+            "output_dir": str(root / name),
+            "model": str(root / "unet.json"),
+            "cpu": True,
+            "batch_size": 8,
+            "max_train_steps": 20,
+            "lr": 1e-3,
+            "lr_schedule": "cosine",
+            "lr_warmup_steps": 4,
+            "ema_decay": 0.9,
+            "random_flip": True,
+            "progress_bar": False,
+            "log_every": 6,
+            "checkpoint_every": 0,
+        } | changes
+
+    aware = {
+        "timestep_sampling": "loss_aware",
+        "num_train_timesteps": 10,
+        "sampling_history": 1,
+        "variance_type": "learned_range",
+    }
+    look = {
+        "validate_every": 20,
+        "validation_images": 33,
+        "sample_every": 20,
+        "sample_images": 5,
+        "sample_steps": 3,
+        "frechet_images": 67,
+    }
+    double = {"weights_dtype": "float64"}
+    one, two = [], []
+    for label, changes in (("f32", {}), ("f64", double), ("aware", aware | double | look)):
+        for key, extra, runs in (
+            ("1x8", {}, one),
+            ("1x4x2", {"gradient_accumulation_steps": 2}, one),
+            ("2x4", {}, two),
+            ("2x2x2", {"gradient_accumulation_steps": 2}, two),
+        ):
+            if label != "aware" and key == "2x2x2":
+                continue
+            runs.append([f"{label}-{key}", settings(f"{label}-{key}", **changes, **extra), None])
+    # Dropout is on: its masks too must come back. 1,437 digits in batches of 480: stops mid-epoch.
+    whole = {
+        "model": str(root / "noisy_unet.json"),
+        "batch_size": 480,
+        "max_train_steps": 7,
+        **{k: v for k, v in aware.items() if k != "sampling_history"},
+        "gradient_accumulation_steps": 2,
+    }
+    two.append(["whole", settings("whole", **whole), None])
+    two.append(["parts", settings("parts", **whole | {"stop_after": 4}), None])
+    two.append(["parts-2", settings("parts", **whole, resume="latest"), None])
+    # A loss that is not finite on the second process alone.
+    two.append(["count", settings("count", on_nonfinite="count", max_train_steps=6), 1])
+    two.append(["stop", settings("stop", max_train_steps=6), 1])
+    run_child(root, 1, one)
+    run_child(root, 2, two)
+    return root
+
+
+def outcome(folder, name, run=None):
+    return json.loads((folder / (run or name) / f"{name}.json").read_text())
+
+
+def tensors(folder, run, step, part):
+    base = folder / run / "checkpoints" / f"step-{step:08d}" / part
+    return load_file(base / "diffusion_pytorch_model.safetensors" if base.is_dir() else base)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+@pytest.mark.parametrize("split", ["1x4x2", "2x4"])
+def test_losses_in_float32_do_not_depend_on_the_split(folder, split):
+    expected = torch.tensor(outcome(folder, "f32-1x8")["losses"])
+    got = torch.tensor(outcome(folder, f"f32-{split}")["losses"])
+    assert len(got) == 20
+    assert ((got - expected).abs() / expected).max() < 1e-6
+    # The check can fail: a step later is another loss.
+    assert ((got.roll(1) - expected).abs() / expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("run", ["f64-1x4x2", "f64-2x4", "aware-1x4x2", "aware-2x4", "aware-2x2x2"])
+def test_weights_in_float64_do_not_depend_on_the_split(folder, run):
+    reference = f"{run.split('-')[0]}-1x8"
+    for part in ("unet", "unet_ema"):
+        expected = tensors(folder, reference, 20, part)
+        assert largest_difference(tensors(folder, run, 20, part), expected) < 1e-10
+    raw, averaged = (tensors(folder, run, 20, part) for part in ("unet", "unet_ema"))
+    assert largest_difference(raw, averaged) > 1e-4
+
+
+@pytest.mark.parametrize("split", ["1x4x2", "2x4", "2x2x2"])
+def test_history_of_losses_is_gathered_in_the_order_of_the_batch(folder, split):
+    expected = tensors(folder, "aware-1x8", 20, "sampler.safetensors")
+    got = tensors(folder, f"aware-{split}", 20, "sampler.safetensors")
+    assert torch.equal(got["seen"], expected["seen"])
+    assert int(got["seen"].sum()) == 160
+    torch.testing.assert_close(got["losses"], expected["losses"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", ["2x4", "2x2x2"])
+def test_evaluation_does_not_depend_on_the_split(folder, split):
+    expected = outcome(folder, "aware-1x8")["evaluations"][-1]
+    got = outcome(folder, f"aware-{split}")["evaluations"][-1]
+    assert got["frechet_n"] == 67 and got["weights"] == "ema"
+    for name in ("validation_loss", "frechet"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-8)
+    assert got["channel_mean_drift"] == pytest.approx(expected["channel_mean_drift"], abs=1e-9)
+
+
+def test_resume_in_the_middle_of_an_epoch_is_exact_on_two_processes(folder):
+    whole = outcome(folder, "whole")["losses"]
+    parts = outcome(folder, "parts")["losses"] + outcome(folder, "parts-2", "parts")["losses"]
+    assert parts == whole and len(whole) == 7
+    for part in ("unet", "unet_ema", "optimizer.safetensors", "sampler.safetensors"):
+        a, b = tensors(folder, "whole", 7, part), tensors(folder, "parts", 7, part)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_applied_on_none(folder):
+    counted = outcome(folder, "count")
+    assert counted["same_on_all"] and counted["skipped"] == 1
+    assert all(torch.isfinite(v).all() for v in tensors(folder, "count", 6, "unet").values())
+    stopped = outcome(folder, "stop")
+    assert stopped["same_on_all"]
+    assert "step 3 was not finite" in stopped["error"]
+    assert "positions with a loss that is not finite: 4, 5, 6, 7" in stopped["error"]
+    assert "digits[" in stopped["error"]
