@@ -276,9 +276,12 @@ def best_trajectory(cost: torch.Tensor, num_inference_steps: int) -> list[int]:
             f"`num_inference_steps` is {steps!r}; the optimal trajectory holds both 0 and T - 1 "
             f"and needs 2 to {big_t} timesteps."
         )
-    value, came_from = cost[-1], []
-    for _ in range(steps - 2):
-        best = (value[:, None] + cost).min(dim=0)
+    # rows are where a step lands, so that the minimum runs over contiguous memory; after k steps
+    # only timesteps below T - k can have been reached
+    landing, value, came_from = cost.T.contiguous(), cost[-1], []
+    for k in range(1, steps - 1):
+        reached = big_t - k
+        best = (landing[:reached, :reached] + value[:reached]).min(dim=1)
         value = best.values
         came_from.append(best.indices)
     if not math.isfinite(float(value[0])):
