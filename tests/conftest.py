@@ -204,7 +204,7 @@ sys.meta_path.insert(0, Hide())
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_ddpm():
     """Makes a `DDPMPipeline` with random weights around a scheduler: 8 x 8 grey images."""
     from diffusers import DDPMPipeline, UNet2DModel

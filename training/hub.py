@@ -189,21 +189,15 @@ class _Push:
         return [p for p in there if p.partition("/")[0] in folders and p not in export.files]
 
     def _retry(self, call: Callable[[], R]) -> R:
-        from huggingface_hub.errors import HfHubHTTPError
-
-        http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this client uses
         for attempt in range(1, self.attempts + 1):
             try:
                 with _timeout():
                     return call()
-            except (http_error, OSError, json.JSONDecodeError) as error:
-                # the client reads some answers as JSON before it looks at their status
-                status = _status(error)
-                lost = status in TRANSIENT if status else not isinstance(error, OSError)
-                if not lost or attempt == self.attempts:
+            except Exception as error:
+                if attempt == self.attempts or not _is_passing(error):
                     raise
-                wait = _wait(error, attempt)
-                reason = f"it answers {status}" if status else type(error).__name__
+                status, wait = _status(error), _wait(error, attempt)
+                reason = f"it answers {status}" if status else type(_cause(error)).__name__
                 print(
                     f"{self.endpoint} fails ({reason}); trying again in {wait:.0f} s "
                     f"({attempt} of {self.attempts - 1}).",
@@ -227,14 +221,37 @@ def _timeout() -> Iterator[None]:
         session.timeout = before
 
 
+def _http_error() -> type[Exception]:
+    """Return the base of all errors of the HTTP library that this client uses (httpx, httpx2)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the HTTP error behind an error: the client wraps those of an upload in another."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _http_error()):
+        cause = cause.__cause__
+    return error if cause is None else cause
+
+
 def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
+    response = getattr(_cause(error), "response", None)
     return None if response is None else int(response.status_code)
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Is it worth another try? The client reads some answers as JSON before their status."""
+    status = _status(error)
+    if status is not None:
+        return status in TRANSIENT
+    return isinstance(_cause(error), (_http_error(), json.JSONDecodeError))
 
 
 def _wait(error: BaseException, attempt: int) -> float:
     """Return how long to wait: what Retry-After says, else twice as long each time."""
-    response = getattr(error, "response", None)
+    response = getattr(_cause(error), "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
     if asked.isdigit():
         return min(float(asked), LONGEST_WAIT)
@@ -243,9 +260,9 @@ def _wait(error: BaseException, attempt: int) -> float:
 
 def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
     """Say what happened and what to do, in one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status = _status(error)
+    status, cause = _status(error), _cause(error)
     if isinstance(error, OfflineModeIsEnabled):
         return _OFFLINE
     if status == 401:
@@ -264,12 +281,12 @@ def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
         return f"the name {repo_id} is taken (409); take another one."
     if status == 429:
         return f"{endpoint} limits the rate of requests (429); try again later."
+    said = " ".join(str(getattr(cause, "server_message", None) or cause).split())[:300]
     if status is not None:
-        said = getattr(error, "server_message", None) or type(error).__name__
-        return f"{endpoint} answers {status}: {' '.join(str(said).split())[:300]}"
-    if isinstance(error, HfHubHTTPError.__bases__[0] | OSError):
-        return f"{endpoint} cannot be reached ({type(error).__name__}: {str(error)[:200]})."
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{endpoint} answers {status}: {said}"
+    if isinstance(cause, _http_error()):
+        return f"{endpoint} cannot be reached ({type(cause).__name__}: {said})."
+    return f"{type(cause).__name__}: {said}"
 
 
 _OFFLINE = "offline mode is on (HF_HUB_OFFLINE); unset it to push."

@@ -1,0 +1,287 @@
+"""Pushing to a Hub: the real client against the loopback Hub, and every fault on demand.
+
+Run here: regular files and Git LFS. Xet, which the public Hub prefers for large files, is switched
+off by HF_HUB_DISABLE_XET and not run.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+import traceback
+
+import pytest
+
+from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.training import cli, hub
+
+# huggingface_hub hands the open file to its HTTP library by an old name (huggingface_hub 2.4,
+# `_upload_single_part`)
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+TOKEN = "hf_RecogniseMe0123456789abcdefghijklm"
+REPO = "me/tiny"
+PIPELINE = {
+    "model_index.json",
+    "README.md",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits that were asked for; none is waited."""
+    asked = []
+    monkeypatch.setattr(time, "sleep", asked.append)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_ddpm, tmp_path_factory):
+    """A saved pipeline in a training run's folder, with things beside it that nobody may see."""
+    root = tmp_path_factory.mktemp("run") / "pipeline"
+    scheduler = GeneralizedDDIMScheduler(eta=0.5, timestep_spacing="quadratic")
+    save_pipeline(tiny_ddpm(scheduler), root, "plug-in")
+    (root / "checkpoint-10").mkdir()
+    (root / "checkpoint-10" / "optimizer.bin").write_bytes(b"state")
+    (root / "optimizer.pt").write_bytes(b"state")
+    (root / "unet" / "random_states_0.pkl").write_bytes(b"state")
+    (root / ".env").write_text("SECRET=1")
+    return root
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+@pytest.fixture
+def server(loopback_hub):
+    loopback_hub.tokens[TOKEN] = ("me", True)
+    return loopback_hub
+
+
+def fingerprint(root):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()}
+
+
+def commits(server, repo=REPO):
+    return len(server.repos[repo].messages) - 1  # without the one that created it
+
+
+def test_one_commit_with_the_pipeline_and_nothing_else(server, folder):
+    before = fingerprint(folder)
+    url = hub.push_pipeline(folder, REPO, private=True)
+    repo = server.repos[REPO]
+    assert url == f"{server.url}/{REPO}/commit/{repo.branches['main']}"
+    assert repo.private
+    assert set(repo.files()) == PIPELINE | {".gitattributes"}
+    assert commits(server) == 1
+    assert fingerprint(folder) == before
+    index = json.loads(repo.files()["model_index.json"])
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["_class_name"] == "DDIMPipeline"
+    card = repo.files()["README.md"].decode()
+    assert "library_name: diffusers" in card
+    assert "without ddim_schedulers eta=0.5 has no effect" in card
+    assert "timestep_spacing='quadratic'" in card
+
+
+def test_pushing_again_changes_nothing_and_another_form_leaves_no_code_behind(server, folder):
+    hub.push_pipeline(folder, REPO, form="self-contained")
+    files = server.repos[REPO].files()
+    [code] = [path for path in files if path.endswith(".py")]
+    assert code.startswith("scheduler/ddim_schedulers_")
+    assert f"`{code}`" in files["README.md"].decode()
+
+    again = hub.push_pipeline(folder, REPO, form="self-contained")
+    assert commits(server) == 1
+    assert again.endswith(server.repos[REPO].branches["main"])
+
+    # what others added stays, but not inside the folders of the pipeline
+    files = {**files, "notes.md": b"mine", "unet/old.bin": b"old"}
+    server.repos[REPO].commit("main", files, "by hand")
+    hub.push_pipeline(folder, REPO, form="portable")
+    assert set(server.repos[REPO].files()) == PIPELINE | {".gitattributes", "notes.md"}
+    assert commits(server) == 3
+
+
+def test_revision_is_created_and_main_stays(server, folder):
+    hub.push_pipeline(folder, REPO, revision="v1")
+    hub.push_pipeline(folder, REPO, revision="v1")
+    assert set(server.repos[REPO].files("v1")) == PIPELINE | {".gitattributes"}
+    assert set(server.repos[REPO].files("main")) == {".gitattributes"}
+    assert commits(server) == 1
+
+
+def test_a_card_of_ones_own_keeps_its_text_and_gets_the_section_once(server, folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWords.\n")
+    hub.push_pipeline(folder, REPO)
+    first = server.repos[REPO].files()["README.md"].decode()
+    assert first.startswith("---\nlicense: mit\n---\n# Mine\n\nWords.\n")
+    (folder / "README.md").write_text(first)
+    hub.push_pipeline(folder, REPO, form="plug-in")
+    second = server.repos[REPO].files()["README.md"].decode()
+    assert second.count("## How to load it") == 1
+    assert "import ddim_schedulers" in second
+    assert "What is different" not in second
+    (folder / "README.md").write_text("no metadata\n")
+    hub.push_pipeline(folder, REPO)
+    assert server.repos[REPO].files()["README.md"].startswith(b"---\nlibrary_name: diffusers")
+
+
+PASSING = {
+    "500 at create": dict(path="/create", status=500, times=2),
+    "503 at preupload": dict(path="/preupload", status=503, times=2),
+    "500 at the card check": dict(path="/validate-yaml", status=500),
+    "502 at LFS batch": dict(path="/batch", status=502),
+    "500 at LFS upload": dict(path="/lfs/", status=500),
+    "500 at commit": dict(path="/commit/", status=500, times=3),
+    "429 at commit": dict(path="/commit/", status=429, headers={"Retry-After": "7"}),
+    "429 at listing": dict(path="/tree/", status=429, headers={"Retry-After": "7"}),
+    "cut before commit": dict(path="/commit/", cut="before"),
+    "cut after commit": dict(path="/commit/", cut="after"),
+    "cut after create": dict(path="/create", cut="after"),
+    "cut in LFS upload": dict(path="/lfs/", cut="after"),
+    "slow at commit": dict(path="/commit/", delay=0.6),
+    "slow at preupload": dict(path="/preupload", delay=0.6),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=list(PASSING))
+def test_a_passing_fault_is_waited_out(fault, server, folder, waits, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
+    server.faults.append(server.Fault(**fault))
+    hub.push_pipeline(folder, REPO)
+    assert not server.faults
+    assert set(server.repos[REPO].files()) == PIPELINE | {".gitattributes"}
+    assert commits(server) == 1  # even where the answer to the first one was lost
+    if fault.get("status") == 429:
+        assert max(waits) >= 7
+    elif "delay" not in fault:
+        assert 0 < sum(waits) < 30
+    assert TOKEN not in "".join(capsys.readouterr())
+
+
+LASTING = {
+    "500": (dict(path=".", status=500, times=99), "answers 500"),
+    "429": (dict(path=".", status=429, times=99), "limits the rate of requests (429)"),
+    "cut": (dict(path="/commit/", cut="before", times=99), "cannot be reached"),
+    "slow": (dict(path="/create", delay=0.5, times=99), "cannot be reached (ReadTimeout"),
+    "401": (dict(path="/create", status=401), "does not accept the token (401)"),
+    "401 later": (dict(path="/commit/", status=401), "does not accept the token (401)"),
+    "403": (dict(path="/create", status=403), "no permission to write to me/tiny (403)"),
+    "403 later": (dict(path="/preupload", status=403), "no permission to write to me/tiny (403)"),
+}
+
+
+@pytest.mark.parametrize(("fault", "sentence"), LASTING.values(), ids=list(LASTING))
+def test_a_lasting_fault_is_one_sentence_and_loses_nothing(
+    fault, sentence, server, folder, waits, monkeypatch, capsys
+):
+    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    before = fingerprint(folder)
+    server.faults.append(server.Fault(**fault))
+    url = hub.push_after_training(folder, REPO, private=True, form="plug-in")
+    assert url is None
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert "Traceback" not in told
+    last = told.splitlines()[-1].strip()
+    assert last == (
+        f"ddim-schedulers push --pipeline {folder} --repo_id me/tiny --form plug-in --private"
+    )
+    assert TOKEN not in told
+    assert fingerprint(folder) == before
+    assert REPO not in server.repos or commits(server) == 0
+
+    server.faults.clear()
+    assert cli.main(last.split()[1:]) == 0  # the printed command does what it says
+    assert commits(server) == 1
+    assert server.repos[REPO].private
+
+
+def test_refusals_are_one_sentence(server, folder, monkeypatch, waits):
+    def refused(repo=REPO, **options):
+        with pytest.raises((hub.PushError, ValueError)) as caught:
+            hub.push_pipeline(folder, repo, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    server.add_repo("me/words", {"data.csv": b"1"})
+    assert "something else than a pipeline (data.csv" in refused("me/words")
+    server.add_repo("me/public")
+    assert "exists and is public" in refused("me/public", private=True)
+    server.add_repo("you/theirs")
+    assert "no permission to write to you/theirs (403)" in refused("you/theirs")
+    assert "no permission to write to you/new (403)" in refused("you/new")
+    assert "`repo_id` is 'tiny'" in refused("tiny")
+    assert "`form` is 'zip'" in refused(form="zip")
+    assert "does not accept the token (401)" in refused(token="hf_nobodyknowsthisone0000")
+    server.tokens["hf_ReadOnly"] = ("me", False)
+    assert "no permission" in refused(token="hf_ReadOnly")
+    assert "cannot be reached" in refused(endpoint="http://127.0.0.1:9", attempts=1)
+    assert all(len(r.messages) <= 2 for r in server.repos.values())
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode is on" in refused()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "none"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "there is no Hugging Face token" in refused()
+
+
+def test_the_token_is_nowhere(server, folder, waits, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    (folder / "unet" / "config.json").touch()
+    server.faults.append(server.Fault("/commit/", status=500))
+    hub.push_pipeline(folder, REPO, token=f" {TOKEN}\n")
+    server.faults.append(server.Fault(".", status=500, times=99))
+    with pytest.raises(hub.PushError) as caught:
+        hub.push_pipeline(folder, "me/other", attempts=2)
+    with pytest.raises(hub.PushError) as odd:
+        hub.push_pipeline(folder, REPO, token=f"{TOKEN}\nX: y")
+    texts = ["".join(traceback.format_exception(e.value)) for e in (caught, odd)]
+    texts += [caplog.text, *capsys.readouterr()]
+    texts += [c.decode("latin1") for c in server.repos[REPO].files().values()]
+    assert not any(TOKEN in text for text in texts)
+    # it went where it belongs, and nowhere else
+    sent = {authorization for _, _, authorization, _ in server.requests}
+    assert sent <= {f"Bearer {TOKEN}", None}
+    assert all(a is None for _, path, a, _ in server.requests if path.startswith("/lfs/"))
+
+
+@pytest.mark.parametrize("place", ["README.md", "unet/config.json"])
+def test_a_token_in_the_files_is_not_uploaded(place, server, folder):
+    text = (folder / place).read_text() if place != "README.md" else "---\nx: y\n---\n"
+    other = "hf_" + "Z9" * 17
+    (folder / place).write_text(text + f'\n"{other}"' if place == "README.md" else f'"{other}"')
+    with pytest.raises(ValueError, match=f"{place} holds a Hugging Face token") as caught:
+        hub.push_pipeline(folder, REPO)
+    assert other not in str(caught.value)
+    assert not server.repos
+
+
+def test_the_verb(server, folder, capsys):
+    assert cli.main(["push", "--pipeline", str(folder), "--repo_id", REPO]) == 0
+    assert capsys.readouterr().out.strip().startswith(f"{server.url}/{REPO}/commit/")
+    assert cli.main(["push", "--pipeline", str(folder), "--repo_id", "you/x"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("ddim-schedulers push: the token has no permission")
+    assert told[2].strip().startswith("ddim-schedulers push --pipeline")
+    assert cli.main(["push", "--pipeline", str(folder.parent), "--repo_id", REPO]) == 2
+    assert "is not a saved pipeline" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["push", "--pipeline", str(folder), "--repo_id", REPO, "--form", "zip"])
