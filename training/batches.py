@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ddim_schedulers.training.data import ImageData
 
@@ -171,7 +171,7 @@ class Keys(Sampler[tuple[int, int]]):
 
 def make_loader(batches: Any, start: int, stop: int, workers: int, pin: bool) -> DataLoader[Batch]:
     """A loader of ready batches, never regrouped, so that workers cannot change their order."""
-    streaming = not hasattr(batches, "__getitem__")
+    streaming = isinstance(batches, IterableDataset)
     return DataLoader(
         batches,
         sampler=None if streaming else Keys(start, stop, batches.share.parts),

@@ -372,6 +372,10 @@ def _check_together(config: TrainingConfig) -> None:
         len(config.value_range) != 2 or not config.value_range[0] < config.value_range[1]
     ):
         raise ValueError(f"value_range is {config.value_range}; it must be two rising numbers")
+    if config.streaming and config.num_workers > 1:
+        raise ValueError(
+            f"num_workers is {config.num_workers}; a stream is read in order, by at most 1 worker"
+        )
     if config.push_to_hub and not config.hub_repo_id:
         raise ValueError("push_to_hub needs hub_repo_id, as in USER/NAME")
     if config.best_by == "frechet" and not (config.frechet_images and config.sample_every):

@@ -28,13 +28,14 @@ from ddim_schedulers.training.batches import (
     make_loader,
 )
 from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
-from ddim_schedulers.training.data import load_data
+from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
 from ddim_schedulers.training.models import load_unet, make_unet
 from ddim_schedulers.training.objectives import make_objective
 from ddim_schedulers.training.parsing import save_config
 from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
+from ddim_schedulers.training.streams import Stream, StreamBatches, open_stream
 from ddim_schedulers.training.timestep_sampling import make_timestep_sampler
 from ddim_schedulers.training.watch import Watcher, plot_losses
 
@@ -115,10 +116,11 @@ class Trainer:
         self.start_from = self._choose_checkpoint()
         # The main process first: what it downloads or caches, the others find.
         with self.accelerator.main_process_first():
-            self.data, self.held_out = load_data(config)
+            self.data, self.held_out = self._load_data()
         self._build()
         self.records = Records(self.root, self.accelerator.is_main_process)
         self.step = 0
+        self.place = (0, 0)  # in a stream: epoch, and how many images of it were used
         self.best: dict[str, Any] = {}
         self.evaluations: list[dict[str, Any]] = []
         if self.start_from is not None:
@@ -155,7 +157,11 @@ class Trainer:
             config.random_flip,
             config.random_crop,
         )
-        self.batches = MapBatches(self.data, draws, self.share)
+        self.batches: MapBatches | StreamBatches = (
+            MapBatches(self.data, draws, self.share)
+            if self.stream is None
+            else StreamBatches(self.stream, self.data, draws, self.share)
+        )
         self.watcher = Watcher(
             self.accelerator,
             config,
@@ -165,6 +171,13 @@ class Trainer:
             self.scheduler,
             self.root / "pictures",
         )
+
+    def _load_data(self) -> tuple[ImageData, ImageData | None]:
+        self.stream: Stream | None = None
+        if not self.config.streaming:
+            return load_data(self.config)
+        self.stream, data, held_out = open_stream(self.config)
+        return data, held_out
 
     def _make_unet(self) -> UNet2DModel:
         config = self.config
@@ -214,6 +227,9 @@ class Trainer:
         """Runs to step `stop`; the name of the signal that ended it before, or None."""
         config, window = self.config, Window(self.share, self.step)
         pin = self.device.type == "cuda"
+        if isinstance(self.batches, StreamBatches):
+            self.batches.start, self.batches.stop = self.step, stop
+            self.batches.place = self.place
         loader = iter(make_loader(self.batches, self.step, stop, config.num_workers, pin))
         saved = self.step if self.start_from is not None else -1
         alone = self.accelerator.num_processes == 1
@@ -276,6 +292,8 @@ class Trainer:
             )
         for _ in range(self.share.parts):
             batch: Batch = next(loader)
+            if "place" in batch:
+                self.place = tuple(batch["place"].tolist())
             with self.accelerator.accumulate(self.network):
                 loss = self._loss(batch, window)
                 self.accelerator.backward(loss)
@@ -380,6 +398,7 @@ class Trainer:
     def _files(self) -> dict[str, bytes]:
         state = {
             "step": self.step,
+            "place": list(self.place),
             "ema": self.average.state_dict(),
             "best": self.best,
             "config": self.config.to_dict(),
@@ -432,6 +451,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
+        self.place = tuple(state["place"])
         self.records.rewind(self.step)
 
     def _compare(self, before: dict[str, Any]) -> None:
