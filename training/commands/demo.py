@@ -1,0 +1,30 @@
+"""`ddim-schedulers demo`: train on the embedded digits, sample, look, measure, save."""
+
+import argparse
+from pathlib import Path
+
+HELP = "Train a small model on embedded digits and sample it with every member of the family."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the demo."""
+    parser.add_argument("--output", default="runs/digits", help="folder for all that is written")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    parser.add_argument(
+        "--quick", action="store_true", help="show every part in under a minute, not its quality"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo and says where things are."""
+    from ddim_schedulers.training import demo
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = demo.quick(output, args.seed) if args.quick else demo.DemoSettings(output, args.seed)
+    results = demo.run_demo(settings)
+    print(demo.render(results).split("![")[0])
+    print(f"Pictures and results.md: {output}")
+    print(f'Load it: DiffusionPipeline.from_pretrained("{output / "pipeline"}")')
+    print(f"{results['seconds']:.0f} seconds in all.")
+    return 0
