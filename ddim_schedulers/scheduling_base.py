@@ -143,13 +143,16 @@ class FamilySchedulerMixin:
 
     def _make_tables(self) -> None:
         """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
+        for name in ("trained_betas", "sigma", "timesteps"):  # a config is saved as JSON
+            if hasattr(self.config.get(name), "tolist"):
+                self.register_to_config(  # type: ignore[attr-defined]
+                    **{name: self.config[name].tolist()}
+                )
         config = self.config
         big_t = check_num_train_timesteps(config.num_train_timesteps)
         _check_names(config)
         if config.trained_betas is not None:
             betas = explicit_betas(config.trained_betas, big_t)
-            if isinstance(config.trained_betas, torch.Tensor):  # a config is saved as JSON
-                self.register_to_config(trained_betas=betas.tolist())  # type: ignore[attr-defined]
         else:
             betas = make_betas(config.beta_schedule, big_t, config.beta_start, config.beta_end)
         if config.rescale_betas_zero_snr:
