@@ -1,7 +1,7 @@
 """What all pipelines share: construction, checks, and being made from another pipeline."""
 
 import copy
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
@@ -39,25 +39,44 @@ class UnconditionalPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:  # noqa: ANN401
+    def from_pipe(  # type: ignore[override]
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        unet: UNet2DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+    ) -> Self:
         """Build this pipeline from another one, which stays as it is.
 
-        The network is shared and keeps its dtype and device (diffusers' own `from_pipe` would cast
-        it to float32); the scheduler is copied, so that neither pipeline's timesteps touch the
-        other's.
+        The network is shared and keeps its dtype and device (diffusers' own `from_pipe` casts it to
+        float32, the source's too); the scheduler is copied, so that neither pipeline's timesteps
+        touch the other's.
 
         Args:
             pipeline: any pipeline with an unconditional `unet` and a `scheduler`.
-            **kwargs: components to replace (`scheduler=...`), and what diffusers' `from_pipe`
-                takes.
+            unet: replaces the pipeline's.
+            scheduler: replaces the pipeline's; taken as it is, not copied.
 
         Raises:
             ValueError: for a network or scheduler that does not fit, or a missing component.
         """
-        kwargs.setdefault("dtype", pipeline.dtype)
-        if "scheduler" in pipeline.components and "scheduler" not in kwargs:
-            kwargs["scheduler"] = copy.deepcopy(pipeline.scheduler)
-        return super().from_pipe(pipeline, **kwargs)
+        parts = pipeline.components
+        missing = [
+            k for k, v in (("unet", unet), ("scheduler", scheduler)) if v is None and k not in parts
+        ]
+        if missing:
+            raise ValueError(
+                f"`pipeline` is a {type(pipeline).__name__} without {missing}; it has "
+                f"{sorted(parts)}."
+            )
+        new = cls(
+            unet=parts["unet"] if unet is None else unet,
+            scheduler=copy.deepcopy(parts["scheduler"]) if scheduler is None else scheduler,
+        )
+        origin = pipeline.config.get("_name_or_path")
+        if origin is not None:
+            new.register_to_config(_name_or_path=origin)
+        return new
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,0 +1,271 @@
+"""Many samples to a folder: resumable, split over processes, the same files however it was run.
+
+The images 0 .. N - 1 are cut into chunks of `batch_size`; chunk boundaries depend on nothing else,
+so that every image is computed in the same company whatever the number of processes. Process r of W
+takes the chunks r, r + W, ... Image i has the seed `seed + i`. The processes do not talk to each
+other; each writes its files under a temporary name and renames them.
+
+    OUTPUT/sample.json          the settings; a second call with others is refused
+    OUTPUT/images/000000.png    or OUTPUT/shards/000000-000063.npz with `images` uint8 (n, H, W, C),
+    `seeds` OUTPUT/grid.png             the first images, once all are there
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddim_schedulers.pipelines.base import check_batch_size, chunks
+from ddim_schedulers.pipelines.files import remove_leftovers, write_json, write_npz, write_png
+from ddim_schedulers.pipelines.generation import GenerationPipeline
+from ddim_schedulers.pipelines.images import check_pil_channels, to_pil, to_uint8
+from ddim_schedulers.pipelines.noise import MAX_SEED
+from ddim_schedulers.pipelines.pictures import make_grid
+
+FORMATS = ("png", "npz")
+SETTINGS = "sample.json"
+GRID = "grid.png"
+GRID_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """What is to be sampled.
+
+    Attributes:
+        num_images: N.
+        batch_size: images in one network call, and in one shard.
+        seed: image i has the seed `seed + i`.
+        file_format: `png` (one file an image) or `npz` (one shard a chunk); both are lossless
+            uint8.
+        num_inference_steps: as in generation.
+        timesteps: as in generation.
+        eta: as in generation.
+    """
+
+    num_images: int
+    batch_size: int = 64
+    seed: int = 0
+    file_format: str = "png"
+    num_inference_steps: int | None = None
+    timesteps: tuple[int, ...] | None = None
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the one that is out of range.
+        """
+        check_batch_size(self.batch_size)
+        if (
+            isinstance(self.num_images, bool)
+            or not isinstance(self.num_images, int)
+            or self.num_images < 1
+        ):
+            raise ValueError(f"`num_images` is {self.num_images!r}; it must be an integer >= 1.")
+        if self.file_format not in FORMATS:
+            raise ValueError(f"`file_format` is {self.file_format!r}; it must be one of {FORMATS}.")
+        if not 0 <= self.seed <= MAX_SEED - self.num_images:
+            raise ValueError(
+                f"`seed` is {self.seed!r}; the seeds seed .. seed + num_images - 1 must lie in 0 "
+                ".. 2**63 - 1."
+            )
+
+
+@dataclass(frozen=True)
+class SamplingReport:
+    """What one process did: files written, files found, and whether all files are there."""
+
+    written: int
+    present: int
+    complete: bool
+
+
+def process_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return (rank, number of processes) as torchrun and accelerate launch announce them.
+
+    Raises:
+        ValueError: if RANK is not below WORLD_SIZE.
+    """
+    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < size:
+        raise ValueError(
+            f"RANK is {rank} and WORLD_SIZE {size}; RANK must lie in 0 .. WORLD_SIZE - 1."
+        )
+    return rank, size
+
+
+def sample_to_directory(
+    pipe: GenerationPipeline,
+    output: str | Path,
+    job: SamplingJob,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> SamplingReport:
+    """Sample this process's share of a job into a folder, leaving out what is there already.
+
+    Args:
+        pipe: the pipeline, on its device.
+        output: the folder; created where missing.
+        job: what to sample, the same for every process.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: if the folder holds a job with other settings, naming what differs, or if the
+            network's channels do not fit PNG.
+    """
+    if job.file_format == "png":
+        check_pil_channels(pipe.image_shape[0])
+    folder = Path(output)
+    files = _Files(folder, job, rank)
+    files.folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, files.folder):
+        remove_leftovers(place, rank, world_size)
+    _settle(folder / SETTINGS, settings_of(pipe, job), rank)
+    written = present = 0
+    with pipe.progress_bar(total=len(files.chunks[rank::world_size])) as bar:
+        for start, stop in files.chunks[rank::world_size]:
+            missing = files.missing(start, stop)
+            if missing:
+                files.write(start, _sample(pipe, job, start, stop), missing)
+            written += len(missing)
+            present += len(files.names(start, stop)) - len(missing)
+            bar.update()
+    complete = all(not files.missing(start, stop) for start, stop in files.chunks)
+    if complete and not (folder / GRID).exists():
+        write_png(folder / GRID, make_grid(files.read(min(job.num_images, GRID_IMAGES))), rank)
+    return SamplingReport(written, present, complete)
+
+
+class _Files:
+    """Names, presence, writing and reading of a job's files."""
+
+    def __init__(self, folder: Path, job: SamplingJob, rank: int) -> None:
+        self.job, self.chunks, self.rank = job, chunks(job.num_images, job.batch_size), rank
+        self.folder = folder / ("images" if job.file_format == "png" else "shards")
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """The files of a chunk, in order."""
+        if self.job.file_format == "png":
+            return [f"{i:06d}.png" for i in range(start, stop)]
+        return [f"{start:06d}-{stop - 1:06d}.npz"]
+
+    def missing(self, start: int, stop: int) -> list[str]:
+        return [name for name in self.names(start, stop) if not (self.folder / name).exists()]
+
+    def write(self, start: int, images: np.ndarray, missing: list[str]) -> None:
+        """Write the missing files of a chunk; what is there stays untouched."""
+        stop = start + len(images)
+        if self.job.file_format == "npz":
+            seeds = np.arange(self.job.seed + start, self.job.seed + stop, dtype=np.int64)
+            write_npz(self.folder / missing[0], {"images": images, "seeds": seeds}, self.rank)
+            return
+        for name, image in zip(self.names(start, stop), to_pil(images), strict=True):
+            if name in missing:
+                write_png(self.folder / name, image, self.rank)
+
+    def read(self, count: int) -> list[Image.Image]:
+        """Read the first images back, for the grid."""
+        images: list[Image.Image] = []
+        for start, stop in self.chunks:
+            for name in self.names(start, stop)[: count - len(images)]:
+                images.extend(_load(self.folder / name))
+            if len(images) >= count:
+                break
+        return images[:count]
+
+
+def _load(path: Path) -> list[Image.Image]:
+    if path.suffix == ".npz":
+        with np.load(path) as shard:
+            images = shard["images"]
+        # a grid of data that has no colours shows its first channel
+        return to_pil(images if images.shape[-1] in (1, 3, 4) else images[..., :1])
+    with Image.open(path) as image:
+        image.load()
+        return [image]
+
+
+def _sample(pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int) -> np.ndarray:
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    try:
+        output: Any = pipe(
+            seeds=range(job.seed + start, job.seed + stop),
+            batch_size=job.batch_size,
+            num_inference_steps=job.num_inference_steps,
+            timesteps=job.timesteps,
+            eta=job.eta,
+            output_type="latent",
+        )
+    finally:
+        pipe.set_progress_bar_config(**quiet)
+    return to_uint8(output.images)
+
+
+def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
+    """Return everything that the files depend on, as JSON types."""
+    settings = {
+        "job": asdict(job),
+        "network": fingerprint(pipe.unet),  # type: ignore[arg-type]
+        "network_dtype": str(pipe.unet.dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler_config": {
+            k: v for k, v in pipe.scheduler.config.items() if k != "_diffusers_version"
+        },
+    }
+    return json.loads(json.dumps(settings, default=lambda x: np.asarray(x).tolist()))
+
+
+def fingerprint(network: torch.nn.Module) -> str:
+    """Return the SHA-256 of a network's weights, with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
+    """Write the settings, or compare them with those of the run that is continued.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not path.exists():
+        # processes that start together write the same
+        write_json(path, settings, rank)
+        return
+    before = json.loads(path.read_text())
+    old, new = _flat(before), _flat(settings)
+    differing = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"`output` {str(path.parent)!r} holds samples made with other settings "
+            f"({'; '.join(differing)}); choose another folder, or the settings of the run to "
+            "continue."
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = value if isinstance(value, dict) else {}
+        flat.update({f"{key}.{name}": x for name, x in inner.items()} if inner else {key: value})
+    return flat

@@ -1,0 +1,63 @@
+"""Files that are either whole or absent."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], owner: int = 0) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it.
+
+    Args:
+        path: where the file shall be.
+        write: is given the open file.
+        owner: number of the writing process; it stands in the temporary name, so that processes may
+            write the same path, and `remove_leftovers` knows whose file it is.
+    """
+    temporary = path.with_name(f".{path.name}.{owner}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def remove_leftovers(folder: Path, owner: int, owners: int) -> None:
+    """Remove the temporary files in a folder that a killed run left.
+
+    Args:
+        folder: is looked at without its sub-folders; may be missing.
+        owner: number of the calling process, which removes its own; process 0 also removes those of
+            processes that no longer exist.
+        owners: number of processes.
+    """
+    for path in folder.glob(".*.tmp"):
+        number = path.name.split(".")[-2]
+        if number.isdigit() and (int(number) == owner or (owner == 0 and int(number) >= owners)):
+            path.unlink(missing_ok=True)
+
+
+def write_png(path: Path, image: Image.Image, owner: int = 0) -> None:
+    """Write a PNG, whole or not at all."""
+    # PIL wants a seekable file of its own; encoding in memory also keeps the file's life short
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    write_atomically(path, lambda file: file.write(encoded.getvalue()), owner)
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray], owner: int = 0) -> None:
+    """Write a compressed `.npz` of arrays, whole or not at all."""
+    pack: Any = np.savez_compressed
+    write_atomically(path, lambda file: pack(file, **arrays), owner)
+
+
+def write_json(path: Path, content: object, owner: int = 0) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()), owner)
