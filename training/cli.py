@@ -20,9 +20,16 @@ PROG = "ddim-schedulers"
 TRACEBACK_VARIABLE = "DDIM_SCHEDULERS_TRACEBACK"
 
 VERBS: dict[str, str] = {
+    "interpolate": "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's "
+    "own way.",
+    "reconstruct": "Encode images to latents with DDIM, decode them again and report the error.",
+    "sample": "Sample images into a folder; continues where it was stopped, on any number of "
+    "processes.",
+    "demo": "Train a small model on embedded digits and sample it with every member of the family.",
+    "train": "train an unconditional UNet2DModel on your images",
     "push": "Share a saved pipeline on the Hugging Face Hub.",
 }
-OWN_PARSER: frozenset[str] = frozenset()
+OWN_PARSER: frozenset[str] = frozenset({"train"})
 
 # The modules that each extra brings, by the name under which they are imported.
 EXTRAS: dict[str, tuple[str, ...]] = {

@@ -62,13 +62,14 @@ class Member:
     eta: float
     reverse_variance: str = "sigma"
 
-    def scheduler(self, config: dict[str, Any]) -> GeneralizedDDIMScheduler:
+    def scheduler(self, config: dict[str, Any], clip: bool = True) -> GeneralizedDDIMScheduler:
         """Return the member on the trailing trajectory, with the process of `config`."""
         return GeneralizedDDIMScheduler.from_config(
             config,
             timestep_spacing="trailing",
             eta=self.eta,
             reverse_variance=self.reverse_variance,
+            clip_sample=clip,
         )
 
 
@@ -163,7 +164,8 @@ def _train(
         lr_warmup_steps=min(100, settings.train_steps // 4),
         ema_decay=0.995,
         timestep_sampling="stratified",
-        checkpoint_every=0,
+        checkpoint_every=500,
+        resume="latest",  # a second call goes on where the first one was stopped
         seed=settings.seed,
         output_dir=str(settings.output / "training"),
     )
@@ -179,8 +181,7 @@ def _train(
             "steps": result.steps,
             "batch_size": settings.batch_size,
             "weights": result.weights,
-            "final_loss": round(result.final_loss, 5),
-            "seconds": round(result.seconds, 1),
+            "seconds_of_this_session": round(result.seconds, 1),
             "seed": settings.seed,
         },
     )
@@ -200,7 +201,7 @@ class _Judge:
             feature=make_feature_space("pixels", (1, 8, 8)), reset_real_features=False
         )
         self._distance.update(to_grey_levels(data.held_out), real=True)
-        self._classifier = LogisticRegression(max_iter=2000, C=0.1)
+        self._classifier = LogisticRegression(max_iter=2000)
         self._classifier.fit(_flat(data.train), data.train_labels)
         accuracy = self._classifier.score(_flat(data.held_out), data.held_out_labels)
         self.real = {
@@ -260,7 +261,7 @@ def _fill_table(
                 # eps_hat re-derived from the clipped x0_hat: eta = 1 is then DDPM's posterior
                 use_clipped_model_output=True,
                 batch_size=settings.num_images,
-                callback_on_step_end=lambda *_: bar.update(),
+                callback_on_step_end=lambda *_: (bar.update(), {})[1],
                 output_type="latent",
             ).images
             seconds = time.perf_counter() - began
@@ -317,14 +318,12 @@ def _reconstruct(
     data: _Digits,
 ) -> dict[str, Any]:
     """Encode and decode held-out digits at several S; draw them and return the errors."""
-    pipe = _quiet(
-        InversionPipeline(unet, MEMBERS[0].scheduler({**process.config, "clip_sample": False}))
-    )
+    pipe = _quiet(InversionPipeline(unet, MEMBERS[0].scheduler(process.config, clip=False)))
     originals = data.held_out[:16]
     rows, errors = [("held-out digits", originals)], {}
     for s in [s for s in RECONSTRUCTION_STEPS if s <= max(settings.steps)]:
         out = pipe.reconstruct((originals + 1) / 2, num_inference_steps=s, output_type="latent")
-        errors[str(s)] = float(out.errors.mean())
+        errors[str(s)] = float(out.error.mean())
         rows.append((f"S = {s}, error {errors[str(s)]:.1e}", out.images))
     _save_figure(_rows_figure(rows), settings.output / "reconstruction.png")
     return {"n": len(originals), "mse_on_0_1": errors}
@@ -409,8 +408,8 @@ def render(results: dict[str, Any]) -> str:
         "",
         f"Data: {results['data']}. Network: {training['parameters']:,} parameters, "
         f"{training['steps']} steps of "
-        f"{training['batch_size']}, {training['weights'].upper()} weights, final loss "
-        f"{training['final_loss']:.4f}, seed {training['seed']}.",
+        f"{training['batch_size']}, {training['weights'].upper()} weights, "
+        f"seed {training['seed']}.",
         "",
         f"Frechet distance in pixel space against the {real['n_held_out']} held-out digits (lower "
         f"is better), "
