@@ -83,6 +83,17 @@ BOUND_VARIANCES = {
     "learned_range": "optimal",
 }
 
+# What says which process a network was trained on.
+PROCESS_KEYS = (
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+)
+
 # The variance of a step whose lower bound is 0 needs a logarithm; diffusers and OpenAI's code floor
 # it so.
 MIN_STD = 1e-10
@@ -126,7 +137,7 @@ class FamilySchedulerMixin:
                 flow.
         """
         if isinstance(config, dict):
-            config = restore_settings(config)
+            config = _with_own_process(restore_settings(config))
             _check_discrete_vp(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
@@ -305,9 +316,14 @@ class FamilySchedulerMixin:
         return int(self._landing[self._check_timestep(timestep)])
 
     def _check_timestep(self, timestep: Any) -> int:
-        t = operator.index(timestep)
+        try:
+            t = operator.index(timestep)
+        except TypeError:
+            t = -1
         if not 0 <= t < len(self):
-            raise ValueError(f"`timestep` is {t}; it must lie in 0 .. {len(self) - 1}.")
+            raise ValueError(
+                f"`timestep` is {timestep!r}; it must be an integer in 0 .. {len(self) - 1}."
+            )
         return t
 
     def _table(
@@ -546,6 +562,23 @@ def _check_names(config: Any) -> None:
         value = config.get(name, 1.0)
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number > 0.")
+    ratio = config.get("dynamic_thresholding_ratio", 1.0)
+    if ratio > 1:
+        raise ValueError(f"`dynamic_thresholding_ratio` is {ratio!r}; it must lie in (0, 1].")
+
+
+def _with_own_process(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with the process that it describes kept, also where it is a default.
+
+    diffusers drops every key that its scheduler was not given, and lets the defaults of the new
+    class stand in. For betas that is another process: those of Heun's or KDPM2's scheduler end at
+    0.012, ours at 0.02. A `variance_type` of None (DPM-Solver's "not learned") is no name of DDPM.
+    """
+    kept = {k: v for k, v in config.items() if not (k == "variance_type" and v is None)}
+    if "_use_default_values" in kept:
+        defaults = kept["_use_default_values"]
+        kept["_use_default_values"] = [k for k in defaults if k not in PROCESS_KEYS]
+    return kept
 
 
 def _check_discrete_vp(config: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -560,7 +593,9 @@ def _check_discrete_vp(config: dict[str, Any], overrides: dict[str, Any]) -> Non
             "processes can be converted."
         )
     has_betas = merged.get("trained_betas") is not None or "beta_schedule" in merged
-    if "_class_name" in merged and not has_betas:
+    # the config of a scheduler object has no class name, unlike the JSON of a saved one
+    of_a_scheduler = any(k in merged for k in ("_class_name", "_use_default_values", "sigma_data"))
+    if of_a_scheduler and not has_betas:
         raise ValueError(
             f"The config of {name} has no betas of its own (`beta_schedule` or `trained_betas`); "
             f"only discrete "

@@ -46,6 +46,8 @@ def make_timesteps(
     )
     if spacing == "leading":
         ratio = big_t // n
+        if _as_int(steps_offset) is None:
+            raise ValueError(f"`steps_offset` is {steps_offset!r}; it must be an integer >= 0.")
         last = (n - 1) * ratio + steps_offset
         if steps_offset < 0 or last >= big_t:
             raise ValueError(
