@@ -19,14 +19,17 @@ from ddim_schedulers import __version__
 PROG = "ddim-schedulers"
 TRACEBACK_VARIABLE = "DDIM_SCHEDULERS_TRACEBACK"
 
+# In the order of a project: look, train, use, measure, share.
 VERBS: dict[str, str] = {
-    "interpolate": "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's "
-    "own way.",
-    "reconstruct": "Encode images to latents with DDIM, decode them again and report the error.",
+    "demo": "Train a small model on embedded digits and sample it with every member of the family.",
+    "train": "Train an unconditional UNet2DModel on your images.",
     "sample": "Sample images into a folder; continues where it was stopped, on any number of "
     "processes.",
-    "demo": "Train a small model on embedded digits and sample it with every member of the family.",
-    "train": "train an unconditional UNet2DModel on your images",
+    "reconstruct": "Encode images to latents with DDIM, decode them again and report the error.",
+    "interpolate": "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's "
+    "own way.",
+    "likelihood": "Compute a pipeline's bits per dimension, term by term.",
+    "calibrate": "Estimate a pipeline's statistics for the optimal noise and trajectory.",
     "push": "Share a saved pipeline on the Hugging Face Hub.",
 }
 OWN_PARSER: frozenset[str] = frozenset({"train"})

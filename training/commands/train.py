@@ -1,6 +1,6 @@
 """`ddim-schedulers train`: train an unconditional diffusion model."""
 
-HELP = "train an unconditional UNet2DModel on your images"
+HELP = "Train an unconditional UNet2DModel on your images."
 
 
 def main(argv: list[str]) -> int:
