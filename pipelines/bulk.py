@@ -215,14 +215,14 @@ def _sample(pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int) -
 
 def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
     """Return everything that the files depend on, as JSON types."""
+    config = pipe.scheduler.config
     settings = {
         "job": asdict(job),
         "network": fingerprint(pipe.unet),  # type: ignore[arg-type]
         "network_dtype": str(pipe.unet.dtype),
         "scheduler": type(pipe.scheduler).__name__,
-        "scheduler_config": {
-            k: v for k, v in pipe.scheduler.config.items() if k != "_diffusers_version"
-        },
+        # private keys say how the config came about (in an order that varies), not what it is
+        "scheduler_config": {k: v for k, v in config.items() if not k.startswith("_")},
     }
     return json.loads(json.dumps(settings, default=lambda x: np.asarray(x).tolist()))
 

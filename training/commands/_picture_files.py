@@ -1,0 +1,79 @@
+"""Reading and writing pictures for the verbs `reconstruct` and `interpolate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def find(places: Sequence[str], limit: int | None) -> list[Path]:
+    """Lists image files: those that are named, and those in the folders that are named, sorted.
+
+    Raises:
+        ValueError: for a place that does not exist, no image at all, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--num_images is {limit}; it must be >= 1.")
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"--images {str(place)!r} does not exist.")
+        inside = (
+            sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+            if place.is_dir()
+            else [place]
+        )
+        found.extend(inside)
+    if not found:
+        raise ValueError(f"--images {list(places)} holds no image ({', '.join(SUFFIXES)}).")
+    return found[:limit]
+
+
+def read(paths: Sequence[Path]) -> "list[Image.Image]":
+    """Reads image files, as they are.
+
+    Raises:
+        ValueError: naming a file that is no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.load()
+                images.append(image)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"--images: {str(path)!r} is not an image.") from error
+    return images
+
+
+def write(folder: Path, names: Sequence[str], images: "Sequence[Image.Image]") -> None:
+    """Writes PNGs into `folder/images`."""
+    from ddim_schedulers.pipelines.files import write_png
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, images, strict=True):
+        write_png(folder / "images" / name, image)
+
+
+def write_grid(folder: Path, grid: "Image.Image") -> None:
+    """Writes `folder/grid.png`."""
+    from ddim_schedulers.pipelines.files import write_png
+
+    write_png(folder / "grid.png", grid)
+
+
+def write_latents(path: Path, latents: "torch.Tensor") -> None:
+    """Writes latents (N, C, H, W) as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
+    from ddim_schedulers.pipelines.files import write_atomically
+
+    data = save({"latents": latents.contiguous()})
+    write_atomically(path, lambda file: file.write(data))

@@ -1,0 +1,81 @@
+"""`ddim-schedulers interpolate`: between seeds or images, to a folder."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ddim_schedulers.training.commands import _model_options
+
+HELP = "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's own way."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    _model_options.add_model_arguments(parser)
+    parser.add_argument("--output", required=True, help="folder for images/, latents and grid.png")
+    ends = parser.add_mutually_exclusive_group(required=True)
+    ends.add_argument("--seeds", type=int, nargs="+", help="ends as seeds")
+    ends.add_argument("--images", nargs="+", help="ends as image files, which are encoded first")
+    parser.add_argument(
+        "--mode",
+        choices=("chain", "grid", "diffuse"),
+        default="chain",
+        help="two or more ends in a row; four corners; or two images diffused to --timestep",
+    )
+    parser.add_argument("--num_points", type=int, default=8, help="pictures of a stretch or side")
+    parser.add_argument("--refinements", type=int, default=0, help="of the encoding of images")
+    parser.add_argument("--timestep", type=int, help="of diffuse: how far to diffuse")
+    parser.add_argument(
+        "--noise", choices=("separate", "same"), default="separate", help="of diffuse: the draws"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of diffuse: noise of the decoding")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Interpolates; 0 when it is done."""
+    from ddim_schedulers.pipelines import InterpolationPipeline, make_grid
+    from ddim_schedulers.training.commands import _picture_files
+
+    if args.mode == "diffuse" and (args.images is None or args.timestep is None):
+        raise ValueError("--mode diffuse needs two --images and a --timestep.")
+    if args.mode != "diffuse" and args.timestep is not None:
+        raise ValueError(f"--timestep belongs to --mode diffuse, not to {args.mode}.")
+    if args.mode != "diffuse" and args.eta:
+        raise ValueError(
+            f"--eta {args.eta} does not fit --mode {args.mode}, which decodes with eta = 0."
+        )
+    images = None
+    if args.images is not None:
+        images = _picture_files.read(_picture_files.find(args.images, None))
+    pipe = _model_options.load(InterpolationPipeline, args)
+    output = _interpolate(pipe, args, images)
+    folder = Path(args.output)
+    names = [f"{i:06d}.png" for i in range(len(output.images))]
+    _picture_files.write(folder, names, output.images)
+    _picture_files.write_latents(folder / "latents.safetensors", output.latents)
+    columns = len(output.images) // output.rows
+    _picture_files.write_grid(folder, make_grid(output.images, columns))
+    print(f"{len(output.images)} images written to {folder}")
+    return 0
+
+
+def _interpolate(pipe: Any, args: argparse.Namespace, images: list | None) -> Any:  # noqa: ANN401
+    common = {
+        "num_inference_steps": args.num_inference_steps,
+        "timesteps": args.timesteps,
+        "batch_size": args.batch_size,
+    }
+    if args.mode == "diffuse":
+        return pipe.diffuse(
+            images,
+            args.timestep,
+            num_points=args.num_points,
+            noise=args.noise,
+            seed=args.seed,
+            eta=_model_options.eta_of_call(args),
+            **common,
+        )
+    ends = {"seeds": args.seeds, "images": images, "refinements": args.refinements}
+    if args.mode == "grid":
+        return pipe.grid(rows=args.num_points, columns=args.num_points, **ends, **common)
+    return pipe(num_points=args.num_points, **ends, **common)

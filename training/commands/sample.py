@@ -1,0 +1,51 @@
+"""`ddim-schedulers sample`: many images to a folder, resumable, on any number of processes."""
+
+import argparse
+
+from ddim_schedulers.training.commands import _model_options
+
+HELP = "Sample images into a folder; continues where it was stopped, on any number of processes."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    _model_options.add_model_arguments(parser)
+    parser.add_argument("--num_images", type=int, required=True, help="how many, in all processes")
+    parser.add_argument(
+        "--output", required=True, help="folder for images/ or shards/ and grid.png"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i")
+    parser.add_argument(
+        "--format",
+        choices=("png", "npz"),
+        default="png",
+        help="one PNG an image, or one .npz shard of uint8 images for each batch",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Samples this process's share; 0 when it is done."""
+    from ddim_schedulers.pipelines import GenerationPipeline
+    from ddim_schedulers.pipelines.bulk import SamplingJob, process_of, sample_to_directory
+
+    rank, world_size = process_of()
+    job = SamplingJob(
+        num_images=args.num_images,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        file_format=args.format,
+        num_inference_steps=args.num_inference_steps,
+        timesteps=None if args.timesteps is None else tuple(args.timesteps),
+        eta=_model_options.eta_of_call(args),
+    )
+    pipe = _model_options.load(GenerationPipeline, args)
+    report = sample_to_directory(pipe, args.output, job, rank=rank, world_size=world_size)
+    state = "complete" if report.complete else "other processes are still at work"
+    # one write for the whole line: processes share the terminal
+    print(
+        f"process {rank + 1} of {world_size}: {report.written} files written, "
+        f"{report.present} found; {args.output}: {state}\n",
+        end="",
+        flush=True,
+    )
+    return 0
