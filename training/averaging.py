@@ -71,13 +71,13 @@ def copy_into(
     Raises:
         ValueError: a name or shape that does not match.
     """
-    parameters = dict(parameters)
-    if parameters.keys() != weights.keys():
-        odd = sorted(parameters.keys() ^ weights.keys())[:3]
+    own = dict(parameters)
+    if own.keys() != weights.keys():
+        odd = sorted(own.keys() ^ weights.keys())[:3]
         raise ValueError(
             f"the saved network has other parameters than this one, for instance {odd}"
         )
-    for name, parameter in parameters.items():
+    for name, parameter in own.items():
         if parameter.shape != weights[name].shape:
             raise ValueError(
                 f"{name} is {tuple(weights[name].shape)} in the saved network and "

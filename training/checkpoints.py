@@ -78,7 +78,7 @@ def write(root: Path, step: int, files: Mapping[str, bytes]) -> Path:
         flush_folder(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_failed(root, step, error)) from error
+        raise CheckpointError(describe_failure(root, step, error)) from error
     return target
 
 
@@ -221,8 +221,14 @@ def restore_optimizer(
         optimizer.state[parameter][name] = restored
 
 
-def _failed(root: Path, step: int, error: OSError) -> str:
-    why = "the disk is full" if error.errno in _FULL else str(error.strerror or error)
+def is_full(error: OSError) -> bool:
+    """Whether there is no room left, on the disk or under a quota."""
+    return error.errno in _FULL
+
+
+def describe_failure(root: Path, step: int, error: OSError) -> str:
+    """What could not be written, why, and what is left."""
+    why = "the disk is full" if is_full(error) else str(error.strerror or error)
     whole = next((folder for folder in listed(root) if verify(folder) is None), None)
     left = f"the last good checkpoint is {whole}" if whole else "there is no checkpoint yet"
-    return f"cannot write the checkpoint of step {step} to {root}: {why}; {left}"
+    return f"step {step} cannot be written to {root}: {why}; {left}"

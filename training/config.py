@@ -240,6 +240,10 @@ class HubConfig:
     push_to_hub: bool = option(False, "upload the pipeline folder when the run is complete")
     hub_repo_id: str | None = option(None, "USER/NAME on the Hub")
     hub_private: bool = option(False, "create the repository as private")
+    hub_revision: str | None = option(None, "branch; None is main")
+    hub_form: Literal["portable", "plug-in", "self-contained"] = option(
+        "portable", "form in which the scheduler is shared, see `ddim-schedulers push --help`"
+    )
 
 
 GROUPS: tuple[type, ...] = (

@@ -1,10 +1,14 @@
-"""Which UNet is trained: presets, a config file, or a trained model to go on from."""
+"""Which UNet is trained (a preset, a config file, or a trained one to go on from), and for what."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DModel
+
+from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.training.config import ProcessConfig
 
 # The networks of DDPM (arXiv:2006.11239), App. B, as the converted checkpoints configure them: no
 # bias of time frequencies, attention with one head, GroupNorm with epsilon 1e-6, asymmetric
@@ -124,17 +128,32 @@ def load_unet(
     if (unet.config.in_channels, unet.config.out_channels) != wanted:
         raise ValueError(
             f"from_pretrained: the UNet of {path} has {unet.config.in_channels} channels in and "
-            f"{unet.config.out_channels} out; data and variance_type need {wanted[0]} and {wanted[1]}"
+            f"{unet.config.out_channels} out; data and variance_type need {wanted[0]} and "
+            f"{wanted[1]}"
         )
     _check(dict(unet.config), path, size)
     return unet
+
+
+def make_scheduler(config: ProcessConfig) -> MarkovianDDPMScheduler:
+    """The process that the network is trained for, which is how a pipeline records it."""
+    return MarkovianDDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
 
 
 def _read_config(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(
-            f"model is {path!r}; it must be one of {', '.join(PRESETS)}, or a UNet2DModel config file"
+            f"model is {path!r}; it must be one of {', '.join(PRESETS)}, or a UNet2DModel config "
+            "file"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -143,7 +162,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"model: {path} is not the config of a UNet2DModel")
     config = {name: value for name, value in config.items() if not name.startswith("_")}
-    known = set(UNet2DModel.load_config.__self__._get_init_keys(UNet2DModel))
+    known = set(inspect.signature(UNet2DModel.__init__).parameters)
     if unknown := sorted(set(config) - known):
         raise ValueError(f"model: {path} has keys that UNet2DModel does not know: {unknown}")
     return config

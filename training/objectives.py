@@ -5,26 +5,29 @@ With m the prediction and m_hat the network's output, the loss at timestep t is
     w_t * mean over pixels of (m_hat - m)^2                      (all but `vlb`)
 
 The choices of w_t, each written for the error in which its source defines it and brought to the
-error of the prediction m by the linear maps of `ddim_schedulers.parameterization` (eps_hat - eps = k (m_hat - m)):
+error of the prediction m by the linear maps of `ddim_schedulers.parameterization` (eps_hat - eps =
+k (m_hat - m)):
 
 - `simple`: w_t = 1 whatever m is (DDPM, arXiv:2006.11239, Eq. 14).
 - `gamma`: sum_t gamma_t E||eps_hat - eps||^2 for any vector gamma (DDIM, arXiv:2010.02502, Eq. 5).
 - `min_snr`: min(SNR_t, snr_gamma) on the error of x_0 (arXiv:2303.09556, Eq. 8), SNR = a / b.
 - `vlb`: the variational bound itself in bits per dimension, DDPM Eq. 5: KL terms for t > 0, the
-  likelihood of the pixel's bin (Eq. 13) for t = 0; T times the term at t, so that its mean is the sum.
+  likelihood of the pixel's bin (Eq. 13) for t = 0; T times the term at t, so that its mean is the
+  sum.
 
-**J_sigma = L_gamma + C (DDIM, Theorem 1).** Let p_theta(x_s | x_t) = q_sigma(x_s | x_t, x0_hat(x_t)) with
-x0_hat from eps_hat. Both Gaussians have variance sigma^2 and their means differ by
-sqrt(a_s) (x0_hat - x0) + sqrt(b_s - sigma^2) (eps_hat - eps), where x0_hat - x0 =
--sqrt(b_t / a_t) (eps_hat - eps), a cumulative, b = 1 - a. Hence KL = gamma_t ||eps_hat - eps||^2 with
+**J_sigma = L_gamma + C (DDIM, Theorem 1).** Let p_theta(x_s | x_t) = q_sigma(x_s | x_t,
+x0_hat(x_t)) with x0_hat from eps_hat. Both Gaussians have variance sigma^2 and their means differ
+by sqrt(a_s) (x0_hat - x0) + sqrt(b_s - sigma^2) (eps_hat - eps), where x0_hat - x0 =
+-sqrt(b_t / a_t) (eps_hat - eps), a cumulative, b = 1 - a. Hence KL = gamma_t ||eps_hat - eps||^2
+with
 
     gamma_t = (sqrt(b_t a_s / a_t) - sqrt(b_s - sigma^2))^2 / (2 sigma^2)
 
-and for the last step, p_theta(x_0 | x_t) = N(x0_hat, sigma^2 I), the same with a_s = 1, b_s - sigma^2 := 0.
-The paper prints gamma_t = 1 / (2 d sigma_t^2 a_t) (App. B): it drops the factor that the two means share
-x_t, that is the b_t and the second root above (and counts the mean over d pixels).
-`gamma_of_family` is the exact one; `tests/test_training_objectives.py` compares it with the KL of
-the two Gaussians.
+and for the last step, p_theta(x_0 | x_t) = N(x0_hat, sigma^2 I), the same with a_s = 1, b_s -
+sigma^2 := 0. The paper prints gamma_t = 1 / (2 d sigma_t^2 a_t) (App. B): it drops the factor that
+the two means share x_t, that is the b_t and the second root above (and counts the mean over d
+pixels). `gamma_of_family` is the exact one; `tests/test_training_objectives.py` compares it with
+the KL of the two Gaussians.
 
 **Learned variance** (`learned_range`, Improved DDPM, arXiv:2102.09672, Eq. 15-16): the network has
 2C outputs; the second half v in [-1, 1] interpolates log sigma^2 between log beta_tilde_t and log
@@ -45,6 +48,7 @@ from ddim_schedulers.betas import (
     make_betas,
     rescale_zero_terminal_snr,
 )
+from ddim_schedulers.likelihood import first_posterior_variance
 from ddim_schedulers.parameterization import (
     eps_coefficients,
     posterior_mean_coefficients,
@@ -168,8 +172,8 @@ class Objective:
         return torch.where(t == 0, nll, kl) / math.log(2)
 
 
-def make_objective(config: TrainingConfig, levels: int | None) -> tuple[Objective, torch.Tensor]:
-    """The objective of a run and its betas, (T,) float64.
+def make_objective(config: TrainingConfig, levels: int | None) -> Objective:
+    """The objective of a run.
 
     Raises:
         ValueError: a gamma file with the wrong number of weights, weights that are not finite (for
@@ -181,12 +185,12 @@ def make_objective(config: TrainingConfig, levels: int | None) -> tuple[Objectiv
     if config.rescale_betas_zero_snr:
         if config.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr with prediction_type 'epsilon' leaves nothing to learn at the "
-                "last timestep; use v_prediction, sample or posterior_mean"
+                "rescale_betas_zero_snr with prediction_type 'epsilon' leaves nothing to learn at "
+                "the last timestep; use v_prediction, sample or posterior_mean"
             )
         betas = rescale_zero_terminal_snr(betas)
     alpha_bar = alpha_bar_from_betas(betas)
-    objective = Objective(
+    return Objective(
         alpha_bar,
         config.prediction_type,
         loss_weights(config, alpha_bar),
@@ -195,7 +199,6 @@ def make_objective(config: TrainingConfig, levels: int | None) -> tuple[Objectiv
         hybrid_lambda=config.hybrid_lambda,
         levels=levels,
     )
-    return objective, betas
 
 
 def loss_weights(config: TrainingConfig, alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -253,7 +256,7 @@ def gamma_of_family(
 def gamma_exact(
     alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """gamma_t of J_sigma = L_gamma + C for a step from t to s with noise `sigma` > 0, elementwise."""
+    """gamma_t of J_sigma = L_gamma + C for steps from t to s with noise sigma > 0, elementwise."""
     b_t, b_s = 1 - alpha_bar_t, 1 - alpha_bar_s
     direct = (b_t * alpha_bar_s / alpha_bar_t).sqrt()
     return (direct - (b_s - sigma**2).clamp(min=0).sqrt()).square() / (2 * sigma**2)
@@ -334,7 +337,7 @@ def _bound_rows(
     betas = 1 - alpha_bar / before
     small = betas * (1 - before) / (1 - alpha_bar)
     # The posterior of the first step has no variance; its neighbour's stands in (DDPM's code).
-    small[0] = small[1] if len(small) > 1 else betas[0]
+    small[0] = first_posterior_variance(alpha_bar)
     log_small, log_beta = small.log(), betas.log()
     if variance_type == "fixed_large":
         low = torch.cat([log_small[:1], log_beta[1:]])

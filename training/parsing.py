@@ -75,8 +75,8 @@ def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[Tr
     ), namespace.dry_run
 
 
-def save_config(config: TrainingConfig, path: Path) -> None:
-    """Writes the resolved settings as YAML, group by group, so that the file can be run again."""
+def to_yaml(config: TrainingConfig) -> str:
+    """The resolved settings, group by group, as a file that can be run again."""
     import yaml
 
     lines = []
@@ -84,7 +84,7 @@ def save_config(config: TrainingConfig, path: Path) -> None:
         lines.append(f"# {group._argument_group_name}")  # type: ignore[attr-defined]
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(group)}
         lines.append(yaml.safe_dump(values, sort_keys=False))
-    path.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 def _names() -> list[str]:
@@ -99,7 +99,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             raise ValueError(message)
 
     return Parser(
-        GROUPS,
+        list(GROUPS),
         prog=prog,
         allow_abbrev=False,
         description="Train an unconditional UNet2DModel. Fields of --config have the same names.",
@@ -142,7 +142,7 @@ def _converted(
     """`values` sent through the converters of the flags with the same names."""
     actions = {action.dest: action for action in reversed(parser._actions)}
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
-    converted = {}
+    converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in defaults:
             raise ValueError(
@@ -159,7 +159,7 @@ def _converted(
         try:
             # argparse has no public call for "convert as this flag would"; a plain parse would
             # take a negative number in scientific notation for a flag.
-            converted[key] = parser._get_values(actions[key], words)  # type: ignore[attr-defined]
+            converted[key] = parser._get_values(actions[key], words)
         except argparse.ArgumentError as error:
             raise ValueError(f"{source}: {key}: {error.message}") from error
     return converted

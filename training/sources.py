@@ -64,12 +64,13 @@ class ArraySource:
     def __init__(self, array: np.ndarray, label: str) -> None:
         if array.ndim not in (3, 4):
             raise ValueError(
-                f"data: the array of {label} has shape {array.shape}; it must be (N, H, W) or (N, H, W, C)"
+                f"data: the array of {label} has shape {array.shape}; it must be (N, H, W) or "
+                "(N, H, W, C)"
             )
         if array.ndim == 4 and array.shape[3] > 16 >= array.shape[1]:
             raise ValueError(
-                f"data: the array of {label} has shape {array.shape}, which looks like channels first; "
-                "it must be (N, H, W, C)"
+                f"data: the array of {label} has shape {array.shape}, which looks like channels "
+                "first; it must be (N, H, W, C)"
             )
         if array.dtype.kind not in "uif":
             raise ValueError(f"data: the array of {label} holds {array.dtype}, not numbers")
@@ -175,7 +176,7 @@ def open_source(config: DataConfig) -> ImageSource:
 
 
 def load_table(config: DataConfig, *, streaming: bool) -> Any:
-    """The `datasets` data set that `config.data` names: a name, Parquet files or a folder of them."""
+    """What `config.data` names: a `datasets` data set, Parquet files or a folder of them."""
     from datasets import load_dataset, load_from_disk
 
     path = Path(config.data)
@@ -228,7 +229,7 @@ def header_of(file: io.BytesIO | Path, name: str, mode: str) -> Header:
 
     try:
         with Image.open(file) as image:
-            actual = _mode_of(image, name) if mode == "keep" else mode
+            actual = _mode_of(image, name, mode)
             return Header(_CHANNELS[actual], (image.height, image.width), _dtype(actual))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise BadImageError(name, str(error)) from error
@@ -240,17 +241,20 @@ def decode(file: io.BytesIO | Path, name: str, mode: str) -> np.ndarray:
 
     try:
         with Image.open(file) as image:
-            actual = _mode_of(image, name) if mode == "keep" else mode
-            if image.mode != actual or actual == "1":
-                image = image.convert("L" if actual == "1" else actual)  # noqa: PLW2901
-            pixels = np.asarray(image)
+            actual = _mode_of(image, name, mode)
+            same = image.mode == actual and actual != "1"
+            pixels = np.asarray(image if same else image.convert("L" if actual == "1" else actual))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise BadImageError(name, str(error)) from error
     pixels = pixels.astype(_dtype(actual), copy=False)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _mode_of(image: Any, name: str) -> str:
+def _mode_of(image: Any, name: str, wanted: str) -> str:
+    if wanted != "keep":
+        if image.mode.startswith(("I", "F")):  # PIL would clip these to 8 bits
+            raise ValueError(f"data: {name} has mode {image.mode}; image_mode must be keep for it")
+        return wanted
     if image.mode in ("P", "PA"):  # a palette is a way to store colours, not a kind of pixel
         return "RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB"
     if image.mode not in _CHANNELS:

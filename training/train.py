@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ddim_schedulers.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from ddim_schedulers.training.trainer import TrainingResult
+    from ddim_schedulers.training.outcome import TrainingResult
 
 
 def train(config: TrainingConfig) -> "TrainingResult":
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
     config, dry_run = parse_args(sys.argv[1:] if argv is None else argv)
     from ddim_schedulers.training.checkpoints import CheckpointError
-    from ddim_schedulers.training.trainer import NonFiniteError, Trainer
+    from ddim_schedulers.training.outcome import NonFiniteError
+    from ddim_schedulers.training.trainer import Trainer
 
     try:
         trainer = Trainer(config)

@@ -4,21 +4,18 @@ On the hot path nothing is read from the device. A step that is not finite is sk
 optimiser's kernel itself; losses and flags of `log_every` steps are read together.
 """
 
-import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.training import checkpoints
-from ddim_schedulers.training.averaging import AveragedUNet, copy_into
+from ddim_schedulers.training import checkpoints, saving
+from ddim_schedulers.training.averaging import AveragedUNet
 from ddim_schedulers.training.batches import (
     Batch,
     Draws,
@@ -27,71 +24,18 @@ from ddim_schedulers.training.batches import (
     derive_seed,
     make_loader,
 )
-from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
+from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
-from ddim_schedulers.training.models import load_unet, make_unet
+from ddim_schedulers.training.models import load_unet, make_scheduler, make_unet
 from ddim_schedulers.training.objectives import make_objective
-from ddim_schedulers.training.parsing import save_config
+from ddim_schedulers.training.outcome import NonFiniteError, TrainingResult
+from ddim_schedulers.training.parsing import to_yaml
 from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
 from ddim_schedulers.training.streams import Stream, StreamBatches, open_stream
 from ddim_schedulers.training.timestep_sampling import make_timestep_sampler
-from ddim_schedulers.training.watch import Watcher, plot_losses
-
-
-class NonFiniteError(RuntimeError):
-    """A step whose loss or gradient was not finite. It was not applied."""
-
-
-@dataclass
-class TrainingResult:
-    """What a run leaves.
-
-    Attributes:
-        output_dir: folder of the run.
-        pipeline_dir: the diffusers pipeline, with the weights that `weights` names; None if the run
-        was
-            stopped before its end.
-        unet: the network with those weights, on the training device, in evaluation mode.
-        scheduler: the process it was trained for.
-        weights: 'ema' or 'raw'.
-        steps: optimiser steps done, in all sessions.
-        losses: loss of every step of this session, over the global batch.
-        final_loss: mean of the last (at most 100) of them.
-        seconds: time of this session's steps.
-        stopped_by: signal that ended the session early, 'stop_after', or None.
-        skipped_steps: steps of this session that were not finite and not applied.
-        replaced_images: broken images of this session for which a neighbour was used.
-        evaluations: what validation found, oldest first.
-    """
-
-    output_dir: Path
-    pipeline_dir: Path | None
-    unet: UNet2DModel
-    scheduler: SchedulerMixin
-    weights: str
-    steps: int
-    losses: list[float]
-    final_loss: float
-    seconds: float
-    stopped_by: str | None = None
-    skipped_steps: int = 0
-    replaced_images: int = 0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """Two or three lines for the terminal."""
-        lines = [f"{self.steps} steps, {self.seconds:.1f} s, loss {self.final_loss:.4f}"]
-        if self.skipped_steps:
-            lines.append(f"{self.skipped_steps} steps were not finite and were not applied")
-        if self.replaced_images:
-            lines.append(f"{self.replaced_images} broken images were replaced by their neighbours")
-        if self.stopped_by:
-            lines.append(f"stopped by {self.stopped_by}; continue with --resume latest")
-        if self.pipeline_dir:
-            lines.append(f"pipeline with the {self.weights} weights: {self.pipeline_dir}")
-        return "\n".join(lines)
+from ddim_schedulers.training.watch import Watcher
 
 
 class Trainer:
@@ -113,7 +57,7 @@ class Trainer:
             self.accelerator.gradient_accumulation_steps,
         )
         self.root = Path(config.output_dir)
-        self.start_from = self._choose_checkpoint()
+        self.start_from = saving.choose_checkpoint(config, self.accelerator)
         # The main process first: what it downloads or caches, the others find.
         with self.accelerator.main_process_first():
             self.data, self.held_out = self._load_data()
@@ -124,13 +68,13 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.evaluations: list[dict[str, Any]] = []
         if self.start_from is not None:
-            self._restore(self.start_from)
+            saving.restore(self, self.start_from)
 
     def _build(self) -> None:
         config = self.config
-        self.objective, betas = make_objective(config, self.data.levels)
+        self.objective = make_objective(config, self.data.levels)
         self.objective.to(self.device, self.dtype)
-        self.scheduler = _scheduler(config, betas)
+        self.scheduler = make_scheduler(config)
         self.sampler = make_timestep_sampler(
             config.timestep_sampling,
             config.num_train_timesteps,
@@ -209,15 +153,22 @@ class Trainer:
             stop = min(stop, self.step + config.stop_after)
         if self.accelerator.is_main_process:
             self.root.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.root / "config.yaml")
+            (self.root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         self._start_tracker()
         began = time.perf_counter()
-        with StopSignals() as signals, self.records.progress(config, self.step):
-            stopped_by = self._steps(stop, signals)
-        seconds = time.perf_counter() - began
-        if self.step < config.max_train_steps and stopped_by is None:
-            stopped_by = "stop_after"
-        pipeline_dir = None if stopped_by else self._export()
+        try:
+            with StopSignals() as signals, self.records.progress(config, self.step):
+                stopped_by = self._steps(stop, signals)
+            seconds = time.perf_counter() - began
+            if self.step < config.max_train_steps and stopped_by is None:
+                stopped_by = "stop_after"
+            pipeline_dir = None if stopped_by else saving.export(self)
+        except OSError as error:
+            if not checkpoints.is_full(error):
+                raise
+            raise checkpoints.CheckpointError(
+                checkpoints.describe_failure(self.root / "checkpoints", self.step, error)
+            ) from error
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()
@@ -235,7 +186,7 @@ class Trainer:
         alone = self.accelerator.num_processes == 1
         stopped_by: str | None = None
         while self.step < stop and stopped_by is None:
-            self._one_step(loader, window)
+            self.one_step(loader, window)
             self.step += 1
             self.average.step()
             stopped_by = signals.name if alone else None
@@ -283,7 +234,7 @@ class Trainer:
         }
         return True
 
-    def _one_step(self, loader: Any, window: Window) -> None:
+    def one_step(self, loader: Any, window: Window) -> None:
         """Forward and backward over the parts of the batch, and one update. Reads nothing back."""
         if self.has_dropout:
             # Dropout masks too are a function of the step, so no generator state is ever saved.
@@ -371,13 +322,13 @@ class Trainer:
         t, loss = reading.of_step(step)
         rows = ", ".join(
             f"{name} (id {i}) t={int(at)} loss={value:.4g}"
-            for name, i, at, value in zip(self.data.names(ids), ids, t, loss, strict=True)
+            for name, i, at, value in zip(self.data.names(ids.tolist()), ids, t, loss, strict=True)
         )
         bad = [f"{n}" for n, value in enumerate(loss) if not torch.isfinite(value)]
         return (
             f"step {step} was not finite and was not applied; the weights are those of the last "
-            f"finite step. Gradient norm {reading.norm_of(step):.4g}; positions with a loss that is "
-            f"not finite: {', '.join(bad) or 'none'}. Batch: {rows}"
+            f"finite step. Gradient norm {reading.norm_of(step):.4g}; positions with a loss that "
+            f"is not finite: {', '.join(bad) or 'none'}. Batch: {rows}"
         )
 
     def _save(self) -> None:
@@ -386,7 +337,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 root = self.root / "checkpoints"
-                checkpoints.write(root, self.step, self._files())
+                checkpoints.write(root, self.step, saving.state_files(self))
                 checkpoints.prune(root, self.config.keep_last, self.best.get("step"))
             except checkpoints.CheckpointError as error:
                 message[0] = str(error)
@@ -394,90 +345,6 @@ class Trainer:
             broadcast_object_list(message)
         if message[0] is not None:
             raise checkpoints.CheckpointError(message[0])
-
-    def _files(self) -> dict[str, bytes]:
-        state = {
-            "step": self.step,
-            "place": list(self.place),
-            "ema": self.average.state_dict(),
-            "best": self.best,
-            "config": self.config.to_dict(),
-            "scaler": None
-            if self.accelerator.scaler is None
-            else self.accelerator.scaler.state_dict(),
-            "versions": _versions(),
-        }
-        files = {"state.json": checkpoints.to_json(state)}
-        networks = {"unet": self.unet}
-        if self.average.ema is not None:
-            networks["unet_ema"] = self.average.unet
-        for name, unet in networks.items():
-            files[f"{name}/config.json"] = unet.to_json_string().encode()
-            files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(
-                unet.state_dict()
-            )
-        tensors = checkpoints.optimizer_tensors(self.optimizer.optimizer)
-        files["optimizer.safetensors"] = checkpoints.pack(tensors)
-        if tables := self.sampler.state_dict():
-            files["sampler.safetensors"] = checkpoints.pack(tables)
-        return files
-
-    def _choose_checkpoint(self) -> Path | None:
-        """The main process looks; all processes continue from the same one."""
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = checkpoints.chosen(self.config.resume, self.root / "checkpoints")
-            except (ValueError, checkpoints.CheckpointError) as error:
-                found[1] = error
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
-
-    def _restore(self, folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self._compare(state["config"])
-        weights = "diffusion_pytorch_model.safetensors"
-        copy_into(self.unet.named_parameters(), checkpoints.unpack(folder / "unet" / weights))
-        if self.average.ema is not None:
-            self.average.load(checkpoints.unpack(folder / "unet_ema" / weights), state["ema"])
-        checkpoints.restore_optimizer(
-            self.optimizer.optimizer, checkpoints.unpack(folder / "optimizer.safetensors")
-        )
-        if tables := checkpoints.unpack(folder / "sampler.safetensors"):
-            self.sampler.load_state_dict(tables)
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.best = state["step"], state["best"]
-        self.place = tuple(state["place"])
-        self.records.rewind(self.step)
-
-    def _compare(self, before: dict[str, Any]) -> None:
-        now = self.config.to_dict()
-        changed = [
-            k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"
-        ]
-        if changed:
-            pairs = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in changed)
-            raise ValueError(
-                f"the checkpoint is of a run with other settings: {pairs}; start a new run "
-                "(from_pretrained takes its weights) or set them back"
-            )
-
-    def _export(self) -> Path:
-        target = self.root / "pipeline"
-        if self.accelerator.is_main_process:
-            pipeline = DDPMPipeline(unet=self.average.unet, scheduler=self.scheduler)
-            partial = self.root / ".pipeline"
-            pipeline.save_pretrained(partial)
-            checkpoints.discard(target)
-            partial.rename(target)
-            self.unet.save_pretrained(self.root / "unet_raw")
-            plot_losses(*self.records.curve(), self.root / "pictures" / "loss.png")
-        self.accelerator.wait_for_everyone()
-        return target
 
     def _start_tracker(self) -> None:
         if self.config.tracker != "none":
@@ -507,27 +374,3 @@ class Trainer:
             replaced_images=self.records.replaced,
             evaluations=self.evaluations,
         )
-
-
-def _scheduler(config: TrainingConfig, betas: Tensor) -> MarkovianDDPMScheduler:
-    """The process of the run as a scheduler, which is how a pipeline records it."""
-    del betas
-    return MarkovianDDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-    )
-
-
-def _versions() -> dict[str, str]:
-    import accelerate
-    import diffusers
-
-    import ddim_schedulers
-
-    modules = (torch, diffusers, accelerate, ddim_schedulers)
-    return {module.__name__: str(module.__version__) for module in modules}

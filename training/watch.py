@@ -1,5 +1,4 @@
-"""Looking at a run while it trains: validation loss over t, samples, Frechet distance, channel
-drift.
+"""Looking at a run while it trains: loss over t, samples, Frechet distance, channel drift.
 
 Everything here uses the weights that will be exported (`AveragedUNet.unet`), draws from generators
 of its own, one for each image, and is shared out over the processes, so that it neither disturbs
@@ -98,7 +97,7 @@ class Watcher:
 
     @torch.no_grad()
     def validate(self, unet: UNet2DModel, step: int) -> dict[str, Any]:
-        """The loss on held-out images, with t spread evenly over 0 .. T - 1, and its plot over t."""
+        """The loss on held-out images, t spread evenly over 0 .. T - 1, and its plot over t."""
         assert self.held_out is not None
         count = min(self.config.validation_images, len(self.held_out))
         t = ((torch.arange(count) + 0.5) * (self.objective.steps / count)).long()

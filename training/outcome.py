@@ -1,0 +1,61 @@
+"""What a run leaves, and how it fails."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import SchedulerMixin, UNet2DModel
+
+
+class NonFiniteError(RuntimeError):
+    """A step whose loss or gradient was not finite. It was not applied."""
+
+
+@dataclass
+class TrainingResult:
+    """What a run leaves.
+
+    Attributes:
+        output_dir: folder of the run.
+        pipeline_dir: the diffusers pipeline, with the weights that `weights` names; None if the run
+        was
+            stopped before its end.
+        unet: the network with those weights, on the training device, in evaluation mode.
+        scheduler: the process it was trained for.
+        weights: 'ema' or 'raw'.
+        steps: optimiser steps done, in all sessions.
+        losses: loss of every step of this session, over the global batch.
+        final_loss: mean of the last (at most 100) of them.
+        seconds: time of this session's steps.
+        stopped_by: signal that ended the session early, 'stop_after', or None.
+        skipped_steps: steps of this session that were not finite and not applied.
+        replaced_images: broken images of this session for which a neighbour was used.
+        evaluations: what validation found, oldest first.
+    """
+
+    output_dir: Path
+    pipeline_dir: Path | None
+    unet: UNet2DModel
+    scheduler: SchedulerMixin
+    weights: str
+    steps: int
+    losses: list[float]
+    final_loss: float
+    seconds: float
+    stopped_by: str | None = None
+    skipped_steps: int = 0
+    replaced_images: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Two or three lines for the terminal."""
+        lines = [f"{self.steps} steps, {self.seconds:.1f} s, loss {self.final_loss:.4f}"]
+        if self.skipped_steps:
+            lines.append(f"{self.skipped_steps} steps were not finite and were not applied")
+        if self.replaced_images:
+            lines.append(f"{self.replaced_images} broken images were replaced by their neighbours")
+        if self.stopped_by:
+            lines.append(f"stopped by {self.stopped_by}; continue with --resume latest")
+        if self.pipeline_dir:
+            lines.append(f"pipeline with the {self.weights} weights: {self.pipeline_dir}")
+        return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""The state of a run as files: what goes into a checkpoint, how it comes back, what is exported."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import DDPMPipeline
+
+from ddim_schedulers.training import checkpoints
+from ddim_schedulers.training.averaging import copy_into
+from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
+from ddim_schedulers.training.watch import plot_losses
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ddim_schedulers.training.trainer import Trainer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def choose_checkpoint(config: TrainingConfig, accelerator: "Accelerator") -> Path | None:
+    """The main process looks; all processes continue from the same one."""
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = checkpoints.chosen(config.resume, Path(config.output_dir) / "checkpoints")
+        except (ValueError, checkpoints.CheckpointError) as error:
+            found[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def state_files(trainer: "Trainer") -> dict[str, bytes]:
+    """The contents of a checkpoint, by file name."""
+    state = {
+        "step": trainer.step,
+        "place": list(trainer.place),
+        "ema": trainer.average.state_dict(),
+        "best": trainer.best,
+        "config": trainer.config.to_dict(),
+        "scaler": None
+        if trainer.accelerator.scaler is None
+        else trainer.accelerator.scaler.state_dict(),
+        "versions": versions(),
+    }
+    files = {"state.json": checkpoints.to_json(state)}
+    networks = {"unet": trainer.unet}
+    if trainer.average.ema is not None:
+        networks["unet_ema"] = trainer.average.unet
+    for name, unet in networks.items():
+        files[f"{name}/config.json"] = unet.to_json_string().encode()
+        files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(unet.state_dict())
+    tensors = checkpoints.optimizer_tensors(trainer.optimizer.optimizer)
+    files["optimizer.safetensors"] = checkpoints.pack(tensors)
+    if tables := trainer.sampler.state_dict():
+        files["sampler.safetensors"] = checkpoints.pack(tables)
+    return files
+
+
+def restore(trainer: "Trainer", folder: Path) -> None:
+    """Continues `trainer` where the checkpoint in `folder` was made.
+
+    Raises:
+        ValueError: it is of a run with other settings.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    require_same_settings(trainer.config, state["config"])
+    copy_into(trainer.unet.named_parameters(), checkpoints.unpack(folder / "unet" / WEIGHTS))
+    if trainer.average.ema is not None:
+        trainer.average.load(checkpoints.unpack(folder / "unet_ema" / WEIGHTS), state["ema"])
+    checkpoints.restore_optimizer(
+        trainer.optimizer.optimizer, checkpoints.unpack(folder / "optimizer.safetensors")
+    )
+    if tables := checkpoints.unpack(folder / "sampler.safetensors"):
+        trainer.sampler.load_state_dict(tables)
+    if trainer.accelerator.scaler is not None and state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.best = state["step"], state["best"]
+    trainer.place = tuple(state.get("place", (0, 0)))
+    trainer.records.rewind(trainer.step)
+
+
+def require_same_settings(config: TrainingConfig, before: dict[str, Any]) -> None:
+    """Raises `ValueError` if a setting that changes what is computed is not as it was."""
+    now = config.to_dict()
+    changed = [
+        k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"
+    ]
+    if changed:
+        pairs = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in changed)
+        raise ValueError(
+            f"the checkpoint is of a run with other settings: {pairs}; start a new run "
+            "(from_pretrained takes its weights) or set them back"
+        )
+
+
+def export(trainer: "Trainer") -> Path:
+    """Writes the pipeline with the averaged weights, and the raw UNet beside it."""
+    target = trainer.root / "pipeline"
+    if trainer.accelerator.is_main_process:
+        pipeline = DDPMPipeline(
+            unet=trainer.average.unet,
+            scheduler=trainer.scheduler,  # type: ignore[arg-type]  # any scheduler will do
+        )
+        partial = trainer.root / ".pipeline"
+        pipeline.save_pretrained(partial)
+        checkpoints.discard(target)
+        partial.rename(target)
+        trainer.unet.save_pretrained(trainer.root / "unet_raw")
+        if trainer.config.push_to_hub:
+            _push(trainer.config, target)
+        plot_losses(*trainer.records.curve(), trainer.root / "pictures" / "loss.png")
+    trainer.accelerator.wait_for_everyone()
+    return target
+
+
+def _push(config: TrainingConfig, pipeline_dir: Path) -> None:
+    from ddim_schedulers.training.hub import push_after_training
+
+    push_after_training(
+        pipeline_dir,
+        str(config.hub_repo_id),
+        form=config.hub_form,
+        private=config.hub_private,
+        revision=config.hub_revision,
+    )
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    import accelerate
+    import diffusers
+
+    import ddim_schedulers
+
+    modules = (torch, diffusers, accelerate, ddim_schedulers)
+    return {module.__name__: str(module.__version__) for module in modules}
