@@ -350,7 +350,7 @@ def _figure(panels: Sequence[tuple[str, np.ndarray]], columns: int, width: float
     figure = Figure(
         figsize=(width * columns, (width * tallest + 0.35) * rows), layout="constrained"
     )
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, (title, array) in zip(axes, panels, strict=False):
