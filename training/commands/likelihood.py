@@ -1,0 +1,126 @@
+"""`ddim-schedulers likelihood`: bits per dimension, term by term."""
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "Compute a pipeline's bits per dimension, term by term."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    from ddim_schedulers.training.commands.calibrate import add_run_arguments
+    from ddim_schedulers.training.measured_data import add_data_arguments
+
+    parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
+    add_data_arguments(parser)
+    parser.add_argument("--num_images", type=int, default=64, help="images (64)")
+    parser.add_argument("--output_dir", required=True, help="folder for JSON, table and plot")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[10, 25, 50, 100, 1000], help="lengths S of tau"
+    )
+    parser.add_argument(
+        "--variances",
+        nargs="+",
+        choices=("fixed_small", "fixed_large", "learned_range", "optimal"),
+        help="reverse variances; both fixed ones, and optimal where the pipeline is calibrated",
+    )
+    parser.add_argument(
+        "--trajectories",
+        nargs="+",
+        choices=("even", "optimal", "linspace", "quadratic", "leading"),
+        default=["even"],
+        help="tau; each must hold timestep 0, and optimal needs a calibration (even)",
+    )
+    parser.add_argument("--eta", type=float, default=1.0, help="the member, > 0 (1: DDPM)")
+    parser.add_argument(
+        "--clip",
+        choices=("config", "on", "off"),
+        default="config",
+        help="clip x0_hat to [-1, 1] (config: as the scheduler does)",
+    )
+    parser.add_argument("--bins", type=int, help="values of a pixel; as the data say otherwise")
+    parser.add_argument(
+        "--estimator",
+        choices=("all", "uniform", "stratified", "importance"),
+        default="all",
+        help="which t are evaluated: all, or an unbiased subset of --num_calls for each image",
+    )
+    parser.add_argument("--num_calls", type=int, help="network calls for each image and chain")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, prints the table, and writes likelihood.json, .md and .png."""
+    from ddim_schedulers.training import likelihood as library
+    from ddim_schedulers.training.calibration import choose_images
+    from ddim_schedulers.training.checkpoints import to_json, write_file
+    from ddim_schedulers.training.measured_data import load_measured_data
+    from ddim_schedulers.training.passes import AccelerateTeam, discard
+    from ddim_schedulers.training.subject import clip_limit, load_subject
+
+    team = AccelerateTeam(args.cpu)
+    subject = load_subject(args.pipeline, team.state.device)
+    data = load_measured_data(args, subject)
+    bins = args.bins or data.levels
+    if bins is None:
+        raise ValueError(
+            "bins: these data are continuous, so that bits per dimension have no meaning for them; "
+            "name the number of values a pixel can take"
+        )
+    images, _ = data.batch(choose_images(len(data), args.num_images, args.seed))
+    variances = args.variances or ["fixed_small", "fixed_large"] + (
+        ["optimal"] if subject.calibration is not None else []
+    )
+    settings = library.LikelihoodSettings(
+        steps=tuple(args.steps),
+        variances=tuple(variances),
+        trajectories=tuple(args.trajectories),
+        eta=args.eta,
+        clip=clip_limit(subject, args.clip),
+        num_bins=bins,
+        estimator=args.estimator,
+        num_calls=args.num_calls,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    output = Path(args.output_dir)
+    work_dir = Path(args.work_dir) if args.work_dir else output / "likelihood-parts"
+    report = library.evaluate(
+        subject,
+        images,
+        settings,
+        work_dir,
+        team=team,
+        progress=lambda line: print(f"process {team.index}: {line}", file=sys.stderr, flush=True),
+    )
+    if team.index == 0:
+        report |= {"data": args.data, "pipeline": args.pipeline, "versions": versions()}
+        lines = library.table(report)
+        for name, content in (
+            ("likelihood.json", to_json(report)),
+            ("likelihood.md", ("\n".join(lines) + "\n").encode()),
+        ):
+            write_file(output / f".{name}.tmp", content)
+            (output / f".{name}.tmp").replace(output / name)
+        if args.estimator == "all":
+            library.plot(report, output / "likelihood.png")
+        discard(work_dir)
+        print(*lines, sep="\n")
+        cost = report["cost"]
+        print(
+            f"{len(images)} images, {cost['network_calls']} network calls, "
+            f"{cost['seconds']:.1f} s, {cost['processes']} processes; written to {output}"
+        )
+    team.wait()
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    import diffusers
+    import torch
+
+    import ddim_schedulers
+
+    return {m.__name__: str(m.__version__) for m in (ddim_schedulers, diffusers, torch)}

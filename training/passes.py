@@ -1,0 +1,210 @@
+"""One pass of a network over images and timesteps, in parts that are kept and shared out.
+
+A part is (a chunk of images, a block of timesteps). Its noise depends on the seed, the chunk and t
+alone, so that any number of processes gets the same numbers, and a part that is on disk is not
+computed again.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddim_schedulers.betas import alpha_bar_before
+from ddim_schedulers.likelihood import predict_x0
+from ddim_schedulers.training.batches import generator
+from ddim_schedulers.training.checkpoints import pack, to_json, unpack, write_file
+from ddim_schedulers.training.subject import Subject
+
+STATISTICS = ("gamma", "eps_error", "x0_error")
+TIMESTEPS_PER_PART = 50
+
+
+class Team:
+    """The processes that share a piece of work; this one alone, unless a sub-class says more."""
+
+    index = 0
+    count = 1
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes in one, on every process."""
+        return values
+
+
+class AccelerateTeam(Team):
+    """The processes of `torchrun` or `accelerate launch`."""
+
+    def __init__(self, cpu: bool = False) -> None:
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=cpu)
+        self.index = self.state.process_index
+        self.count = self.state.num_processes
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+        self.state.wait_for_everyone()
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes in one, on every process."""
+        from accelerate.utils import gather_object
+
+        return list(gather_object(values)) if self.count > 1 else values
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one network call for each image and timestep says.
+
+    Attributes:
+        timesteps: the n timesteps, increasing.
+        statistics: of each image, float64 (3, N, n): ||eps_theta||^2 / d, ||eps - eps_theta||^2 /
+            d, and ||x_0 - x0_hat||^2 / d with the clipping asked for.
+        x0_hat: at timestep 0, float64 (N, C, H, W); empty if 0 is not among the timesteps.
+        calls: network calls that this session made, of all processes, in batches.
+    """
+
+    timesteps: list[int]
+    statistics: torch.Tensor
+    x0_hat: torch.Tensor
+    calls: int
+
+
+def measure(
+    subject: Subject,
+    images: torch.Tensor,
+    timesteps: Sequence[int],
+    clip: float | None,
+    seed: int,
+    chunk: int,
+) -> dict[str, torch.Tensor]:
+    """One part: `statistics` (3, B, n) of the images (B, C, H, W), and `x0_hat` at timestep 0."""
+    x0, before = images.to(torch.float64), alpha_bar_before(subject.alpha_bar)
+    rows, first = [], torch.empty(0)
+    for t in timesteps:
+        noise = torch.randn(x0.shape, generator=generator(seed, "pass", chunk, t)).to(x0)
+        steps = torch.full((len(x0),), t)
+        x0_hat, eps_hat, _ = predict_x0(
+            subject.predict_mean,
+            x0,
+            steps,
+            subject.alpha_bar[steps],
+            before[steps],
+            noise,
+            subject.prediction_type,
+            clip,
+            subject.dtype,
+        )
+        squares = (eps_hat**2, (noise - eps_hat) ** 2, (x0 - x0_hat) ** 2)
+        rows.append(torch.stack([v.flatten(1).mean(1) for v in squares]))
+        if t == 0:
+            first = x0_hat
+    return {"statistics": torch.stack(rows, 2), "x0_hat": first}
+
+
+def run_pass(
+    subject: Subject,
+    images: torch.Tensor,
+    timesteps: Sequence[int],
+    *,
+    clip: float | None,
+    seed: int,
+    batch_size: int,
+    work_dir: Path,
+    team: Team | None = None,
+    progress: Any = None,
+) -> Pass:
+    """Measure all images at all timesteps, sharing the parts among processes.
+
+    Args:
+        subject: network and process.
+        images: (N, C, H, W) in [-1, 1], the same on every process.
+        timesteps: which, any order.
+        clip: limit of |x0_hat|, or None.
+        seed: of the noise.
+        batch_size: images in a chunk.
+        work_dir: where parts are kept; all processes must see it. An interrupted pass goes on.
+        team: the processes that share it; None for this one alone.
+        progress: called with a line of text after each part, or None.
+
+    Raises:
+        ValueError: if `work_dir` holds parts of another pass.
+    """
+    team = Team() if team is None else team
+    asked = sorted(timesteps)
+    blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
+    chunks = math.ceil(len(images) / batch_size)
+    parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
+    if team.index == 0:
+        _claim(work_dir, subject, images, asked, clip, seed, batch_size)
+    team.wait()
+    todo = [p for p in parts if not _file(work_dir, p).exists()]
+    mine = todo[team.index :: team.count]
+    team.wait()  # nobody writes before all have seen what is left
+    for number, (c, b) in enumerate(mine):
+        batch = images[c * batch_size : (c + 1) * batch_size]
+        _write(_file(work_dir, (c, b)), pack(measure(subject, batch, blocks[b], clip, seed, c)))
+        if progress is not None:
+            progress(f"part {number + 1} of {len(mine)}")
+    team.wait()
+    read = [[unpack(_file(work_dir, (c, b))) for b in range(len(blocks))] for c in range(chunks)]
+    statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)
+    first = torch.cat([row[0]["x0_hat"] for row in read])
+    calls = sum(len(blocks[b]) for _, b in todo)
+    return Pass(asked, statistics, first, calls)
+
+
+def discard(work_dir: Path) -> None:
+    """Delete the parts of a pass that is done."""
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _file(work_dir: Path, part: tuple[int, int]) -> Path:
+    return work_dir / f"part-{part[0]:05d}-{part[1]:05d}.safetensors"
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_file(temporary, data)
+    temporary.replace(path)
+
+
+def _claim(
+    work_dir: Path,
+    subject: Subject,
+    images: torch.Tensor,
+    timesteps: list[int],
+    clip: float | None,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Note what the parts in a folder belong to, or refuse those of something else."""
+    data = hashlib.sha256(images.to(torch.float64).contiguous().numpy().tobytes()).hexdigest()
+    own = {
+        "network": subject.fingerprint(),
+        "images": [len(images), data],
+        "timesteps": timesteps,
+        "clip": clip,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    path = work_dir / "pass.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if other := [name for name, value in own.items() if kept.get(name) != value]:
+            raise ValueError(
+                f"work_dir {work_dir} holds an unfinished pass that differs in {other}; delete it "
+                "or name another folder"
+            )
+        return
+    work_dir.mkdir(parents=True, exist_ok=True)
+    _write(path, to_json(own))
