@@ -1,7 +1,7 @@
 """Training on two processes: the same batch gives the same run, and a resumed run the same bits.
 
-Everything runs in one `torchrun` (its start costs more than the training) and is looked at by several
-tests. Both sides of each comparison run with one thread.
+Everything runs in one `torchrun` (its start costs more than the training) and is looked at by
+several tests. Both sides of each comparison run with one thread.
 """
 
 import json

@@ -173,7 +173,8 @@ class PrecisionConfig:
     cpu: bool = option(False, "use the CPU even where there is an accelerator")
     allow_tf32: bool = option(False, "TensorFloat-32 matrix products on GPUs that have them")
     compile: bool = option(False, "torch.compile the network")
-    compile_mode: str = option("default", "mode of torch.compile")
+    compile_mode: str | None = option(None, "mode of torch.compile")
+    compile_backend: str = option("inductor", "backend of torch.compile")
     channels_last: bool = option(False, "channels_last memory format")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     on_nonfinite: Literal["stop", "count"] = option(

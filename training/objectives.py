@@ -275,10 +275,14 @@ def bin_log_likelihood(
     if levels is None:
         return -0.5 * (centred * inverse).square() - log_std - 0.5 * math.log(2 * math.pi)
     half = 1 / (levels - 1)
-    above = torch.special.ndtr((centred + half) * inverse)
-    below = torch.special.ndtr((centred - half) * inverse)
-    inside = 1 - 0.001 * min(1.0, 255 * half)
-    mass = torch.where(x < -inside, above, torch.where(x > inside, 1 - below, above - below))
+    first, last = x < -1 + half, x > 1 - half
+    # By symmetry each bin is looked at from the side where its mass is not a difference of ones.
+    distance = torch.where(first, -centred, torch.where(last, centred, centred.abs()))
+    # erfc: torch's ndtr is 1 + erf below, which has no digits left in the tail.
+    scale = inverse * math.sqrt(0.5)
+    outer = 0.5 * torch.special.erfc((distance + half) * scale)
+    mass = 0.5 * torch.special.erfc((distance - half) * scale)
+    mass = mass - torch.where(first | last, torch.zeros_like(outer), outer)
     return mass.clamp(min=1e-12).log()
 
 

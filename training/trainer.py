@@ -89,9 +89,11 @@ class Trainer:
             isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules()
         )
         optimizer = make_optimizer(self.parameters, config)
-        network = (
-            torch.compile(self.unet, mode=config.compile_mode) if config.compile else self.unet
-        )
+        network: Any = self.unet
+        if config.compile:
+            network = torch.compile(
+                network, mode=config.compile_mode, backend=config.compile_backend
+            )
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.learning_rate = LearningRate(config)
         draws = Draws(
