@@ -194,10 +194,11 @@ class GenerationPipeline(UnconditionalPipeline):
 
     def _plan(self, run: _Run) -> torch.Tensor:
         """Plan tau (multistep schedulers forget the chunk before) and cut it at the start."""
+        if run.start_timestep is not None:
+            check_scheduler(self.scheduler, SINGLE_STEP, "`start_timestep`")
         tau = plan(self.scheduler, run.num_inference_steps, run.timesteps, self._execution_device)
         if run.start_timestep is None:
             return tau
-        check_scheduler(self.scheduler, SINGLE_STEP, "`start_timestep`")
         planned = tau.tolist()
         if run.latents is None:
             raise ValueError("`start_timestep` is given without `latents`, the x_t to start from.")

@@ -12,6 +12,7 @@ logger = logging.get_logger(__name__)
 
 CLIP_MARGIN = 0.1
 CLIP_WARN_SHARE = 0.05
+CLIP_WINDOW = (0.2, 0.8)
 
 
 @dataclass
@@ -54,14 +55,15 @@ class PathRecorder:
 
 @dataclass
 class ClipCounter:
-    """Share of the predicted values that clipping cuts by a real amount, near the end of sampling.
+    """Share of the predicted values that clipping cuts by a real amount, in mid-sampling.
 
     Touching the bound is normal: a good model of images with black backgrounds leaves [-1, 1] in a
-    fifth of its values, by a hundredth. And at high noise every x0_hat overshoots. So a value
-    counts when |x0_hat| before clipping exceeds `clip_sample_range` by more than 10 %, in steps
-    with alpha_bar_t >= 1/2. A pixel model stays near 0 there, while latents with unit variance lose
-    about a quarter of their values. More than 5 % is warned about. The count stays on the device
-    and is read once, at the end.
+    fifth of its values, by a hundredth. At high noise every x0_hat overshoots, and near the end the
+    earlier clipping has bent the sample into the bounds. So a value counts when |x0_hat| before
+    clipping exceeds `clip_sample_range` by more than 10 %, in steps with 0.2 <= alpha_bar_t <= 0.8.
+    There a good pixel model stays at 0, while data with unit variance, as latents, lose about a
+    tenth of their values. More than 5 % is warned about. The count stays on the device and is read
+    once, at the end.
     """
 
     config: Any
@@ -70,12 +72,9 @@ class ClipCounter:
     values: int = field(default=0, init=False)
 
     def record(self, step: Step, t: int) -> None:
-        """Count the values of a step at t, if the scheduler clips and the step is a late one."""
-        if (
-            not self.config.get("clip_sample")
-            or self.config.get("thresholding")
-            or self.levels.at(t) < 0.5
-        ):
+        """Count the values of a step at t, if the scheduler clips and t is in the window."""
+        clips = self.config.get("clip_sample") and not self.config.get("thresholding")
+        if not clips or not CLIP_WINDOW[0] <= self.levels.at(t) <= CLIP_WINDOW[1]:
             return
         bound = (1 + CLIP_MARGIN) * self.config.get("clip_sample_range", 1.0)
         cut = (self.levels.x0(step.model_output, step.x_t, t).abs() > bound).sum()
@@ -90,8 +89,8 @@ class ClipCounter:
         if share > CLIP_WARN_SHARE:
             logger.warning(
                 f"Clipping cut {share:.1%} of the predicted values by more than {CLIP_MARGIN:.0%} "
-                f"of clip_sample_range={self.config.get('clip_sample_range', 1.0)} in the late "
-                "steps. If the model works on latents or other unbounded data, set "
-                "clip_sample=False in the scheduler's config; else the model is far from its data."
+                f"of clip_sample_range={self.config.get('clip_sample_range', 1.0)} in mid-steps. "
+                "If the model works on latents or other unbounded data, set clip_sample=False in "
+                "the scheduler's config; else the model is far from its data."
             )
         return share
