@@ -243,7 +243,7 @@ def decode(file: io.BytesIO | Path, name: str, mode: str) -> np.ndarray:
         with Image.open(file) as image:
             actual = _mode_of(image, name, mode)
             same = image.mode == actual and actual != "1"
-            pixels = np.asarray(image if same else image.convert("L" if actual == "1" else actual))
+            pixels = np.array(image if same else image.convert("L" if actual == "1" else actual))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise BadImageError(name, str(error)) from error
     pixels = pixels.astype(_dtype(actual), copy=False)
