@@ -162,21 +162,31 @@ def make_plan(
     a_s = torch.cat([a_t[1:], torch.ones_like(a_t[:1])])
     std = _member(a_t, a_s, eta, sigma)
     own = _x0_variance(variance, gamma, alpha_bar, tau, x0_limit)
-    bounds = None
+    first, bounds = first_posterior_variance(alpha_bar), None
+    # without the last step, whose sigma is 0, every square root has a gradient
+    inner_t, inner_s, inner_std = a_t[:-1], a_s[:-1], std[:-1]
     if variance == "learned_range":
-        small, large = reverse_pair(a_t, a_s, first_posterior_variance(alpha_bar))
+        small, large = reverse_pair(a_t, a_s, first)
         bounds, reverse = torch.stack([small.log(), large.log()], dim=1), small
     else:
-        reverse = reverse_variance(variance, a_t, a_s, std, own)
-        if variance != "optimal":
-            reverse = torch.cat([reverse[:-1], first_posterior_variance(alpha_bar)[None]])
-        elif float(reverse[-1].detach()) <= 0:
-            raise ValueError(
-                f"`gamma[0]` is {float(gamma[0])}; L_0 with the optimal variance needs "  # type: ignore[index]
-                "gamma[0] < 1 (calibrate with more images, or take a fixed variance)."
-            )
-    before = alpha_bar_before(alpha_bar)[tau]
-    return Plan(tau, a_t, before, std**2, x0_weight(a_t, a_s, std), reverse, bounds)
+        inner_own = None if own is None else own[:-1]
+        inner = reverse_variance(variance, inner_t, inner_s, inner_std, inner_own)
+        reverse = torch.cat([inner, first[None] if own is None else own[-1:]])
+    if gamma is not None and own is not None and float(own[-1].detach()) <= 0:
+        raise ValueError(
+            f"`gamma[0]` is {float(gamma[0])}; L_0 with the optimal variance needs gamma[0] < 1 "
+            "(calibrate with more images, or take a fixed variance)."
+        )
+    one = torch.ones_like(a_t[:1])
+    return Plan(
+        tau,
+        a_t,
+        alpha_bar_before(alpha_bar)[tau],
+        std**2,
+        torch.cat([x0_weight(inner_t, inner_s, inner_std), one]),
+        reverse,
+        bounds,
+    )
 
 
 def reverse_pair(
@@ -187,8 +197,8 @@ def reverse_pair(
     Improved DDPM (arXiv:2102.09672), Eq. 15; the lower one of the last step, which would be 0, is
     `first` as in the authors' code.
     """
-    small = sigma_eta(alpha_bar_t, alpha_bar_s, 1.0) ** 2
-    return torch.cat([small[:-1], first[None]]), sigma_hat(alpha_bar_t, alpha_bar_s) ** 2
+    small = sigma_eta(alpha_bar_t[:-1], alpha_bar_s[:-1], 1.0) ** 2
+    return torch.cat([small, first[None]]), sigma_hat(alpha_bar_t, alpha_bar_s) ** 2
 
 
 def _member(
@@ -198,7 +208,8 @@ def _member(
     sigma: Sequence[float] | torch.Tensor | None,
 ) -> torch.Tensor:
     if sigma is None:
-        std, said = sigma_eta(a_t, a_s, eta), f"`eta` is {eta!r}"
+        inner = sigma_eta(a_t[:-1], a_s[:-1], eta)
+        std, said = torch.cat([inner, torch.zeros_like(a_t[:1])]), f"`eta` is {eta!r}"
         check_sigma(std.detach(), a_s.detach(), "eta")
     else:
         std = torch.as_tensor(sigma, dtype=a_t.dtype)

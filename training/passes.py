@@ -156,6 +156,11 @@ def run_pass(
         if progress is not None:
             progress(f"part {number + 1} of {len(mine)}")
     team.wait()
+    if missing := [p for p in parts if not _file(work_dir, p).exists()]:
+        raise ValueError(
+            f"work_dir: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
+            "folder that all processes see"
+        )
     read = [[unpack(_file(work_dir, (c, b))) for b in range(len(blocks))] for c in range(chunks)]
     statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)
     first = torch.cat([row[0]["x0_hat"] for row in read])
