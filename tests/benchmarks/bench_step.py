@@ -1,0 +1,60 @@
+"""Time of one scheduler step, ours against stock diffusers in the same run.
+
+python tests/benchmarks/bench_step.py --json step.json
+"""
+
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
+from pairing import paired, parser, report
+
+from ddim_schedulers import (
+    GeneralizedDDIMInverseScheduler,
+    GeneralizedDDIMScheduler,
+    MarkovianDDPMScheduler,
+)
+
+SHAPES = {(1, 4, 64, 64): 300, (4, 3, 32, 32): 300, (16, 3, 256, 256): 4}
+
+
+def cases(shape, dtype):
+    """Yields (label, a step of ours, a step of stock) on the same input."""
+    x, m, noise = (torch.randn(shape).to(dtype) for _ in range(3))
+    for eta in (0.0, 1.0):
+        ours, stock = GeneralizedDDIMScheduler(), DDIMScheduler()
+        yield f"DDIM eta {eta:g}", step(ours, m, x, eta=eta), step(stock, m, x, eta=eta)
+    # the noise given: what is left is the step itself, without drawing a Gaussian of its size
+    given = {"eta": 1.0, "variance_noise": noise}
+    ours, stock = GeneralizedDDIMScheduler(), DDIMScheduler()
+    yield "DDIM eta 1, noise given", step(ours, m, x, **given), step(stock, m, x, **given)
+    ours, stock = MarkovianDDPMScheduler(), DDPMScheduler()
+    yield "DDPM", step(ours, m, x), step(stock, m, x)
+    ours, stock = GeneralizedDDIMInverseScheduler(), DDIMInverseScheduler()
+    yield "DDIM inverse", step(ours, m, x), step(stock, m, x)
+
+
+def step(scheduler, model_output, sample, **arguments):
+    """Returns a call that takes one step in the middle of a plan of 50."""
+    scheduler.set_timesteps(50)
+    t = scheduler.timesteps[25]
+    return lambda: scheduler.step(model_output, t, sample, **arguments)
+
+
+def main():
+    """Runs every case."""
+    args = parser(__doc__).parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, inner in SHAPES.items():
+            for label, ours, theirs in cases(shape, dtype):
+                figures = paired(ours, theirs, args.repeats, inner)
+                name = str(dtype).removeprefix("torch.")
+                rows.append({"step": label, "shape": list(shape), "dtype": name, **figures})
+                rows[-1]["labels"] = ["step", "shape", "dtype"]
+                report(rows[-1:], None)
+    if args.json:
+        report(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Paired timing: two callables in turn, so that a machine whose speed drifts gives a ratio."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def paired(
+    ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = 15, inner: int = 1
+) -> dict[str, Any]:
+    """Times both in turn `repeats` times, each over `inner` calls, after one warm-up of both.
+
+    Returns:
+        min, median and max of the ratio ours / theirs over the pairs, and the median seconds.
+    """
+    runs = []
+    for repeat in range(repeats + 1):
+        pair = []
+        # which one goes first changes from pair to pair: the second finds warmer caches
+        for call in (ours, theirs) if repeat % 2 else (theirs, ours):
+            begun = time.perf_counter()
+            for _ in range(inner):
+                call()
+            pair.append((time.perf_counter() - begun) / inner)
+        runs.append(pair if repeat % 2 else pair[::-1])
+    runs = runs[1:]
+    ratios = sorted(a / b for a, b in runs)
+    return {
+        "ratio_min": ratios[0],
+        "ratio_median": statistics.median(ratios),
+        "ratio_max": ratios[-1],
+        "ours_seconds": statistics.median(a for a, _ in runs),
+        "theirs_seconds": statistics.median(b for _, b in runs),
+        "pairs": repeats,
+        "calls_in_each": inner,
+    }
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    """Returns a parser with what every benchmark takes."""
+    made = argparse.ArgumentParser(description=text)
+    made.add_argument("--json", type=Path, help="write the figures here as well")
+    made.add_argument("--repeats", type=int, default=15, help="pairs of runs")
+    made.add_argument("--threads", type=int, default=1, help="threads of torch")
+    return made
+
+
+def report(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Prints one line a row, the ratio first, and writes JSON with the versions."""
+    import diffusers
+    import torch
+
+    for row in rows:
+        named = ", ".join(f"{k} {v}" for k, v in row.items() if k in row["labels"])
+        print(
+            f"{row['ratio_median']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f})  "
+            f"{row['ours_seconds'] * 1e6:10.1f} us against {row['theirs_seconds'] * 1e6:10.1f} us"
+            f"  {named}",
+            flush=True,
+        )
+    if path is not None:
+        versions = {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        }
+        path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
