@@ -1,0 +1,320 @@
+"""Calibration and the likelihood of a saved pipeline: same numbers whoever computes them."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers.likelihood import make_plan, variational_bound
+from ddim_schedulers.training import calibration, passes
+from ddim_schedulers.training import likelihood as library
+from ddim_schedulers.training.calibration import calibrate, save_calibration
+from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.likelihood import LikelihoodSettings, evaluate
+from ddim_schedulers.training.passes import Team, run_pass
+from ddim_schedulers.training.subject import load_subject, subject_of
+
+STEPS = 12
+
+
+def _unet(channels=1, out=1, **settings):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=out,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        **settings,
+    )
+
+
+def _stock(**settings):
+    return DDPMScheduler(num_train_timesteps=STEPS, beta_end=0.5, **settings)
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    folder = tmp_path / "pipeline"
+    DDPMPipeline(_unet(), _stock()).save_pretrained(folder)
+    return folder
+
+
+def _images(count=6):
+    levels = torch.randint(0, 17, (count, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    return levels.float() / 8 - 1
+
+
+class _Part(Team):
+    def __init__(self, index, count):
+        self.index, self.count = index, count
+
+
+def test_statistics_are_what_they_say(tmp_path):
+    subject = subject_of(_unet(), dict(_stock().config))
+    got, cost = calibrate(subject, _images(), clip=1.0, batch_size=6, work_dir=tmp_path / "w")
+    assert cost["network_calls"] == STEPS and got.num_images == 6
+    t, x0 = 7, _images().double()
+    noise = torch.randn(x0.shape, generator=passes.generator(0, "pass", 0, t)).double()
+    a = subject.alpha_bar[t]
+    x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).float()
+    with torch.no_grad():
+        eps = subject.unet(x_t, torch.tensor([t])).sample.double()
+    x0_hat = ((x_t.double() - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
+    for name, square in (
+        ("gamma", eps**2),
+        ("eps_error", (noise - eps) ** 2),
+        ("x0_error", (x0 - x0_hat) ** 2),
+    ):
+        per_image = square.flatten(1).mean(1)
+        assert getattr(got, name)[t] == pytest.approx(float(per_image.mean()), rel=1e-6)
+        error = float(per_image.std()) / math.sqrt(6)
+        assert getattr(got, f"{name}_std_error")[t] == pytest.approx(error, rel=1e-6)
+
+
+def test_any_number_of_processes_and_any_interruption_give_the_same(tmp_path, monkeypatch):
+    subject, images = subject_of(_unet(), dict(_stock().config)), _images(5)
+    monkeypatch.setattr(passes, "TIMESTEPS_PER_PART", 5)
+
+    def go(folder, team=None, timesteps=range(STEPS), seed=0):
+        return run_pass(
+            subject,
+            images,
+            timesteps,
+            clip=1.0,
+            seed=seed,
+            batch_size=2,
+            work_dir=tmp_path / folder,
+            team=team,
+        )
+
+    alone = go("one")
+    assert alone.statistics.shape == (3, 5, STEPS) and alone.x0_hat.shape == images.shape
+    assert alone.calls == 3 * STEPS
+    # two processes share the parts; the second one here comes after the first has done its own
+    parts = []
+    real = passes.measure
+    monkeypatch.setattr(passes, "measure", lambda *a: parts.append(a[-1]) or real(*a))
+    with pytest.raises(ValueError, match="all processes see"):  # the other's parts are not there
+        go("two", _Part(0, 2))
+    first = len(parts)
+    again = go("two", _Part(0, 1))
+    assert 0 < first < len(parts) == 9
+    assert torch.equal(again.statistics, alone.statistics)
+    # interrupted: a part is missing and is computed again, nothing else
+    victim = sorted((tmp_path / "one").glob("part-*"))[4]
+    victim.unlink()
+    parts.clear()
+    resumed = go("one")
+    assert len(parts) == 1 and resumed.calls == 5
+    assert torch.equal(resumed.statistics, alone.statistics)
+    # another seed or other timesteps must not mix with it
+    for change, name in (({"seed": 1}, "seed"), ({"timesteps": [0, 3]}, "timesteps")):
+        with pytest.raises(ValueError, match=name):
+            go("one", **change)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        _stock(),
+        DDIMScheduler(num_train_timesteps=STEPS, beta_end=0.5),
+        MarkovianDDPMScheduler(num_train_timesteps=STEPS, beta_end=0.5),
+        GeneralizedDDIMScheduler(num_train_timesteps=STEPS, beta_end=0.5, eta=0.3),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_statistics_reach_our_schedulers_from_any_config(tmp_path, scheduler):
+    scheduler.save_pretrained(tmp_path)
+    subject = subject_of(_unet(), dict(scheduler.config))
+    got, _ = calibrate(subject, _images(3), clip=1.0, work_dir=tmp_path / "work")
+    file = tmp_path / "scheduler_config.json"
+    save_calibration(got, file)
+    save_calibration(got, file)
+    again = type(scheduler).from_pretrained(tmp_path)
+    for make in (GeneralizedDDIMScheduler, MarkovianDDPMScheduler):
+        name = "reverse_variance" if make is GeneralizedDDIMScheduler else "variance_type"
+        ours = make.from_config(again.config, timestep_spacing="optimal", **{name: "optimal"})
+        assert ours.config.calibration["gamma"] == got.gamma
+        ours.set_timesteps(4)
+        assert ours.timesteps[0] == STEPS - 1 and ours.timesteps[-1] == 0
+    if isinstance(scheduler, GeneralizedDDIMScheduler):
+        assert again.config.eta == 0.3
+    before = file.read_bytes()
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="_class_name"):
+        save_calibration(got, file)
+    file.write_bytes(before)
+
+
+def test_commands_from_end_to_end(pipeline, tmp_path, capsys):
+    arguments = ["--pipeline", str(pipeline), "--data", "digits", "--cpu", "--num_images", "4"]
+    assert main(["likelihood", *arguments, "--output_dir", str(tmp_path), "--variances", "optimal"])
+    assert "calibrate" in capsys.readouterr().err
+    assert main(["calibrate", *arguments, "--batch_size", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"{2 * STEPS} network calls" in out and "gamma" in out
+    config = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
+    kept = config["_ddim_schedulers"]["settings"]["calibration"]
+    assert config["_class_name"] == "DDPMScheduler" and kept["num_images"] == 4
+    assert not (pipeline / "scheduler" / "calibration-parts").exists()
+    DDPMPipeline.from_pretrained(pipeline)
+    code = main(
+        [
+            "likelihood",
+            *arguments,
+            *("--part", "held_out", "--output_dir", str(tmp_path / "out"), "--steps", "3", "12"),
+            *("--trajectories", "even", "optimal"),
+        ]
+    )
+    assert code == 0
+    report = json.loads((tmp_path / "out" / "likelihood.json").read_text())
+    table = (tmp_path / "out" / "likelihood.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n") == 2 + 6
+    assert (tmp_path / "out" / "likelihood.png").read_bytes().startswith(b"\x89PNG")
+    rows = {(r["trajectory"], r["variance"], r["steps"]): r for r in report["rows"]}
+    assert len(rows) == 12 and report["settings"]["num_bins"] == 17
+    for row in rows.values():
+        parts = row["prior"]["mean"] + row["rate"]["mean"] + row["decoder"]["mean"]
+        assert row["total"]["mean"] == pytest.approx(parts)
+        assert row["total"]["std_error"] > 0 and row["timesteps"][-1] == 0
+        assert len(row["curve"]) == row["steps"]
+    for variance in ("fixed_small", "fixed_large", "optimal"):
+        whole = rows["even", variance, 12]["total"]["mean"]
+        assert rows["optimal", variance, 12]["total"]["mean"] == whole
+        few = [rows[tau, variance, 3]["total"]["mean"] for tau in ("optimal", "even")]
+        assert few[0] <= few[1] + 1e-9 or variance == "optimal"
+
+
+def test_the_table_is_the_bound_of_each_chain(tmp_path, monkeypatch):
+    subject, images = subject_of(_unet(), dict(_stock().config)), _images(4)
+    settings = LikelihoodSettings(
+        steps=(4,), variances=("fixed_small", "fixed_large"), num_bins=17, batch_size=4
+    )
+    report = evaluate(subject, images, settings, tmp_path / "a")
+    tau = report["rows"][0]["timesteps"]
+
+    seen = []
+    real = torch.randn
+
+    class _Torch:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        @staticmethod
+        def randn(shape, generator=None):
+            value = real(shape, generator=passes.generator(0, "pass", 0, tau[len(seen)]))
+            seen.append(1)
+            return value
+
+    monkeypatch.setattr("ddim_schedulers.likelihood.torch", _Torch())
+    plan = make_plan(subject.alpha_bar, tau, "fixed_large")
+    terms = variational_bound(subject.predict_mean, images, plan, clip=1.0, num_bins=17)
+    want = float(terms.total.mean()) / 64 / math.log(2)
+    assert report["rows"][1]["total"]["mean"] == pytest.approx(want, rel=1e-9)
+
+
+def test_learned_variance_and_subsets_of_t(tmp_path):
+    subject = subject_of(_unet(out=2), dict(_stock(variance_type="learned_range").config))
+    assert subject.learned
+    settings = LikelihoodSettings(
+        steps=(STEPS,), variances=("learned_range", "fixed_large"), num_bins=17, batch_size=2
+    )
+    images = _images(3)
+    full = evaluate(subject, images, settings, tmp_path)
+    assert [row["calls_per_image"] for row in full["rows"]] == [STEPS, STEPS]
+    assert full["cost"]["network_calls"] == 2 * 2 * STEPS
+    for estimator in ("stratified", "importance"):
+        part = dataclasses.replace(settings, estimator=estimator, num_calls=5)
+        report = evaluate(subject, images, part, tmp_path)
+        for row, whole in zip(report["rows"], full["rows"], strict=True):
+            assert row["calls_per_image"] == 5 and "curve" not in row
+            assert row["decoder"]["mean"] == pytest.approx(whole["decoder"]["mean"], abs=1e-3)
+            assert row["total"]["mean"] == pytest.approx(whole["total"]["mean"], rel=1.0)
+        with pytest.raises(ValueError, match="estimator 'all'"):
+            library.plot(report, tmp_path / "no.png")
+
+
+def test_two_processes_really_share_the_work(pipeline, tmp_path):
+    arguments = ["--pipeline", str(pipeline), "--data", "digits", "--num_images", "4", "--cpu"]
+    arguments += ["--batch_size", "2"]
+    assert main(["calibrate", *arguments]) == 0
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    alone = json.loads(file.read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "ddim_schedulers.training.cli", "calibrate", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout
+    assert "process 0: part" in done.stderr and "process 1: part" in done.stderr
+    assert json.loads(file.read_text()) == alone
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: subject_of(_unet(class_embed_type="identity"), dict(_stock().config)),
+            "class-cond",
+        ),
+        (lambda: subject_of(_unet(out=3), dict(_stock().config)), "channels"),
+        (lambda: load_subject("no/such/folder"), "pipeline"),
+        (lambda: calibration.choose_images(5, 6, 0), "num_images"),
+        (lambda: calibration.choose_images(5, 1, 0), "num_images"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["calibrate", "--num_images", "9999"], "num_images"),
+        (["calibrate", "--output", "nowhere"], "output"),
+        (["likelihood", "--output_dir", "o", "--eta", "0"], "infinite"),
+        (["likelihood", "--output_dir", "o", "--bins", "256"], "equally spaced"),
+        (["likelihood", "--output_dir", "o", "--trajectories", "optimal"], "calibrat"),
+        (["likelihood", "--output_dir", "o", "--variances", "learned_range"], "learned_range"),
+        (["likelihood", "--output_dir", "o", "--steps", "13"], "num_inference_steps"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(pipeline, tmp_path, capsys, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    verb, *rest = command
+    arguments = ["--pipeline", str(pipeline), "--data", "digits", "--cpu"]
+    steps = [] if "--steps" in rest or verb == "calibrate" else ["--steps", "4"]
+    assert main([verb, *arguments, *rest, *steps]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_images_of_another_kind_are_refused(pipeline, tmp_path, capsys):
+    np.save(tmp_path / "colour.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "small.npy", np.zeros((4, 6, 6), np.uint8))
+    np.save(tmp_path / "real.npy", np.zeros((4, 8, 8), np.float32))
+    arguments = ["likelihood", "--pipeline", str(pipeline), "--cpu", "--num_images", "2"]
+    arguments += ["--steps", "3", "--output_dir", str(tmp_path / "o")]
+    for name, extra, message in (
+        ("colour", [], "channels"),
+        ("small", [], "fit"),
+        ("real", ["--value_range", "0", "1"], "continuous"),
+    ):
+        assert main([*arguments, "--data", str(tmp_path / f"{name}.npy"), *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*arguments, "--data", str(tmp_path / "small.npy"), "--fit", "pad"]) == 0
