@@ -213,8 +213,9 @@ def test_conditional_networks_raise():
         pipeline(unet=conditioned)
 
 
-# diffusers itself converts a tensor in a way that numpy 2 deprecates
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# diffusers itself converts a tensor in a way that numpy 2 deprecates (`__array__`,
+# `__array_wrap__`)
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.mark.parametrize(
     "cls", [DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler]
 )
