@@ -28,6 +28,7 @@ from .betas import (
     make_betas,
     rescale_zero_terminal_snr,
 )
+from .config_types import check_types
 from .optimal import (
     Statistics,
     late_noise_cap,
@@ -160,6 +161,7 @@ class FamilySchedulerMixin:
                     **{name: self.config[name].tolist()}
                 )
         config = self.config
+        check_types(config)
         big_t = check_num_train_timesteps(config.num_train_timesteps)
         _check_names(config)
         if config.trained_betas is not None:

@@ -1,0 +1,102 @@
+"""The types of a scheduler's config, checked before anything is computed from it.
+
+A config comes from a file that anyone may have written: the text "false" counts as true, and a list
+may have a billion entries. Bounds (and NaN, which is out of all of them) and names are checked
+where they are used.
+"""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from .betas import MAX_TRAIN_TIMESTEPS
+
+MAX_NAME = 100
+
+FLAGS = ("clip_sample", "rescale_betas_zero_snr", "set_alpha_to_one", "thresholding")
+NUMBERS = (
+    "beta_end",
+    "beta_start",
+    "clip_sample_range",
+    "dynamic_thresholding_ratio",
+    "quadratic_end",
+    "sample_max_value",
+    "steps_offset",
+)
+NAMES = (
+    "beta_schedule",
+    "prediction_type",
+    "reverse_variance",
+    "timestep_spacing",
+    "variance_type",
+)
+NUMBER_LISTS = ("sigma", "trained_betas")
+INTEGER_LISTS = ("timesteps",)
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Check the type of every setting that `config` has.
+
+    Args:
+        config: a scheduler's config; `None` is allowed for lists and for `eta`.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    for name in FLAGS:
+        _require(config, name, _is_flag, "True or False")
+    for name in NUMBERS:
+        _require(config, name, _is_number, "a number")
+    for name in NAMES:
+        _require(config, name, _is_name, "a name")
+    for name in (*NUMBER_LISTS, *INTEGER_LISTS):
+        if config.get(name) is not None:
+            integers = name in INTEGER_LISTS
+            _check_list(name, config[name], "integers" if integers else "numbers")
+    if config.get("eta") is not None:
+        _require(config, "eta", _is_number, "a finite number >= 0")
+
+
+def _require(config: Mapping[str, Any], name: str, test: Any, allowed: str) -> None:
+    if name in config and not test(config[name]):
+        raise ValueError(f"`{name}` is {reprlib.repr(config[name])}; it must be {allowed}.")
+
+
+def _check_list(name: str, values: Any, allowed: str) -> None:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ValueError(f"`{name}` is {reprlib.repr(values)}; it must be a list of {allowed}.")
+    if not 1 <= len(values) <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"`{name}` has {len(values)} values; it must have from 1 to {MAX_TRAIN_TIMESTEPS}."
+        )
+    test = _is_integer if name in INTEGER_LISTS else _is_number
+    for i, value in enumerate(values):
+        if not test(value):
+            raise ValueError(
+                f"`{name}[{i}]` is {reprlib.repr(value)}; it must be a list of {allowed}."
+            )
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not _is_flag(value) and abs(int(value)) < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, Real) or _is_flag(value):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+    return True
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME
