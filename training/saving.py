@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import DDPMPipeline
+from diffusers.utils import logging
 
+from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training.averaging import copy_into
 from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ddim_schedulers.training.trainer import Trainer
+
+logger = logging.get_logger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -109,7 +113,10 @@ def export(trainer: "Trainer") -> Path:
             scheduler=trainer.scheduler,  # type: ignore[arg-type]  # any scheduler will do
         )
         partial = trainer.root / ".pipeline"
-        pipeline.save_pretrained(partial)
+        # whoever lacks this package loads it too, unless no stock scheduler knows the prediction
+        stock_knows = trainer.config.prediction_type != "posterior_mean"
+        for note in save_pipeline(pipeline, partial, "portable" if stock_knows else "plug-in"):
+            logger.warning(note)
         checkpoints.discard(target)
         partial.rename(target)
         trainer.unet.save_pretrained(trainer.root / "unet_raw")
