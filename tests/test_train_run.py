@@ -1,0 +1,457 @@
+"""A run on one process: exact resume, steps that are not finite, read-backs, averaging, options."""
+
+import json
+import os
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.training import checkpoints, train
+from ddim_schedulers.training.batches import make_loader
+from ddim_schedulers.training.checkpoints import CheckpointError
+from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
+from ddim_schedulers.training.launch import LearningRate
+from ddim_schedulers.training.outcome import NonFiniteError
+from ddim_schedulers.training.records import Window
+from ddim_schedulers.training.stopping import StopSignals
+from ddim_schedulers.training.trainer import Trainer
+
+UNET = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_engine():
+    """Accelerate keeps one state for each process; tests differ in precision and accumulation."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a quick run, as a function of what differs."""
+    (tmp_path / "unet.json").write_text(json.dumps(UNET))
+    (tmp_path / "dropout.json").write_text(json.dumps(UNET | {"dropout": 0.1}))
+
+    def make(name, **changes):
+        values = {
+            "output_dir": str(tmp_path / name),
+            "model": str(tmp_path / "unet.json"),
+            "cpu": True,
+            "batch_size": 8,
+            "max_train_steps": 10,
+            "lr": 1e-3,
+            "lr_warmup_steps": 2,
+            "ema_decay": 0.9,
+            "progress_bar": False,
+            "log_every": 4,
+            "checkpoint_every": 0,
+        }
+        return TrainingConfig(**values | changes)
+
+    return make
+
+
+def run(config):
+    return train.train(config)
+
+
+def weights(config, step, part="unet"):
+    folder = checkpoints.folder_of(config_root(config), step)
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def config_root(config):
+    from pathlib import Path
+
+    return Path(config.output_dir) / "checkpoints"
+
+
+def same_files(a, b, step):
+    """Whether two runs have the same bytes in every tensor file of a checkpoint."""
+    one, two = (checkpoints.folder_of(config_root(c), step) for c in (a, b))
+    names = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+    assert len(names) >= 3
+    return all((one / n).read_bytes() == (two / n).read_bytes() for n in names)
+
+
+def test_resume_is_exact_in_the_middle_of_an_epoch_with_everything_on(settings):
+    everything = {
+        "model": settings("x").model.replace("unet.json", "dropout.json"),
+        "batch_size": 480,  # three steps an epoch: both stops are in the middle of one
+        "gradient_accumulation_steps": 2,
+        "random_flip": True,
+        "lr_schedule": "cosine",
+        "variance_type": "learned_range",
+        "timestep_sampling": "loss_aware",
+        "num_train_timesteps": 10,
+        "sampling_history": 3,
+        "max_train_steps": 8,
+    }
+    whole = settings("whole", **everything)
+    expected = run(whole)
+    first = run(settings("parts", **everything, stop_after=4))
+    assert first.stopped_by == "stop_after" and first.pipeline_dir is None
+    second = run(settings("parts", **everything, resume="latest", stop_after=1))
+    torch.manual_seed(123)  # what the global generator was at must not matter
+    third = run(settings("parts", **everything, resume="latest"))
+    assert first.losses + second.losses + third.losses == expected.losses
+    assert same_files(whole, settings("parts", **everything), 8)
+    lines = (third.output_dir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(set(steps)) and steps[-1] == 8
+    # The comparison can fail: another seed gives other bytes.
+    other = settings("other", **everything | {"seed": 1, "max_train_steps": 8})
+    assert run(other).losses != expected.losses and not same_files(whole, other, 8)
+
+
+def test_a_run_is_not_resumed_with_other_settings(settings):
+    run(settings("a", max_train_steps=2))
+    with pytest.raises(ValueError, match=r"lr was 0.001 and is 0.1; start a new run"):
+        run(settings("a", max_train_steps=2, resume="latest", lr=0.1))
+    with pytest.raises(ValueError, match="resume is 'never'"):
+        run(settings("a", max_train_steps=2))
+    assert run(settings("a", max_train_steps=3, resume="latest")).steps == 3  # longer is fine
+    assert run(settings("a", max_train_steps=3, resume="latest")).losses == []  # and done is done
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(settings):
+    config = settings("a", checkpoint_every=4)
+    expected = run(config)
+    broken = checkpoints.folder_of(config_root(config), 10) / "optimizer.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="step-00000010 is damaged"):
+        again = run(settings("a", checkpoint_every=4, resume="latest"))
+    assert again.losses == expected.losses[8:]
+
+
+def test_a_signal_saves_and_ends_the_run(settings, monkeypatch):
+    expected = run(settings("whole"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        name = signal.Signals(number).name
+        real = Trainer.one_step
+
+        def stop_in_step(self, *args, number=number, real=real):
+            real(self, *args)
+            if self.step == 4:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "one_step", stop_in_step)
+            first = run(settings(name))
+        assert (first.stopped_by, first.steps) == (name, 5)
+        assert f"stopped by {name}; continue with --resume latest" in first.summary()
+        second = run(settings(name, resume="latest"))
+        assert first.losses + second.losses == expected.losses
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+    found = []
+
+    def elsewhere():
+        with StopSignals() as signals:
+            found.append(signals.name)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def poison(monkeypatch, step, what):
+    """Makes the loss of one step not finite: `inf` overflows it, `grad` only its gradient."""
+
+    def bad(self, loss):
+        if self.step != step:
+            return loss
+        return loss * float("inf") if what == "inf" else loss + (loss - loss.detach()).sqrt()
+
+    real = Trainer._loss
+    monkeypatch.setattr(Trainer, "_loss", lambda self, *args: bad(self, real(self, *args)))
+
+
+@pytest.mark.parametrize("what", ["inf", "grad"])
+def test_a_step_that_is_not_finite_is_not_applied(settings, monkeypatch, what):
+    before = settings("before", max_train_steps=5, lr_schedule="constant")
+    run(before)
+    poison(monkeypatch, 5, what)
+    config = settings("bad", max_train_steps=6, on_nonfinite="count", lr_schedule="constant")
+    result = run(config)
+    assert result.skipped_steps == 1 and "1 steps were not finite" in result.summary()
+    a, b = weights(before, 5), weights(config, 6)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    moments = [
+        load_file(checkpoints.folder_of(config_root(c), n) / "optimizer.safetensors")
+        for c, n in ((before, 5), (config, 6))
+    ]
+    assert all(torch.equal(moments[0][k], moments[1][k]) for k in moments[0])
+    assert all(torch.isfinite(v).all() for v in weights(config, 6, "unet_ema").values())
+
+
+def test_the_run_stops_with_a_report(settings, monkeypatch):
+    real = Trainer._loss
+
+    def bad(self, batch, window):
+        if self.step == 2:
+            batch["images"][3] = torch.nan
+        return real(self, batch, window)
+
+    monkeypatch.setattr(Trainer, "_loss", bad)
+    config = settings("a")
+    with pytest.raises(NonFiniteError) as caught:
+        run(config)
+    text = str(caught.value)
+    assert "step 2 was not finite and was not applied" in text
+    assert "positions with a loss that is not finite: 3." in text
+    assert text.count("digits[") == 8 and text.count(" t=") == 8 and "loss=nan" in text
+    saved = weights(config, 4)  # the flag is read every log_every = 4 steps
+    assert all(torch.isfinite(v).all() for v in saved.values())
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts what would wait for an accelerator: values taken from tensors on to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        self.count += func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "loss_aware"])
+def test_a_step_reads_nothing_back(settings, sampling):
+    trainer = Trainer(settings("a", timestep_sampling=sampling, variance_type="learned_range"))
+    batches = list(make_loader(trainer.batches, 0, 3, 0, False))
+    # A number of replaced images comes from the host and stays there.
+    for batch in batches:
+        batch["replaced"] = 0
+    loader, window = iter(batches), Window(trainer.share, 0)
+    trainer.one_step(loader, window)  # the first one allocates
+    with ReadBacks() as reads:
+        trainer.one_step(loader, window)
+        trainer.average.step()
+    assert reads.count == 0
+    with ReadBacks() as reads:  # the counter works
+        float(torch.ones(()))
+    assert reads.count == 1
+
+
+def test_losses_are_read_once_in_log_every_steps(settings, monkeypatch):
+    reads = []
+    real = Window.read
+    monkeypatch.setattr(Window, "read", lambda self, *a: reads.append(1) or real(self, *a))
+    result = run(settings("a", log_every=5, max_train_steps=20))
+    assert len(reads) == 4 and len(result.losses) == 20
+
+
+def test_the_average_is_the_formula_and_training_never_sees_it(settings):
+    config = settings("a", max_train_steps=6, checkpoint_every=1, keep_last=9, ema_power=0.75)
+    result = run(config)
+    shadow = None
+    for step in range(1, 7):
+        raw = weights(config, step)
+        decay = min(0.9, 1 - step**-0.75)  # diffusers' warm-up: 0 at the first update
+        shadow = (
+            raw if shadow is None else {k: decay * shadow[k] + (1 - decay) * raw[k] for k in raw}
+        )
+        for key, value in weights(config, step, "unet_ema").items():
+            torch.testing.assert_close(value, shadow[key], rtol=1e-5, atol=1e-7)
+    assert result.weights == "ema"
+    exported = UNet2DModel.from_pretrained(result.pipeline_dir / "unet").state_dict()
+    raw = UNet2DModel.from_pretrained(result.output_dir / "unet_raw").state_dict()
+    averaged = weights(config, 6, "unet_ema")
+    assert all(torch.equal(exported[k], averaged[k]) for k in averaged)
+    assert all(torch.equal(raw[k], weights(config, 6)[k]) for k in averaged)
+    assert any(not torch.equal(raw[k], averaged[k]) for k in averaged)
+
+
+def test_looking_changes_nothing_and_says_which_weights(settings):
+    plain = settings("plain", max_train_steps=6)
+    watched = settings(
+        "watched",
+        max_train_steps=6,
+        validate_every=2,
+        validation_images=16,
+        sample_every=3,
+        sample_images=4,
+        sample_steps=2,
+        frechet_images=20,
+        keep_last=1,
+        tracker="tensorboard",
+    )
+    expected, result = run(plain), run(watched)
+    assert result.losses == expected.losses and same_files(plain, watched, 6)
+    assert [r["step"] for r in result.evaluations] == [2, 3, 4, 6]
+    assert all(r["weights"] == "ema" for r in result.evaluations)
+    last = result.evaluations[-1]
+    assert (last["frechet_n"], last["frechet_reference_n"]) == (20, 1437)
+    assert last["feature_space"] == "pixels" and len(last["channel_mean_drift"]) == 1
+    pictures = {p.name for p in (result.output_dir / "pictures").iterdir()}
+    assert {"samples-00000006.png", "loss_over_t-00000006.png", "loss.png"} <= pictures
+    assert list((result.output_dir / "logs").rglob("events.out.tfevents*"))
+    # The best by validation loss is kept beside the last one.
+    losses = {r["step"]: r["validation_loss"] for r in result.evaluations if "validation_loss" in r}
+    best = min(losses, key=losses.get)
+    kept = [checkpoints.step_of(p) for p in checkpoints.listed(config_root(watched))]
+    assert kept == sorted({6, best}, reverse=True)
+
+
+def test_without_averaging_the_raw_weights_are_named(settings):
+    config = settings("a", max_train_steps=3, use_ema=False, validate_every=3, validation_images=8)
+    result = run(config)
+    assert result.weights == "raw" and result.evaluations[0]["weights"] == "raw"
+    assert "raw weights" in result.summary()
+    assert not (checkpoints.folder_of(config_root(config), 3) / "unet_ema").exists()
+
+
+def test_the_pipeline_loads_and_samples(settings):
+    result = run(settings("a", max_train_steps=2, variance_type="learned_range"))
+    pipeline = DiffusionPipeline.from_pretrained(result.pipeline_dir)
+    restored = MarkovianDDPMScheduler.from_config(pipeline.scheduler.config)
+    assert restored.config.variance_type == "learned_range"
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 1) and np.isfinite(images).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channels_last": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"compile": True, "compile_backend": "eager", "channels_last": True},
+        {"num_workers": 1},
+    ],
+)
+def test_options_of_speed_combine_and_change_nothing(settings, options):
+    plain, fast = (
+        settings("plain", max_train_steps=5),
+        settings("fast", max_train_steps=5, **options),
+    )
+    a, b = run(plain), run(fast)
+    assert b.losses == pytest.approx(a.losses, rel=1e-5)
+    again = settings("again", max_train_steps=5, **options, stop_after=3)
+    first = run(again)
+    rest = run(settings("again", max_train_steps=5, **options, resume="latest"))
+    assert first.losses + rest.losses == b.losses and same_files(fast, again, 5)
+
+
+def test_bf16_keeps_noise_and_loss_in_float32(settings, monkeypatch):
+    seen = []
+    real = Trainer._loss
+
+    def look(self, batch, window):
+        loss = real(self, batch, window)
+        seen.extend([loss.dtype, window._rows[-1][1].dtype, batch["noise"].dtype])
+        return loss
+
+    monkeypatch.setattr(Trainer, "_loss", look)
+    full = run(settings("full"))
+    AcceleratorState._reset_state(True)
+    half = run(settings("half", mixed_precision="bf16"))
+    assert set(seen) == {torch.float32}
+    assert half.losses != full.losses
+    assert half.losses == pytest.approx(full.losses, rel=0.05)
+    saved = weights(settings("half"), 10)
+    assert {v.dtype for v in saved.values()} == {torch.float32}
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    config = OptimisationConfig(lr=2.0, lr_warmup_steps=4, lr_schedule="cosine", max_train_steps=12)
+    rates = [LearningRate(config)(step) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    cosine = [1 + np.cos(np.pi * (step + 1 - 4) / 8) for step in range(4, 12)]
+    assert rates[4:] == pytest.approx(cosine)
+    constant = LearningRate(OptimisationConfig(lr=2.0, lr_warmup_steps=0))
+    assert [constant(0), constant(10**6)] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_engines_are_refused(settings, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"(?i){name} is not supported: models of this size fit"):
+        Trainer(settings("a"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="tracker is 'wandb', which is not installed"):
+            Trainer(settings("a", tracker="wandb"))
+
+
+def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypatch, capsys):
+    real = checkpoints.write_file
+
+    def full(path, data):
+        if "8" in path.parts[-2] or "8" in path.parts[-3]:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    config = settings("a", checkpoint_every=4, max_train_steps=10)
+    monkeypatch.setattr(checkpoints, "write_file", full)
+    with pytest.raises(CheckpointError, match="the disk is full; the last good checkpoint is .*04"):
+        run(config)
+    monkeypatch.undo()
+    resumed = run(settings("a", checkpoint_every=4, max_train_steps=10, resume="latest"))
+    assert len(resumed.losses) == 6
+
+
+def test_dry_run_reports_and_writes_nothing(settings, tmp_path, capsys):
+    argv = ["--dry_run", "--output_dir", str(tmp_path / "none"), "--cpu", "--no_progress_bar"]
+    assert train.main([*argv, "--model", settings("x").model, "--batch_size", "16"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "batch_size: 16",
+        "1,437 images (1, 8, 8)",
+        "parameters",
+        "MiB",
+        "s a step",
+        "loss",
+    ):
+        assert part in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_command_line_trains_and_reports(settings, tmp_path, capsys):
+    out = str(tmp_path / "cli")
+    argv = ["--model", settings("x").model, "--max_train_steps", "3", "--batch_size", "8", "--cpu"]
+    assert train.main([*argv, "--output_dir", out, "--no_progress_bar"]) == 0
+    assert "3 steps" in capsys.readouterr().out
+    resolved = (tmp_path / "cli" / "config.yaml").read_text()
+    assert "max_train_steps: 3" in resolved and "# objective" in resolved
+
+
+def test_a_failed_push_does_not_lose_the_run(settings, monkeypatch):
+    from ddim_schedulers.training import hub
+
+    asked = []
+    monkeypatch.setattr(hub, "push_after_training", lambda *a, **k: asked.append((a, k)))
+    options = {"push_to_hub": True, "hub_repo_id": "me/model", "hub_private": True}
+    result = run(settings("a", max_train_steps=2, **options))
+    ((place, name), how), *rest = asked
+    assert (place, name, rest) == (result.pipeline_dir, "me/model", [])
+    assert how == {"form": "portable", "private": True, "revision": None}
