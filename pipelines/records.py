@@ -89,8 +89,8 @@ class ClipCounter:
         if share > CLIP_WARN_SHARE:
             logger.warning(
                 f"Clipping cut {share:.1%} of the predicted values by more than {CLIP_MARGIN:.0%} "
-                f"of clip_sample_range={self.config.get('clip_sample_range', 1.0)} in mid-steps. "
-                "If the model works on latents or other unbounded data, set clip_sample=False in "
-                "the scheduler's config; else the model is far from its data."
+                f"of clip_sample_range={self.config.get('clip_sample_range', 1.0)} in "
+                "mid-sampling. If the model works on latents or other unbounded data, set "
+                "clip_sample=False in the scheduler's config; else the model is far from its data."
             )
         return share

@@ -1,0 +1,262 @@
+"""Sampling to a folder, and the verbs `sample`, `reconstruct` and `interpolate`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines import GenerationPipeline, bulk, files
+from ddim_schedulers.pipelines.bulk import SamplingJob, process_of, sample_to_directory
+from ddim_schedulers.training import cli
+
+SIZE = 8
+
+
+def tiny_unet(channels=1):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=SIZE,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved stock pipeline of float32 weights."""
+    folder = tmp_path_factory.mktemp("model")
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def pipeline(channels=1):
+    pipe = GenerationPipeline(unet=tiny_unet(channels), scheduler=GeneralizedDDIMScheduler(eta=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def content(folder):
+    """Every file under a folder with its bytes."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def job(**kwargs):
+    return SamplingJob(**{"num_images": 10, "batch_size": 4, "num_inference_steps": 3, **kwargs})
+
+
+@pytest.mark.parametrize("file_format", ["png", "npz"])
+def test_files_are_the_same_for_any_number_of_processes(tmp_path, file_format):
+    pipe, wanted = pipeline(), job(file_format=file_format, seed=5)
+    alone = sample_to_directory(pipe, tmp_path / "alone", wanted)
+    assert alone.complete and alone.present == 0
+    reports = [
+        sample_to_directory(pipe, tmp_path / "two", wanted, rank=r, world_size=2) for r in (0, 1)
+    ]
+    assert [r.complete for r in reports] == [False, True]
+    assert all(r.written for r in reports) and sum(r.written for r in reports) == alone.written
+    assert content(tmp_path / "alone") == content(tmp_path / "two")
+    expected = pipe(seeds=range(5, 9), num_inference_steps=3, output_type="np").images
+    expected = (expected * 255).round().astype(np.uint8)
+    if file_format == "png":
+        with Image.open(tmp_path / "alone/images/000002.png") as image:
+            assert np.array_equal(np.asarray(image), expected[2, ..., 0])
+    else:
+        with np.load(tmp_path / "alone/shards/000000-000003.npz") as shard:
+            assert np.array_equal(shard["images"], expected)
+            assert shard["seeds"].tolist() == [5, 6, 7, 8]
+        assert (tmp_path / "alone/shards/000008-000009.npz").exists()
+
+
+def test_a_stopped_run_is_continued(tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    sample_to_directory(pipeline(), whole, job())
+    written = []
+
+    def fails_at_the_sixth(path, image, owner=0):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(path)
+        files.write_png(path, image, owner)
+
+    monkeypatch.setattr(bulk, "write_png", fails_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_directory(pipeline(), stopped, job())
+    monkeypatch.undo()
+    before = {p: p.stat().st_mtime_ns for p in written}
+    (stopped / "images" / ".000005.png.0.tmp").write_bytes(b"half")
+    (stopped / "images" / ".000006.png.3.tmp").write_bytes(b"of a process that is no more")
+    report = sample_to_directory(pipeline(), stopped, job())
+    assert (report.written, report.present, report.complete) == (5, 5, True)
+    assert content(stopped) == content(whole)
+    assert {p: p.stat().st_mtime_ns for p in written} == before
+    again = sample_to_directory(pipeline(), stopped, job())
+    assert (again.written, again.present) == (0, 10)
+
+
+def test_finished_chunks_are_not_sampled_again(tmp_path, monkeypatch):
+    sample_to_directory(pipeline(), tmp_path, job())
+    (tmp_path / "images" / "000009.png").unlink()
+    pipe, sampled = pipeline(), []
+    right = bulk._sample
+    monkeypatch.setattr(bulk, "_sample", lambda *a: sampled.append(a[2:]) or right(*a))
+    sample_to_directory(pipe, tmp_path, job())
+    assert sampled == [(8, 10)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_inference_steps": 4}, r"job.num_inference_steps: 3 there, 4 now"),
+        ({"seed": 1}, "job.seed"),
+        ({"num_images": 11}, "job.num_images"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, change, message):
+    sample_to_directory(pipeline(), tmp_path, job())
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        sample_to_directory(pipeline(), tmp_path, job(**change))
+    pipe = pipeline()
+    with torch.no_grad():
+        next(iter(pipe.unet.parameters())).add_(1.0)
+    with pytest.raises(ValueError, match="network"):
+        sample_to_directory(pipe, tmp_path, job())
+    assert content(tmp_path) == before
+
+
+def test_bad_jobs_raise(tmp_path):
+    for bad in ({"num_images": 0}, {"batch_size": 0}, {"seed": -1}, {"file_format": "jpg"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            job(**bad)
+    with pytest.raises(ValueError, match="2 channels"):
+        sample_to_directory(pipeline(2), tmp_path, job())
+    assert sample_to_directory(pipeline(2), tmp_path, job(file_format="npz")).complete
+    assert process_of({}) == (0, 1) and process_of({"RANK": "1", "WORLD_SIZE": "3"}) == (1, 3)
+    with pytest.raises(ValueError, match="RANK"):
+        process_of({"RANK": "1"})
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(path, {"a": 1})
+
+    def fails(file):
+        file.write(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        files.write_atomically(path, fails)
+    assert json.loads(path.read_text()) == {"a": 1}
+    files.remove_leftovers(tmp_path, 0, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def command(model, output, *extra):
+    options = ["--pipeline", model, "--output", str(output), "--scheduler", "ddim", "--eta", "1"]
+    return ["sample", *options, "--batch_size", "3", "--device", "cpu", *extra]
+
+
+def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_path):
+    extra = ["--num_images", "30", "--num_inference_steps", "20"]
+    assert cli.main(command(model, tmp_path / "alone", *extra)) == 0
+    target = tmp_path / "killed"
+    module = ["-m", "ddim_schedulers.training.cli", *command(model, target, *extra)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *module], env=environment)
+    deadline = time.monotonic() + 120
+    while len(list(target.glob("images/*.png"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {p: p.stat().st_mtime_ns for p in target.glob("images/*.png")}
+    assert 4 <= len(finished) < 30
+    run = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    second = subprocess.run(
+        [sys.executable, *run, *module],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert second.returncode == 0, second.stderr
+    lines = sorted(x for x in second.stdout.splitlines() if x.startswith("process "))
+    assert [x[:14] for x in lines] == ["process 1 of 2", "process 2 of 2"]
+    assert all(int(x.split()[4]) > 0 for x in lines), lines  # both wrote files
+    assert content(target) == content(tmp_path / "alone")
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+
+
+def test_sample_options(model, tmp_path, capsys):
+    common = ["--pipeline", model, "--num_images", "2", "--num_inference_steps", "2"]
+    common += ["--device", "cpu"]
+    for name, extra in {
+        "saved": [],
+        "hat": ["--scheduler", "ddim", "--eta", "1", "--reverse_variance", "sigma_hat"],
+        "ddpm": ["--scheduler", "ddpm", "--variance_type", "fixed_large"],
+        "half": ["--dtype", "bfloat16", "--format", "npz"],
+    }.items():
+        assert cli.main(["sample", *common, *extra, "--output", str(tmp_path / name)]) == 0
+        assert (tmp_path / name / "grid.png").exists()
+    capsys.readouterr()
+    for extra, message in (
+        (["--timestep_spacing", "trailing"], "--scheduler"),
+        (["--eta", "0.5"], "eta"),
+        (["--scheduler", "ddpm", "--reverse_variance", "sigma"], "--reverse_variance"),
+    ):
+        assert cli.main(["sample", *common, *extra, "--output", str(tmp_path / "bad")]) == 2
+        assert message in capsys.readouterr().err
+    missing = ["--pipeline", str(tmp_path / "none"), *common[2:], "--output", str(tmp_path / "n")]
+    assert cli.main(["sample", *missing]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        array = rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+        Image.fromarray(array).save(source / f"{i}.png")
+    common = ["--pipeline", model, "--device", "cpu", "--num_inference_steps", "3"]
+    out = tmp_path / "reconstruct"
+    arguments = [*common, "--images", str(source), "--output", str(out), "--refinements", "1"]
+    assert cli.main(["reconstruct", *arguments]) == 0
+    report = json.loads((out / "errors.json").read_text())
+    assert list(report["error"]) == ["000000-0.png", "000001-1.png"] and report["steps"] == 3
+    assert report["residual_max"] > 0 and isinstance(report["converged"], bool)
+    assert load_file(out / "latents.safetensors")["latents"].shape == (2, 1, SIZE, SIZE)
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (4 * (SIZE + 2) + 2, SIZE + 4)
+
+    ddim = [*common, "--scheduler", "ddim", "--num_points", "3"]
+    for name, extra, count in (
+        ("chain", ["--seeds", "1", "2", "3"], 5),
+        ("grid", ["--mode", "grid", "--seeds", "1", "2", "3", "4"], 9),
+        ("images", ["--images", str(source)], 3),
+        ("diffuse", ["--mode", "diffuse", "--images", str(source), "--timestep", "333"], 3),
+    ):
+        out = tmp_path / name
+        assert cli.main(["interpolate", *ddim, *extra, "--output", str(out)]) == 0
+        assert len(list((out / "images").glob("*.png"))) == count and (out / "grid.png").exists()
+    capsys.readouterr()
+    bad = [*ddim, "--mode", "diffuse", "--seeds", "1", "2", "--output", str(tmp_path / "bad")]
+    assert cli.main(["interpolate", *bad]) == 2
+    assert cli.main(["reconstruct", *common, "--images", "none", "--output", "x"]) == 2
+    assert "does not exist" in capsys.readouterr().err
