@@ -6,7 +6,7 @@ where they are used.
 """
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -35,6 +35,7 @@ NAMES = (
 )
 NUMBER_LISTS = ("sigma", "trained_betas")
 INTEGER_LISTS = ("timesteps",)
+STATISTICS = ("gamma", "eps_error", "x0_error")  # lists in the dictionary `calibration`
 
 
 def check_types(config: Mapping[str, Any]) -> None:
@@ -52,27 +53,36 @@ def check_types(config: Mapping[str, Any]) -> None:
         _require(config, name, _is_number, "a number")
     for name in NAMES:
         _require(config, name, _is_name, "a name")
-    for name in (*NUMBER_LISTS, *INTEGER_LISTS):
-        if config.get(name) is not None:
-            integers = name in INTEGER_LISTS
-            _check_list(name, config[name], "integers" if integers else "numbers")
+    for name in NUMBER_LISTS:
+        _check_list(name, config.get(name), _is_number, "numbers")
+    for name in INTEGER_LISTS:
+        _check_list(name, config.get(name), _is_integer, "integers")
+    statistics = config.get("calibration")
+    if isinstance(statistics, Mapping):
+        for name in STATISTICS:
+            _check_list(f"calibration[{name!r}]", statistics.get(name), _is_number, "numbers")
     if config.get("eta") is not None:
         _require(config, "eta", _is_number, "a finite number >= 0")
 
 
-def _require(config: Mapping[str, Any], name: str, test: Any, allowed: str) -> None:
+def _require(
+    config: Mapping[str, Any], name: str, test: Callable[[Any], bool], allowed: str
+) -> None:
     if name in config and not test(config[name]):
         raise ValueError(f"`{name}` is {reprlib.repr(config[name])}; it must be {allowed}.")
 
 
-def _check_list(name: str, values: Any, allowed: str) -> None:
+def _check_list(name: str, values: Any, test: Callable[[Any], bool], allowed: str) -> None:
+    if values is None:
+        return
+    if hasattr(values, "tolist"):  # an array or a tensor
+        values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise ValueError(f"`{name}` is {reprlib.repr(values)}; it must be a list of {allowed}.")
     if not 1 <= len(values) <= MAX_TRAIN_TIMESTEPS:
         raise ValueError(
             f"`{name}` has {len(values)} values; it must have from 1 to {MAX_TRAIN_TIMESTEPS}."
         )
-    test = _is_integer if name in INTEGER_LISTS else _is_number
     for i, value in enumerate(values):
         if not test(value):
             raise ValueError(
