@@ -1,0 +1,162 @@
+"""Costs and figures of the likelihood, as docs/likelihood.md reports them.
+
+python tests/benchmarks/bench_likelihood.py planning
+python tests/benchmarks/bench_likelihood.py estimators --pipeline PATH --data digits --part held_out
+python tests/benchmarks/bench_likelihood.py sampling --pipeline PATH --data digits --num_images 500
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers.likelihood import default_proposal, draw_steps, make_plan
+from ddim_schedulers.likelihood import step_kl as nats
+from ddim_schedulers.optimal import statistics_of
+
+
+def planning():
+    """Seconds of dynamic programming over T and S, first call and remembered."""
+    print("| T | S | first call, s | again, ms |\n|---|---|---|---|")
+    for big_t in (250, 500, 1000, 2000, 4000):
+        base = MarkovianDDPMScheduler(num_train_timesteps=big_t)
+        a = base.alpha_bar
+        gamma = sum(0.5 * (1 - a) / (a * c + 1 - a) for c in (1.0, 0.001))
+        scheduler = MarkovianDDPMScheduler(
+            num_train_timesteps=big_t,
+            variance_type="optimal",
+            timestep_spacing="optimal",
+            calibration={"gamma": gamma.tolist()},
+        )
+        for steps in (10, 100, 1000) if big_t == 1000 else (10,):
+            seconds = []
+            for _ in range(2):
+                begun = time.perf_counter()
+                scheduler.set_timesteps(steps)
+                seconds.append(time.perf_counter() - begun)
+            print(f"| {big_t} | {steps} | {seconds[0]:.2f} | {seconds[1] * 1e3:.1f} |")
+
+
+def estimators(args):
+    """Spread of the estimators of the sum over t at several numbers of network calls.
+
+    The terms of every image are measured once at all t; what is left to chance is the draw of t.
+    """
+    from ddim_schedulers.training.measured_data import load_measured_data
+    from ddim_schedulers.training.passes import run_pass
+    from ddim_schedulers.training.subject import load_subject
+
+    subject = load_subject(args.pipeline)
+    images = load_measured_data(args, subject).all(args.num_images)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(args.work_dir) if args.work_dir else Path(folder) / "parts"
+        big_t = len(subject.alpha_bar)
+        result = run_pass(
+            subject,
+            images,
+            range(big_t),
+            clip=subject.clip,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            work_dir=work,
+        )
+    plan = make_plan(subject.alpha_bar, list(range(big_t - 1, -1, -1)), "fixed_large")
+    error = result.statistics[2].flip(1)
+    terms = nats(
+        plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], error[:, :-1]
+    ) / math.log(2)
+    known = statistics_of(subject.calibration, subject.alpha_bar).x0_error.flip(0)
+    proposal = default_proposal(plan, known)
+    print(f"{len(images)} images; std of one image's estimate in bits/dim, over 1000 draws of t")
+    print("| calls | uniform | stratified | importance |\n|---|---|---|---|")
+    for calls in (16, 64, 256):
+        cells = []
+        for name in ("uniform", "stratified", "importance"):
+            generator = torch.Generator().manual_seed(0)
+            index, weight = draw_steps(name, calls - 1, big_t - 1, 1000, proposal, generator)
+            spread = torch.stack([(row[index] * weight).sum(1).std() for row in terms])
+            cells.append(float((spread**2).mean().sqrt()))
+        print(f"| {calls} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
+
+
+def frechet(first, second):
+    """Distance of two samples (N, d) as Gaussians, with sqrtm by eigenvalues."""
+    means, covariances = [], []
+    for x in (first.double(), second.double()):
+        means.append(x.mean(0))
+        covariances.append(torch.cov(x.T))
+    values = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0)
+    trace = covariances[0].trace() + covariances[1].trace() - 2 * values.sqrt().sum()
+    return float((means[0] - means[1]).square().sum() + trace)
+
+
+def sampling(args):
+    """Pixel Frechet distance with the member's own noise and with the optimal one."""
+    from ddim_schedulers.pipelines import GenerationPipeline
+    from ddim_schedulers.training.measured_data import load_measured_data
+    from ddim_schedulers.training.subject import load_subject
+
+    subject = load_subject(args.pipeline)
+    data = load_measured_data(args, subject).all().flatten(1)
+    half = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
+    floor = frechet(data[half[: args.num_images]], data)
+    print(f"{args.num_images} samples against {len(data)} images; as many of those: {floor:.3f}")
+    print("| tau | eta | noise | " + " | ".join(f"S = {n}" for n in args.steps) + " |")
+    print("|---" * (3 + len(args.steps)) + "|")
+    kinds = [
+        ("trailing", 1.0, "sigma"),
+        ("trailing", 1.0, "sigma_hat"),
+        ("trailing", 1.0, "optimal"),
+        ("trailing", 0.0, "sigma"),
+        ("trailing", 0.0, "optimal"),
+        ("optimal", 1.0, "optimal"),
+        ("optimal", 0.0, "optimal"),
+    ]
+    for spacing, eta, noise in kinds:
+        cells = []
+        for steps in args.steps:
+            scheduler = GeneralizedDDIMScheduler.from_config(
+                subject.config, timestep_spacing=spacing, eta=eta, reverse_variance=noise
+            )
+            pipe = GenerationPipeline(unet=subject.unet, scheduler=scheduler)
+            pipe.set_progress_bar_config(disable=True)
+            images = pipe(
+                seeds=list(range(args.num_images)),
+                batch_size=args.batch_size,
+                num_inference_steps=steps,
+                use_clipped_model_output=eta > 0,
+                output_type="pt",
+            ).images
+            cells.append(frechet(images.flatten(1) * 2 - 1, data))
+        print(
+            f"| {spacing} | {eta:g} | {noise} | " + " | ".join(f"{c:.3f}" for c in cells) + " |",
+            flush=True,
+        )
+
+
+def main():
+    from ddim_schedulers.training.measured_data import add_data_arguments
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("planning")
+    for name in ("estimators", "sampling"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--pipeline", required=True)
+        add_data_arguments(verb)
+        verb.add_argument("--num_images", type=int, default=64)
+        verb.add_argument("--batch_size", type=int, default=64)
+        verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument("--work_dir")
+        verb.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    {"planning": planning}.get(args.verb, lambda: globals()[args.verb](args))()
+
+
+if __name__ == "__main__":
+    main()
