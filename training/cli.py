@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "own way.",
     "likelihood": "Compute a pipeline's bits per dimension, term by term.",
     "calibrate": "Estimate a pipeline's statistics for the optimal noise and trajectory.",
+    "convert": "Turn a PyTorch DDPM checkpoint (pesser/pytorch_diffusion, DDIM) into a pipeline.",
     "push": "Share a saved pipeline on the Hugging Face Hub.",
 }
 OWN_PARSER: frozenset[str] = frozenset({"train"})
