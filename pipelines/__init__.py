@@ -11,8 +11,12 @@ from ddim_schedulers.pipelines.inversion import (
     InversionPipeline,
     ReconstructionOutput,
 )
-from ddim_schedulers.pipelines.langevin import AnnealedLangevinPipeline, LangevinOutput
-from ddim_schedulers.pipelines.pictures import make_grid
+from ddim_schedulers.pipelines.langevin import (
+    AnnealedLangevinPipeline,
+    LangevinOutput,
+    geometric_timesteps,
+)
+from ddim_schedulers.pipelines.pictures import make_grid, path_grid
 from ddim_schedulers.pipelines.records import SamplingPath
 from ddim_schedulers.pipelines.slerp import slerp
 
@@ -28,6 +32,8 @@ __all__ = [
     "ReconstructionOutput",
     "SamplingPath",
     "VariationsOutput",
+    "geometric_timesteps",
     "make_grid",
+    "path_grid",
     "slerp",
 ]

@@ -24,9 +24,17 @@ from ddim_schedulers.pipelines.base import (
     chunks,
 )
 from ddim_schedulers.pipelines.images import OutputBuffer
-from ddim_schedulers.pipelines.interfaces import Bar, Network
+from ddim_schedulers.pipelines.interfaces import Bar, Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators, draw, make_noise
-from ddim_schedulers.pipelines.sampling import Levels, Step, denoise, plan, predict, step_arguments
+from ddim_schedulers.pipelines.sampling import (
+    Levels,
+    Step,
+    alpha_bar_table,
+    denoise,
+    plan,
+    predict,
+    step_arguments,
+)
 
 STEP_RULES = ("sample", "expected")
 
@@ -215,6 +223,31 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
 
         arguments = step_arguments(self.scheduler, source, eta)
         return denoise(self.unet, self.scheduler, x, tau, arguments, correct)
+
+
+def geometric_timesteps(scheduler: Scheduler, num_levels: int) -> list[int]:
+    """Return timesteps whose NCSN noise levels fall in about equal ratios, as annealing wants them.
+
+    The noise level of the NCSN variable x_t / sqrt(abar_t) is sqrt((1 - abar_t) / abar_t). Near x_0
+    neighbouring timesteps are further apart than the ratio asks for, so the list may be shorter.
+
+    Args:
+        scheduler: gives the noise schedule.
+        num_levels: how many, >= 2.
+
+    Returns:
+        strictly decreasing timesteps from T - 1 (or the last with alpha_bar > 0) to 0.
+
+    Raises:
+        ValueError: if `num_levels` is below 2.
+    """
+    if num_levels < 2:
+        raise ValueError(f"`num_levels` is {num_levels!r}; it must be >= 2.")
+    a = alpha_bar_table(scheduler)
+    log_noise = ((1 - a) / a).log()[a > 0]
+    wanted = torch.linspace(float(log_noise[-1]), float(log_noise[0]), num_levels).double()
+    nearest = (log_noise[None] - wanted[:, None]).abs().argmin(dim=1)
+    return sorted(set(nearest.tolist()), reverse=True)
 
 
 def _network_calls(steps: int, inner_steps: int, predictor: bool, final_denoising: bool) -> int:

@@ -26,9 +26,9 @@ def pipeline(scheduler=None):
         sample_size=SIZE,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         layers_per_block=1,
         norm_num_groups=4,
     )

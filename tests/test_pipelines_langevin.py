@@ -8,7 +8,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
-from ddim_schedulers.pipelines import AnnealedLangevinPipeline
+from ddim_schedulers.pipelines import AnnealedLangevinPipeline, geometric_timesteps
 from ddim_schedulers.pipelines import langevin as module
 
 SIZE = 4
@@ -157,6 +157,17 @@ def test_without_corrections_the_predictor_is_the_plain_sampler():
 def test_bad_arguments_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         pipeline()(num_inference_steps=2, **kwargs)
+
+
+def test_geometric_levels_fall_in_equal_ratios():
+    scheduler = GeneralizedDDIMScheduler()
+    levels = geometric_timesteps(scheduler, 40)
+    assert levels[0] == 999 and levels[-1] == 0 and levels == sorted(set(levels), reverse=True)
+    a = scheduler.alpha_bar[levels]
+    ratios = ((1 - a) / a).sqrt().log().diff()[:20]
+    assert (ratios / ratios.mean() - 1).abs().max() < 0.2
+    with pytest.raises(ValueError, match="num_levels"):
+        geometric_timesteps(scheduler, 1)
 
 
 def test_what_does_not_fit_raises():

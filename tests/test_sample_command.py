@@ -28,9 +28,9 @@ def tiny_unet(channels=1):
         sample_size=SIZE,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         layers_per_block=1,
         norm_num_groups=4,
     ).eval()
@@ -224,7 +224,7 @@ def test_sample_options(model, tmp_path, capsys):
         assert message in capsys.readouterr().err
     missing = ["--pipeline", str(tmp_path / "none"), *common[2:], "--output", str(tmp_path / "n")]
     assert cli.main(["sample", *missing]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "neither a valid local path" in capsys.readouterr().err
 
 
 def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):

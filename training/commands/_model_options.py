@@ -56,12 +56,11 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     """
     import torch
     from diffusers.utils import logging
-    from huggingface_hub.errors import HFValidationError
 
     logging.disable_progress_bar()
     try:
         pipe = cls.from_pretrained(args.pipeline)
-    except (OSError, HFValidationError) as error:
+    except OSError as error:
         raise ValueError(f"--pipeline {args.pipeline!r} cannot be loaded: {error}") from error
     scheduler = _scheduler(pipe.scheduler, args)
     if scheduler is not pipe.scheduler:
