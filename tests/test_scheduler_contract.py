@@ -79,8 +79,6 @@ def test_from_config_of_every_karras_scheduler(cls, name, log):
             with pytest.raises(ValueError, match=r"has no betas of its own"):
                 cls.from_config(form)
         return
-    if not hasattr(diffusers, name) or name in ("DPMSolverSDEScheduler", "LMSDiscreteScheduler"):
-        pytest.importorskip("torchsde" if "SDE" in name else "scipy")
     member = getattr(diffusers, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # numpy on tensors, within diffusers
