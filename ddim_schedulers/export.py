@@ -131,8 +131,8 @@ def save_pipeline(
     pipeline.save_pretrained(directory)
     root = Path(directory)
     export = export_folder(root, form)
-    for path in [p for s in export.schedulers for p in (root / s).glob(f"{BUNDLE_PREFIX}*.py")]:
-        path.unlink()
+    for code in [p for s in export.schedulers for p in (root / s).glob(f"{BUNDLE_PREFIX}*.py")]:
+        code.unlink()
     # the index last: until then the folder is the plug-in form that `save_pretrained` wrote
     for path, content in sorted(export.files.items(), key=lambda item: item[0] == INDEX):
         if isinstance(content, bytes):

@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -208,6 +209,47 @@ def test_a_lasting_fault_is_one_sentence_and_loses_nothing(
     assert cli.main(last.split()[1:]) == 0  # the printed command does what it says
     assert commits(server) == 1
     assert server.repos[REPO].private
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("cut", ["midway", "before"])
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    cut, server, folder, tmp_path, waits, monkeypatch
+):
+    """The real client against ETag, ranges and redirect of the loopback Hub."""
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # it keeps whole chunks
+    hub.push_pipeline(folder, REPO)
+    api = HfApi(token=TOKEN)
+    server.requests.clear()
+    server.faults.append(server.Fault("/cdn/", method="GET", cut=cut))
+    options = {"cache_dir": tmp_path / "cache"}
+    path = api.hf_hub_download(REPO, WEIGHTS, **options)
+    assert Path(path).read_bytes() == (folder / WEIGHTS).read_bytes()
+    gets = [(p, status) for method, p, _, status in server.requests if method == "GET"]
+    assert [status for _, status in gets] == ([200, 206] if cut == "midway" else [0, 200])
+
+    server.requests.clear()  # the ETag is that of the cached file: nothing is fetched again
+    assert api.hf_hub_download(REPO, WEIGHTS, **options) == path
+    assert [method for method, *_ in server.requests] == ["HEAD"]
+    server.faults.append(server.Fault(".", status=500, times=99))
+    assert api.hf_hub_download(REPO, WEIGHTS, **options) == path  # the Hub is down: the cache
+
+
+def test_a_private_repository_and_a_wrong_token(server, folder, tmp_path, waits):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    hub.push_pipeline(folder, REPO, private=True)
+    options = {"cache_dir": tmp_path / "cache"}
+    for wrong in (False, "hf_nobodyknowsthisone0000"):
+        with pytest.raises((RepositoryNotFoundError, HfHubHTTPError)) as caught:
+            HfApi(token=wrong).hf_hub_download(REPO, "model_index.json", **options)
+        assert "401" in str(caught.value)
+    assert HfApi(token=TOKEN).hf_hub_download(REPO, "model_index.json", **options)
 
 
 def test_refusals_are_one_sentence(server, folder, monkeypatch, waits):
