@@ -319,7 +319,7 @@ def test_same_images_as_stock(case, quiet):
     [inpaint, controlnet, zero_snr_with_guidance_rescale, sdxl, animatediff, dit],
     ids=lambda case: case.__name__,
 )
-def test_low_precision_is_no_further_from_the_truth_than_stock(case, dtype):
+def test_low_precision_is_as_close_to_the_truth_as_stock(case, dtype):
     exact_pipe, exact_call = build(case)
     exact = images(exact_pipe, exact_call)
     pipe, call = build(case, dtype)
