@@ -20,6 +20,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--page", required=True)
     parser.add_argument("--output", required=True)
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", help="numbers of the blocks; all if not given"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     blocks = re.findall(r"```python\n(.*?)```", Path(args.page).read_text(), re.DOTALL)
@@ -28,7 +31,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.symlink(model, "my-model")
-        for block in blocks:
+        for number, block in enumerate(blocks):
+            if args.blocks is not None and number not in args.blocks:
+                continue
             exec(compile(block, args.page, "exec"), {})
             for picture in Path(folder).glob("*.png"):
                 shutil.copy(picture, output / picture.name)
