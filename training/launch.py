@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
 
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
@@ -36,7 +36,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         cpu=config.cpu,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(Path(config.output_dir) / "logs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(_refusal(accelerator.distributed_type.value))

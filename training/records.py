@@ -169,6 +169,10 @@ class Records:
         self.write({"step": step, **values})
         return values
 
+    def restart_clock(self, step: int) -> None:
+        """Leaves out of `images_per_s` what was not training."""
+        self._clock = (step, time.perf_counter())
+
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
         if self.is_main:

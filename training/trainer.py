@@ -199,6 +199,8 @@ class Trainer:
             if look and self._look() or due:
                 self._save()
                 saved = self.step
+            if look or due:
+                self.records.restart_clock(self.step)
         if saved != self.step:
             self._save()
         return stopped_by

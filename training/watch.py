@@ -90,6 +90,10 @@ class Watcher:
     def __post_init__(self) -> None:
         if self.config.frechet_images:  # a wrong name is found before training begins
             self.features = make_feature_space(self.config.feature_space, self.data.shape)
+        fewest = self.accelerator.num_processes
+        for name in ("validation_images", "sample_images"):
+            if getattr(self.config, name) < fewest:
+                raise ValueError(f"{name} must be at least the number of processes, {fewest}")
         if self.config.validate_every and self.held_out is None:
             raise ValueError(
                 "validate_every needs held-out images; raise validation_fraction or set it to 0"
