@@ -37,13 +37,13 @@ class Gaussian(NamedTuple):
 
 def q_sample(x0: torch.Tensor, noise: torch.Tensor, alpha_bar_t: Coefficient) -> torch.Tensor:
     """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (DDPM, Eq. 4)."""
-    a = _as_tensor(alpha_bar_t, x0)
+    a = _as_tensor(alpha_bar_t)
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
 def q_t_given_0(x0: torch.Tensor, alpha_bar_t: Coefficient) -> Gaussian:
     """Return q(x_t | x_0) (DDPM, Eq. 4), for alpha_bar_t in [0, 1]."""
-    a = _as_tensor(alpha_bar_t, x0)
+    a = _as_tensor(alpha_bar_t)
     return Gaussian(a.sqrt() * x0, 1 - a)
 
 
@@ -53,7 +53,7 @@ def q_t_given_s(x_s: torch.Tensor, alpha_bar_t: Coefficient, alpha_bar_s: Coeffi
     Its mean is sqrt(alpha_bar_t / alpha_bar_s) x_s and its variance 1 - alpha_bar_t / alpha_bar_s,
     for 0 <= alpha_bar_t < alpha_bar_s <= 1.
     """
-    ratio = _as_tensor(alpha_bar_t, x_s) / _as_tensor(alpha_bar_s, x_s)
+    ratio = _as_tensor(alpha_bar_t) / _as_tensor(alpha_bar_s)
     return Gaussian(ratio.sqrt() * x_s, 1 - ratio)
 
 
@@ -79,8 +79,8 @@ def q_s_given_t_0(
     Raises:
         ValueError: if sigma is out of bounds.
     """
-    a_t, a_s = _as_tensor(alpha_bar_t, x_t), _as_tensor(alpha_bar_s, x_t)
-    std = sigma_eta(a_t, a_s, 1.0) if sigma is None else check_sigma(_as_tensor(sigma, x_t), a_s)
+    a_t, a_s = _as_tensor(alpha_bar_t), _as_tensor(alpha_bar_s)
+    std = sigma_eta(a_t, a_s, 1.0) if sigma is None else check_sigma(_as_tensor(sigma), a_s)
     eps = (x_t - a_t.sqrt() * x0) / (1 - a_t).sqrt()
     return Gaussian(a_s.sqrt() * x0 + direction(a_s, std) * eps, std**2)
 
@@ -107,9 +107,9 @@ def q_t_given_s_0(
     Raises:
         ValueError: if sigma is out of bounds, 0 <= sigma^2 <= 1 - alpha_bar_s.
     """
-    a_t, a_s = _as_tensor(alpha_bar_t, x_s), _as_tensor(alpha_bar_s, x_s)
+    a_t, a_s = _as_tensor(alpha_bar_t), _as_tensor(alpha_bar_s)
     b_t, b_s = 1 - a_t, 1 - a_s
-    std = check_sigma(_as_tensor(sigma, x_s), a_s)
+    std = check_sigma(_as_tensor(sigma), a_s)
     at_end = b_s == 0
     safe_b_s = torch.where(at_end, torch.ones_like(b_s), b_s)
     gain = direction(a_s, std) * b_t.sqrt() / safe_b_s
@@ -134,7 +134,7 @@ def respace(alpha_bar: torch.Tensor, timesteps: Sequence[int]) -> torch.Tensor:
         ValueError: for timesteps that do not decrease strictly or leave the range.
     """
     kept = check_timesteps(timesteps, alpha_bar.shape[0])
-    return betas_from_alpha_bar(alpha_bar[torch.tensor(kept[::-1])])
+    return betas_from_alpha_bar(alpha_bar[torch.tensor(kept[::-1], device="cpu")])
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> torch.Tensor:
@@ -147,9 +147,8 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> torch.Tensor:
     return 0.5 * (ratio - 1 - torch.log(ratio) + (p.mean - q.mean) ** 2 / q.variance)
 
 
-def _as_tensor(value: Coefficient, like: torch.Tensor) -> torch.Tensor:
+def _as_tensor(value: Coefficient) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
-    return torch.tensor(
-        value, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32
-    )
+    # float64: 1 - alpha_bar of a float32 loses four digits near x_0; a number does not promote
+    return torch.tensor(value, dtype=torch.float64, device="cpu")

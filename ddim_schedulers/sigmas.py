@@ -1,15 +1,18 @@
 """The standard deviation of the noise that a step adds.
 
-`alpha_bar_t` and `alpha_bar_s` are tensors of the same shape (or floats) with
+`alpha_bar_t` and `alpha_bar_s` are tensors of the same shape with
 0 <= alpha_bar_t <= alpha_bar_s <= 1; results are standard deviations, never variances.
 """
 
 import math
+import sys
 
 import torch
 
 # Rounding of float64 tables: sigma(1)^2 = 1 - alpha_bar_s exactly at zero terminal SNR.
 TOLERANCE = 1e-12
+# An integer may be larger, and is no number to multiply with then.
+MAX_FLOAT = sys.float_info.max
 
 
 def sigma_eta(
@@ -52,9 +55,15 @@ def check_eta(eta: float) -> float:
     Raises:
         ValueError: otherwise.
     """
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta < math.inf:
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= MAX_FLOAT:
         raise ValueError(f"`eta` is {eta!r}; it must be a finite number >= 0.")
     return eta
+
+
+def tolerance(sigma: torch.Tensor, alpha_bar_s: torch.Tensor) -> float:
+    """Return by how much sigma^2 may exceed 1 - alpha_bar_s through rounding of either."""
+    is_double = sigma.dtype == alpha_bar_s.dtype == torch.float64
+    return TOLERANCE if is_double else 1e-6
 
 
 def check_sigma(
@@ -70,8 +79,7 @@ def check_sigma(
     Raises:
         ValueError: naming the first offending step.
     """
-    tolerance = TOLERANCE if sigma.dtype == torch.float64 else 1e-6
-    admissible = (sigma >= 0) & (sigma**2 <= 1 - alpha_bar_s + tolerance)
+    admissible = (sigma >= 0) & (sigma**2 <= 1 - alpha_bar_s + tolerance(sigma, alpha_bar_s))
     if not bool(admissible.all()):
         i = int((~admissible).flatten().nonzero()[0])
         values, landings = torch.broadcast_tensors(sigma, alpha_bar_s)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .sigmas import TOLERANCE
+from .sigmas import tolerance
 
 
 class Transition(NamedTuple):
@@ -42,5 +42,4 @@ def direction(alpha_bar_s: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     NaN where sigma^2 exceeds 1 - alpha_bar_s by more than rounding.
     """
     rest = 1 - alpha_bar_s - sigma**2
-    tolerance = TOLERANCE if rest.dtype == torch.float64 else 1e-6
-    return torch.where(rest < -tolerance, torch.nan, rest.clamp(min=0)).sqrt()
+    return torch.where(rest < -tolerance(sigma, alpha_bar_s), torch.nan, rest.clamp(min=0)).sqrt()

@@ -234,3 +234,21 @@ def test_kl_is_that_of_torch_distributions():
 def test_kl_the_other_way_round_is_noticed():
     with pytest.raises(AssertionError):
         _assert_kl(lambda p, q: gaussian_kl(q, p))
+
+
+def test_a_float32_batch_does_not_round_the_numbers():
+    """1 - alpha_bar loses four digits near x_0, where alpha_bar is rounded to float32."""
+    torch.set_default_dtype(torch.float32)  # the fixture restores it
+    x, a_t, a_s = torch.ones(3), 0.99978, 0.9999
+    expected = [
+        (q_t_given_0(x, a_t), 1 - a_t),
+        (q_t_given_s(x, a_t, a_s), 1 - a_t / a_s),
+        (q_s_given_t_0(x, x, a_t, a_s), (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)),
+    ]
+    for gaussian, variance in expected:
+        assert gaussian.mean.dtype == torch.float32
+        assert abs(float(gaussian.variance) / variance - 1) < 1e-6
+    # the whole bound is admissible, whichever of the two is rounded
+    for a in (torch.tensor(a_s), torch.full((3,), a_s)):
+        mean = q_s_given_t_0(x, x, a_t, a, sigma=math.sqrt(1 - a_s)).mean
+        assert bool(mean.isfinite().all())
