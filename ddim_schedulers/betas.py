@@ -56,13 +56,14 @@ def make_betas(
         if not 0.0 < value < 1.0:
             raise ValueError(f"`{name}` is {value!r}; it must lie strictly between 0 and 1.")
     if schedule == "linear":
-        return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")
     if schedule == "scaled_linear":
-        return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+        roots = beta_start**0.5, beta_end**0.5
+        return torch.linspace(*roots, steps, dtype=torch.float64, device="cpu") ** 2
     if schedule == "squaredcos_cap_v2":
         return _betas_from_alpha_bar(_cosine_alpha_bar, steps)
     if schedule == "sigmoid":
-        ramp = torch.linspace(-6, 6, steps, dtype=torch.float64)
+        ramp = torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu")
         return torch.sigmoid(ramp) * (beta_end - beta_start) + beta_start
     if schedule == "laplace":
         return _betas_from_alpha_bar(_laplace_alpha_bar, steps)
@@ -82,7 +83,7 @@ def explicit_betas(betas: Sequence[float], num_train_timesteps: int) -> torch.Te
             first.
     """
     steps = check_num_train_timesteps(num_train_timesteps)
-    table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+    table = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
     if table.shape != (steps,):
         raise ValueError(
             f"`trained_betas` has shape {tuple(table.shape)}; it must have one value for each of "
@@ -146,7 +147,8 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
 def _betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int) -> torch.Tensor:
     # 0.999 is the cap of Improved DDPM, Sec. 3.2: it keeps the last step invertible.
     ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
-    return torch.tensor([min(1.0 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
+    betas = [min(1.0 - ratio, 0.999) for ratio in ratios]
+    return torch.tensor(betas, dtype=torch.float64, device="cpu")
 
 
 def _cosine_alpha_bar(u: float) -> float:

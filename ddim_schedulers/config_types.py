@@ -65,6 +65,15 @@ def check_types(config: Mapping[str, Any]) -> None:
         _require(config, "eta", _is_number, "a finite number >= 0")
 
 
+def check_numbers(name: str, values: Any) -> None:
+    """Check that `values`, unless `None`, is a list of numbers.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    _check_list(name, values, _is_number, "numbers")
+
+
 def _require(
     config: Mapping[str, Any], name: str, test: Callable[[Any], bool], allowed: str
 ) -> None:

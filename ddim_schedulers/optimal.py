@@ -43,7 +43,7 @@ def check_statistic(name: str, values: Iterable[float], num_train_timesteps: int
         ValueError: for a wrong length or a number that is negative or not finite, naming the first.
     """
     given = values if isinstance(values, torch.Tensor) else list(values)
-    table = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+    table = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
     if table.shape != (num_train_timesteps,):
         raise ValueError(
             f"`{name}` has shape {tuple(table.shape)}; it must have one value for each of the "
@@ -247,7 +247,7 @@ def cost_matrix(
     if eta <= 0:
         raise ValueError(f"`eta` is {eta!r}; a cost in the bound needs eta > 0.")
     a_t, a_s = alpha_bar[:, None], alpha_bar[None, :]
-    below = torch.ones(big_t, big_t, dtype=torch.bool).tril(-1)
+    below = torch.ones(big_t, big_t, dtype=torch.bool, device="cpu").tril(-1)
     # outside the triangle nothing is defined: any admissible pair keeps the formulas finite there
     a_s = torch.where(below, a_s, 0.5 * (1 + a_t))
     sigma = sigma_eta(a_t, a_s, eta)
@@ -294,7 +294,7 @@ def best_trajectory(cost: torch.Tensor, num_inference_steps: int) -> list[int]:
 
 def trajectory_cost(cost: torch.Tensor, timesteps: list[int]) -> float:
     """Return the sum of the costs of the steps of a trajectory, without its last step to x_0."""
-    t = torch.tensor(timesteps)
+    t = torch.tensor(timesteps, device="cpu")
     return float(cost[t[:-1], t[1:]].sum())
 
 

@@ -99,6 +99,11 @@ PROCESS_KEYS = (
 # it so.
 MIN_STD = 1e-10
 
+# A sweep over eta without a new plan makes a table for each value; more than these are not kept.
+MAX_TABLES = 64
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Table(NamedTuple):
     """Rows of one (trajectory, eta), float32 or float64, and what is known of all of them.
@@ -155,13 +160,10 @@ class FamilySchedulerMixin:
 
     def _make_tables(self) -> None:
         """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
-        for name in ("trained_betas", "sigma", "timesteps"):  # a config is saved as JSON
-            if hasattr(self.config.get(name), "tolist"):
-                self.register_to_config(  # type: ignore[attr-defined]
-                    **{name: self.config[name].tolist()}
-                )
+        check_types(self.config)
+        plain = {name: _plain(value) for name, value in self.config.items()}
+        self.register_to_config(**plain)  # type: ignore[attr-defined]
         config = self.config
-        check_types(config)
         big_t = check_num_train_timesteps(config.num_train_timesteps)
         _check_names(config)
         if config.trained_betas is not None:
@@ -208,7 +210,7 @@ class FamilySchedulerMixin:
         self._tables.clear()
 
     def _plan_tensor(self) -> torch.Tensor:
-        return torch.tensor(self._plan, dtype=torch.int64)
+        return torch.tensor(self._plan, dtype=torch.int64, device="cpu")
 
     def _check_plan_snr(self) -> None:
         if self._plan_has_zero_snr and self.config.prediction_type == "epsilon":
@@ -314,7 +316,8 @@ class FamilySchedulerMixin:
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """Return where a step from `timestep` lands: the next planned one, or -1 for the end."""
         if isinstance(timestep, torch.Tensor):
-            return self._landing.to(timestep.device)[timestep.long()]
+            rows = self._landing.to(timestep.device)
+            return _pick(rows, timestep, "timestep").reshape(timestep.shape)
         return int(self._landing[self._check_timestep(timestep)])
 
     def _check_timestep(self, timestep: Any) -> int:
@@ -356,6 +359,16 @@ class FamilySchedulerMixin:
         rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
         return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive)
 
+    def _keep(self, key: tuple, table: Table) -> Table:
+        """Store a table for the steps to come, and return it."""
+        if not torch.compiler.is_compiling() and table.rows.is_inference():
+            with torch.inference_mode(False):  # a later step may be differentiated
+                table = table._replace(rows=table.rows.clone())
+        if len(self._tables) >= MAX_TABLES:
+            self._tables.clear()
+        self._tables[key] = table
+        return table
+
     def _noise_bounds(self) -> list[torch.Tensor]:
         """Return log sigma(1) and log sigma-hat, between which `learned_range` interpolates."""
         small = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
@@ -377,21 +390,16 @@ class FamilySchedulerMixin:
         """Return the columns of the row of `timestep`, each broadcasting against the sample."""
         if not isinstance(timestep, torch.Tensor):
             return rows[self._check_timestep(timestep)].unbind(0)
-        if timestep.is_floating_point():
+        picked = _pick(rows, timestep, "timestep")
+        if timestep.ndim == 0:
+            return picked.unbind(1)
+        if timestep.ndim > 1 or timestep.shape[0] not in (1, sample.shape[0]):
             raise ValueError(
-                f"`timestep` has dtype {timestep.dtype}; it must be an integer tensor."
-            )
-        index = timestep.to(rows.device)
-        if index.ndim == 0:
-            return rows.index_select(0, index.view(1)).unbind(1)
-        if index.ndim > 1 or index.shape[0] not in (1, sample.shape[0]):
-            raise ValueError(
-                f"`timestep` has shape {tuple(index.shape)}; it must be a number or have one value "
-                f"for each of "
-                f"the {sample.shape[0]} samples."
+                f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or have one "
+                f"value for each of the {sample.shape[0]} samples."
             )
         shape = (-1,) + (1,) * (sample.ndim - 1)
-        return tuple(column.view(shape) for column in rows.index_select(0, index).unbind(1))
+        return tuple(column.view(shape) for column in picked.unbind(1))
 
     def _step(
         self,
@@ -422,9 +430,10 @@ class FamilySchedulerMixin:
         if adds_noise:
             noise = _noise_like(prediction, generator, variance_noise).to(dtype)
             if raw_variance is not None:
-                learned_std = _learned_std(learned, raw_variance.to(dtype), *bounds)
-                # not a product: the network may say anything, NaN after the root, where std is 0
-                std = torch.where(std > 0, learned_std, 0.0)
+                # where no noise is added the network may say anything, and a NaN of the root or of
+                # its gradient would survive a product with 0
+                raw = torch.where(std > 0, raw_variance.to(dtype), 1.0)
+                std = std * _learned_std(learned, raw, *bounds)
             out.addcmul_(noise, std)
         return out.to(sample.dtype), x0.to(sample.dtype)
 
@@ -442,7 +451,7 @@ class FamilySchedulerMixin:
         if key not in self._forward:
             roots = torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()], dim=1)
             self._forward[key] = roots.to(device=key[0], dtype=key[1])
-        picked = self._forward[key].index_select(0, timesteps.to(sample.device).reshape(-1))
+        picked = _pick(self._forward[key], timesteps, "timesteps")
         shape = (-1,) + (1,) * (sample.ndim - 1)
         return picked[:, 0].reshape(shape), picked[:, 1].reshape(shape)
 
@@ -490,6 +499,33 @@ def fold(x0: Coefficients, eps: Coefficients, row: Transition, clipped: bool) ->
     return [zero, row.x0 * x0[0] + row.eps * eps[0], row.x0 * x0[1] + row.eps * eps[1]]
 
 
+def _pick(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the rows of a tensor of timesteps, one after the other.
+
+    On an accelerator nothing is read back, and a timestep out of range is the device's own error.
+    """
+    if timesteps.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"`{name}` has dtype {timesteps.dtype}; it must be an integer tensor.")
+    index = timesteps.to(rows.device, torch.int64).reshape(-1)
+    try:
+        return rows.index_select(0, index)
+    except IndexError as error:
+        raise ValueError(
+            f"`{name}` is {timesteps}; each must be an integer in 0 .. {rows.shape[0] - 1}."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: arrays, tensors and their scalars in Python's types."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(item) for item in value]
+    return value
+
+
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Return float64 if one of the tensors has it, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -519,8 +555,9 @@ def _split_learned(
     model_output: torch.Tensor, sample: torch.Tensor, learned: str | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Split the variance channels off a model output of 2 C channels, and check the shapes."""
-    if not sample.is_floating_point():
-        raise ValueError(f"`sample` has dtype {sample.dtype}; it must be a floating dtype.")
+    for name, tensor in (("sample", sample), ("model_output", model_output)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
     expected = list(sample.shape)
     if learned is not None:
         expected[1] *= 2

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .config_types import check_numbers
 from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, logger
 from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
 
@@ -95,7 +96,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         self._warned_of_eta = False
         self._make_tables()
         self._check_member()
-        self.final_alpha_cumprod = torch.tensor(self.alpha_bar_end)
+        self.final_alpha_cumprod = torch.tensor(self.alpha_bar_end, device="cpu")
 
     def _check_member(self) -> None:
         config = self.config
@@ -199,7 +200,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         if set_in_config is None and self._sigma is None:
             if self.config.reverse_variance not in ANY_MEMBER:
                 self._check_member()
-            return eta
+            return check_eta(eta)
         if eta != 0 and eta != set_in_config and not self._warned_of_eta:
             self._warned_of_eta = True
             if not torch.compiler.is_compiling():
@@ -234,11 +235,12 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
                 std = None
             elif config.reverse_variance == "optimal":
                 std = self._optimal_std(sigma, eta)
-            table = self._tables[key] = self._table(sigma, std, rederive and clips, device, dtype)
+            made = self._table(sigma, std, rederive and clips, device, dtype)
+            table = self._keep(key, made)
         return table
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:
-        sigma = self._sigma_of(check_eta(eta))
+        sigma = self._sigma_of(eta)
         # up to eta = 1 every sigma is admissible; above it the plan decides (a traced call gets NaN
         # instead)
         if eta > 1 and not torch.compiler.is_compiling():
@@ -317,11 +319,12 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
 
 
 def _as_sigma(values: Iterable[float]) -> torch.Tensor:
-    sigma = torch.as_tensor(
-        values if isinstance(values, torch.Tensor) else list(values), dtype=torch.float64
-    )
-    if sigma.ndim != 1 or not bool(torch.isfinite(sigma).all()):
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    numbers = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else plain
+    check_numbers("sigma", numbers)
+    sigma = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if not bool(torch.isfinite(sigma).all()):
         raise ValueError(
             f"`sigma` must be a list of finite numbers, one for each step; got {values!r}."
         )
-    return sigma.cpu()
+    return sigma

@@ -77,7 +77,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         calibration: dict[str, Any] | None = None,
     ) -> None:
         self._make_tables()
-        self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end)
+        self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end, device="cpu")
 
     def _plan_tensor(self) -> torch.Tensor:
         return super()._plan_tensor().flip(0)
@@ -149,8 +149,8 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
             none = torch.zeros_like(self._alpha_bar)
             row = transition(self._alpha_bar, none)
             rows = torch.stack([*x0, *fold(x0, eps, row, clips), none], dim=1)
-            table = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
-            self._tables[key] = table
+            made = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
+            table = self._keep(key, made)
         return table
 
     def step(

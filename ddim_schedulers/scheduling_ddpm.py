@@ -154,7 +154,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
                 std = self._optimal_std(sigma, 1.0)
             # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
             # re-derived
-            table = self._tables[key] = self._table(sigma, std, clips, device, dtype)
+            table = self._keep(key, self._table(sigma, std, clips, device, dtype))
         return table
 
     def step(

@@ -155,6 +155,7 @@ def landing(timesteps: Sequence[int], num_train_timesteps: int) -> torch.Tensor:
     On the trajectory s is the next planned timestep. A t that is not planned lands on the largest
     planned timestep below it; -1 is the end.
     """
-    ascending = torch.tensor(timesteps[::-1], dtype=torch.int64)
-    below = torch.searchsorted(ascending, torch.arange(num_train_timesteps), right=False) - 1
+    ascending = torch.tensor(timesteps[::-1], dtype=torch.int64, device="cpu")
+    every = torch.arange(num_train_timesteps, device="cpu")
+    below = torch.searchsorted(ascending, every, right=False) - 1
     return torch.where(below >= 0, ascending[below.clamp(min=0)], END)

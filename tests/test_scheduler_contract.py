@@ -586,3 +586,105 @@ def test_the_module_names_scheduler_mixin(cls):
 
     assert hasattr(sys.modules[cls.__module__], "SchedulerMixin")
     assert cls.__module__.split(".")[-2] == "ddim_schedulers"
+
+
+# -- surroundings that a user brings along
+
+
+@each_class
+def test_settings_of_numpy_are_saved(cls, tmp_path):
+    """A setting that is accepted must not fail when the trained pipeline is written."""
+    settings = {
+        "num_train_timesteps": np.int64(100),
+        "beta_start": np.float32(0.25),
+        "clip_sample": np.bool_(False),
+        "steps_offset": np.int64(1),
+        "timesteps": [np.int64(5), np.int64(3)],
+    }
+    scheduler = cls(**settings)
+    scheduler.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path).config
+    assert [again[k] for k in settings] == [100, 0.25, False, 1, [5, 3]]
+    assert cls(timesteps=range(5, 0, -2)).config.timesteps == [5, 3, 1]
+
+
+@each_class
+def test_a_table_made_in_inference_mode_can_be_differentiated_later(cls):
+    scheduler = cls(clip_sample=False)
+    x, m = torch.randn(2, *SHAPE)
+    with torch.inference_mode():
+        scheduler.set_timesteps(10)
+        scheduler.step(m, 500, x)
+    m.requires_grad_()
+    scheduler.step(m, 500, x.requires_grad_()).prev_sample.sum().backward()
+    assert bool(x.grad.isfinite().all()) and bool((m.grad != 0).all())
+
+
+@each_class
+def test_a_default_device_is_not_the_tables(cls):
+    """They are float64, which some devices lack, and live where each sample is."""
+    x = torch.randn(SHAPE)
+    before = cls()
+    with torch.device("meta"):
+        for scheduler in (before, cls(), cls(beta_schedule="squaredcos_cap_v2")):
+            scheduler.set_timesteps(10)
+            assert scheduler.timesteps.device.type == scheduler.alpha_bar.device.type == "cpu"
+            t = scheduler.timesteps[3]
+            assert scheduler.step(x, t, x, return_dict=False)[1].isfinite().all()
+
+
+def test_a_sweep_over_eta_keeps_few_tables():
+    scheduler = GeneralizedDDIMScheduler(num_train_timesteps=10)
+    scheduler.set_timesteps(5)
+    x = torch.randn(SHAPE)
+    for i in range(200):
+        scheduler.step(x, 4, x, eta=i / 200)
+    assert 0 < len(scheduler._tables) < 100
+
+
+@each_class
+def test_bad_tensors_of_timesteps_are_value_errors(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    x = torch.randn(SHAPE)
+    for t in (torch.tensor(1000), torch.tensor(-1), torch.tensor([5, 1000, 3])):
+        with pytest.raises(ValueError, match=r"`timestep` is .*integer in 0 \.\. 999"):
+            scheduler.step(x, t, x)
+        with pytest.raises(ValueError, match=r"`timesteps` is .*integer in 0 \.\. 999"):
+            scheduler.add_noise(x, x, t)
+        with pytest.raises(ValueError, match=r"`timestep` is .*integer in 0 \.\. 999"):
+            scheduler.previous_timestep(t)
+    for t in (torch.tensor(True), torch.tensor([5.0, 5.0, 5.0])):
+        with pytest.raises(ValueError, match="`timestep` has dtype"):
+            scheduler.step(x, t, x)
+        with pytest.raises(ValueError, match="`timesteps` has dtype"):
+            scheduler.add_noise(x, x, t)
+    torch.manual_seed(0)
+    expected = scheduler.step(x, torch.tensor(5), x, return_dict=False)
+    torch.manual_seed(0)
+    small = torch.tensor(5, dtype=torch.uint8)
+    torch.testing.assert_close(scheduler.step(x, small, x, return_dict=False), expected)
+    with pytest.raises(ValueError, match="`model_output` has dtype torch.complex64"):
+        scheduler.step(x + 0j, 5, x)
+
+
+def test_bad_types_of_eta_and_sigma_are_value_errors():
+    scheduler = GeneralizedDDIMScheduler()
+    scheduler.set_timesteps(10)
+    x = torch.randn(SHAPE)
+    for eta in (None, "1", torch.tensor(0.5), 10**400):
+        with pytest.raises(ValueError, match=r"`eta` is .*>= 0"):
+            scheduler.step(x, 5, x, eta=eta)
+    for sigma in (0.5, "ab", [None, 0.0], [0.1 + 0j, 0.0], [10**400, 0], [[0.1], [0.0]]):
+        with pytest.raises(ValueError, match=r"`sigma(\[0\])?` is .*numbers"):
+            scheduler.set_timesteps(timesteps=[9, 5], sigma=sigma)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_the_last_step_passes_no_nan_of_an_unused_variance_back(variance):
+    scheduler = MarkovianDDPMScheduler(variance_type=variance)
+    scheduler.set_timesteps(10)
+    x = torch.randn(SHAPE)
+    m = torch.cat([x, torch.full_like(x, -1.0)], dim=1).requires_grad_()
+    scheduler.step(m, 0, x).prev_sample.sum().backward()
+    assert bool(m.grad.isfinite().all())
