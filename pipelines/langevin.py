@@ -104,7 +104,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         inner_steps: int = 5,
-        snr: float = 0.2,
+        snr: float = 0.25,
         step_rule: str = "sample",
         predictor: bool = False,
         eta: float | None = None,
