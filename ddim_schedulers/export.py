@@ -79,9 +79,15 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
     root = Path(pipeline_dir)
     index = _read_index(root)
     components = [
-        name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry[0] is not None and name != "_class_name"
     ]
     files, left_out = _pipeline_files(root, components)
+    own = index.get("_class_name")
+    if isinstance(own, list) and f"{own[0]}.py" in left_out:  # a pipeline with code of its own
+        left_out.remove(f"{own[0]}.py")
+        files[f"{own[0]}.py"] = root / f"{own[0]}.py"
     notes: list[str] = []
     schedulers: dict[str, Any] = {}
     for name in components:
@@ -181,7 +187,7 @@ def _read_index(root: Path) -> dict[str, Any]:
             continue
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
             raise ValueError(f"{path}: {name!r} must name a library and a class, got {entry!r}.")
-        if not re.fullmatch(r"\w+", name):
+        if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[\w.]*", str(entry[0])):
             raise ValueError(f"{path}: {name!r} is not the name of a component.")
     return index
 
@@ -254,6 +260,8 @@ def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str
     name = index.get("_class_name")
     components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
     if components != {"unet", "scheduler"} or "scheduler" not in schedulers:
+        return name
+    if isinstance(name, list):  # code in the repository
         return name
     known = isinstance(name, str) and hasattr(diffusers, name)
     if known and name not in ("DDPMPipeline", "DDIMPipeline"):

@@ -312,6 +312,10 @@ def test_only_the_pipeline_is_exported(folders, tmp_path):
         "unet/scaler.pt",
     ]
     assert "samples.png" in made.files
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({**index, "_class_name": ["mine", "Mine"]}))
+    (root / "mine.py").write_text("")
+    assert "mine.py" in export.export_folder(root).files
 
 
 def test_no_path_of_this_machine_is_exported(folders, tmp_path):

@@ -79,9 +79,10 @@ def commits(server, repo=REPO):
     return len(server.repos[repo].messages) - 1  # without the one that created it
 
 
-def test_one_commit_with_the_pipeline_and_nothing_else(server, folder):
+def test_one_commit_with_the_pipeline_and_nothing_else(server, folder, capsys):
     before = fingerprint(folder)
     url = hub.push_pipeline(folder, REPO, private=True)
+    assert "optimizer.bin" in capsys.readouterr().err  # what is left out is said
     repo = server.repos[REPO]
     assert url == f"{server.url}/{REPO}/commit/{repo.branches['main']}"
     assert repo.private

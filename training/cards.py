@@ -56,6 +56,8 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     pipeline_class = json.loads(index if isinstance(index, bytes) else index.read_text())[
         "_class_name"
     ]
+    if isinstance(pipeline_class, list):  # [module, class] of code in the repository
+        pipeline_class = pipeline_class[1]
     unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline")
     data = ModelCardData(
         library_name="diffusers",

@@ -81,6 +81,12 @@ def push_pipeline(
     export.files["README.md"] = cards.card_for(export, repo_id, form)
     token = _usable_token(token)
     _refuse_secrets(export, token)
+    if export.left_out:
+        shown = ", ".join(export.left_out[:3]) + (", ..." if len(export.left_out) > 3 else "")
+        print(
+            f"Not part of the pipeline, and not uploaded: {shown} ({len(export.left_out)} files).",
+            file=sys.stderr,
+        )
     push = _Push(repo_id, token, endpoint, attempts)
     try:
         return push.run(export, private, revision, message)
