@@ -46,12 +46,14 @@ def estimators(args):
 
     The terms of every image are measured once at all t; what is left to chance is the draw of t.
     """
+    from ddim_schedulers.training.calibration import choose_images
     from ddim_schedulers.training.measured_data import load_measured_data
     from ddim_schedulers.training.passes import run_pass
     from ddim_schedulers.training.subject import load_subject
 
     subject = load_subject(args.pipeline)
-    images = load_measured_data(args, subject).all(args.num_images)
+    data = load_measured_data(args, subject)
+    images = data.batch(choose_images(len(data), args.num_images, args.seed))[0]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(args.work_dir) if args.work_dir else Path(folder) / "parts"
         big_t = len(subject.alpha_bar)
