@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ddim_schedulers.training.commands import _model_options
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     paths = _picture_files.find(args.images, args.num_images)
     images = _picture_files.read(paths)
     pipe = _model_options.load(InversionPipeline, args)
-    output = pipe.reconstruct(
+    output: Any = pipe.reconstruct(
         images,
         num_inference_steps=args.num_inference_steps,
         timesteps=args.timesteps,
