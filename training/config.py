@@ -247,7 +247,7 @@ class HubConfig:
     )
 
 
-GROUPS: tuple[type, ...] = (
+GROUPS: tuple[Any, ...] = (
     DataConfig,
     ModelConfig,
     ProcessConfig,

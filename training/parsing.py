@@ -81,7 +81,7 @@ def to_yaml(config: TrainingConfig) -> str:
 
     lines = []
     for group in GROUPS:
-        lines.append(f"# {group._argument_group_name}")  # type: ignore[attr-defined]
+        lines.append(f"# {group._argument_group_name}")
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(group)}
         lines.append(yaml.safe_dump(values, sort_keys=False))
     return "\n".join(lines)
