@@ -161,7 +161,8 @@ def learn_betas(
 def save_betas(schedule: LearnedBetas, config_file: Path) -> None:
     """Put the schedule into a scheduler's config file as `trained_betas`, atomically.
 
-    A calibration in it was measured under other betas and is taken out; a rescaling to zero
+    A calibration in it was measured under other betas and is taken out: a config that asks for
+    `optimal` noise or spacing must be calibrated again before it loads. A rescaling to zero
     terminal SNR would change the learned schedule and is switched off.
 
     Raises:
