@@ -51,12 +51,15 @@ def register() -> None:
     Raises:
         ImportError: if this diffusers keeps its table of loadable classes elsewhere.
     """
+    import diffusers
+
+    module = "diffusers.pipelines.pipeline_loading_utils"
     try:
-        tables = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
+        tables = importlib.import_module(module)
         loadable, importable = tables.LOADABLE_CLASSES, tables.ALL_IMPORTABLE_CLASSES
     except (ImportError, AttributeError) as error:
-        import diffusers
-
+        if isinstance(error, ImportError) and getattr(error, "name", None) != module:
+            raise  # something that diffusers itself needs
         raise ImportError(
             f"diffusers {diffusers.__version__} has no LOADABLE_CLASSES in "
             "diffusers.pipelines.pipeline_loading_utils, so ddim_schedulers cannot register its "

@@ -90,7 +90,7 @@ for where, portable, bundled, plugin in places:
     seen[where, "config"] = dict(pipe.scheduler.config)
     try:
         load(plugin)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:  # the latter from diffusers 0.40
         seen[where, "plug-in"] = str(error)
 pipe.save_pretrained("again")  # saved once more, the code travels with it
 pipe, _ = load("again", trust_remote_code=True)

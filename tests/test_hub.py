@@ -228,10 +228,14 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     server.requests.clear()
     server.faults.append(server.Fault("/cdn/", method="GET", cut=cut))
     options = {"cache_dir": tmp_path / "cache"}
-    path = api.hf_hub_download(REPO, WEIGHTS, **options)
+    try:
+        path = api.hf_hub_download(REPO, WEIGHTS, **options)
+    except Exception:  # huggingface_hub 1.23 gives up where the first request is cut
+        assert cut == "before"
+        path = api.hf_hub_download(REPO, WEIGHTS, **options)
     assert Path(path).read_bytes() == (folder / WEIGHTS).read_bytes()
-    gets = [(p, status) for method, p, _, status in server.requests if method == "GET"]
-    assert [status for _, status in gets] == ([200, 206] if cut == "midway" else [0, 200])
+    gets = [status for method, _, _, status in server.requests if method == "GET"]
+    assert gets == ([200, 206] if cut == "midway" else [0, 200])
 
     server.requests.clear()  # the ETag is that of the cached file: nothing is fetched again
     assert api.hf_hub_download(REPO, WEIGHTS, **options) == path
