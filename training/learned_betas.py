@@ -175,7 +175,7 @@ def save_betas(schedule: LearnedBetas, config_file: Path) -> None:
         raise ValueError(f"{config_file} is not a scheduler's config: {error}") from error
     if not isinstance(config, dict) or "num_train_timesteps" not in config:
         raise ValueError(f"{config_file} is not a scheduler's config")
-    explicit_betas(betas, config["num_train_timesteps"])
+    explicit_betas(betas.tolist(), config["num_train_timesteps"])
     config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
     config.pop("calibration", None)
     private = config.get(SETTINGS_KEY, {})
