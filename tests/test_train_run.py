@@ -387,8 +387,8 @@ def test_learning_rate_is_a_function_of_the_step():
     config = OptimisationConfig(lr=2.0, lr_warmup_steps=4, lr_schedule="cosine", max_train_steps=12)
     rates = [LearningRate(config)(step) for step in range(12)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    cosine = [1 + np.cos(np.pi * (step + 1 - 4) / 8) for step in range(4, 12)]
-    assert rates[4:] == pytest.approx(cosine)
+    cosine = [1 + np.cos(np.pi * (step - 4) / 8) for step in range(4, 12)]
+    assert rates[4:] == pytest.approx(cosine) and rates[-1] > 0  # no step is wasted
     constant = LearningRate(OptimisationConfig(lr=2.0, lr_warmup_steps=0))
     assert [constant(0), constant(10**6)] == [2.0, 2.0]
 

@@ -73,7 +73,7 @@ class LearningRate:
     """
 
     def __init__(self, config: OptimisationConfig) -> None:
-        self.peak = config.lr
+        self.peak, self.warmup = config.lr, config.lr_warmup_steps
         unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.lr)
         # "constant" in diffusers has no warm-up; the other name is the same with it.
         name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
@@ -88,4 +88,4 @@ class LearningRate:
     def __call__(self, step: int) -> float:
         """The rate of the update that step `step` (from 0) makes."""
         # Warm-up counts from 1: a first step with rate 0 would be a wasted batch.
-        return self.peak * float(self._factor(step + 1 if self._factor(0) == 0 else step))
+        return self.peak * float(self._factor(step + 1 if step < self.warmup else step))
