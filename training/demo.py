@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, __version__
 from ddim_schedulers.export import save_pipeline
@@ -101,7 +101,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     started = time.perf_counter()
     data = _Digits()
     unet, process, training = _train(settings)
-    pipe = DDPMPipeline(unet=unet, scheduler=process)
+    pipe = DDPMPipeline(unet=unet, scheduler=process)  # type: ignore[arg-type]  # any will do
     notes = save_pipeline(pipe, settings.output / "pipeline", form="portable")
     judge = _Judge(data)
     cells, images = _fill_table(settings, unet, process, judge)
@@ -149,7 +149,7 @@ class _Digits:
 
 def _train(
     settings: DemoSettings,
-) -> tuple[torch.nn.Module, MarkovianDDPMScheduler, dict[str, Any]]:
+) -> tuple[UNet2DModel, MarkovianDDPMScheduler, dict[str, Any]]:
     from ddim_schedulers.training.config import TrainingConfig
     from ddim_schedulers.training.train import train
 
@@ -242,7 +242,7 @@ def _flat(images: torch.Tensor) -> np.ndarray:
 
 
 def _fill_table(
-    settings: DemoSettings, unet: torch.nn.Module, process: MarkovianDDPMScheduler, judge: _Judge
+    settings: DemoSettings, unet: UNet2DModel, process: MarkovianDDPMScheduler, judge: _Judge
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, int], torch.Tensor]]:
     """Sample every cell from the same seeds; return the cells and the images (N, 1, 8, 8)."""
     from tqdm import tqdm
@@ -286,7 +286,7 @@ def _quiet(pipe: Any) -> Any:
 
 def _draw(
     settings: DemoSettings,
-    unet: torch.nn.Module,
+    unet: UNet2DModel,
     process: MarkovianDDPMScheduler,
     images: dict[tuple[str, int], torch.Tensor],
     data: _Digits,
@@ -313,7 +313,7 @@ def _draw(
 
 def _reconstruct(
     settings: DemoSettings,
-    unet: torch.nn.Module,
+    unet: UNet2DModel,
     process: MarkovianDDPMScheduler,
     data: _Digits,
 ) -> dict[str, Any]:

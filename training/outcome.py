@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import UNet2DModel
+
+from ddim_schedulers import MarkovianDDPMScheduler
 
 
 class NonFiniteError(RuntimeError):
@@ -36,7 +38,7 @@ class TrainingResult:
     output_dir: Path
     pipeline_dir: Path | None
     unet: UNet2DModel
-    scheduler: SchedulerMixin
+    scheduler: MarkovianDDPMScheduler
     weights: str
     steps: int
     losses: list[float]

@@ -64,7 +64,7 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
         raise ValueError(f"--pipeline {args.pipeline!r} cannot be loaded: {error}") from error
     scheduler = _scheduler(pipe.scheduler, args)
     if scheduler is not pipe.scheduler:
-        pipe = cls(unet=pipe.unet, scheduler=scheduler)
+        pipe = cls(**{**pipe.components, "scheduler": scheduler})
     dtype = getattr(torch, args.dtype)
     # the name of from_pretrained's own argument for it differs between versions of diffusers
     return (

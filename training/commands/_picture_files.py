@@ -42,7 +42,7 @@ def read(paths: Sequence[Path]) -> "list[Image.Image]":
     """
     from PIL import Image, UnidentifiedImageError
 
-    images = []
+    images: list[Image.Image] = []
     for path in paths:
         try:
             with Image.open(path) as image:
