@@ -27,11 +27,11 @@ _DDPM: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # for the demo: 8x8 images, trained and sampled thousands of times in minutes on two cores
     "mini": {
-        "block_out_channels": (16, 32),
+        "block_out_channels": (8, 32),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
         "layers_per_block": 1,
-        "norm_num_groups": 8,
+        "norm_num_groups": 4,
     },
     # for 8x8 images: seconds a run
     "tiny": {
