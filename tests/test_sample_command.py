@@ -179,7 +179,8 @@ def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_p
     target = tmp_path / "killed"
     module = ["-m", "ddim_schedulers.training.cli", *command(model, target, *extra)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *module], env=environment)
+    # not at the repo's root, where the folder ddim_schedulers/ shadows an installed wheel
+    process = subprocess.Popen([sys.executable, *module], env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while len(list(target.glob("images/*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -191,6 +192,7 @@ def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_p
     second = subprocess.run(
         [sys.executable, *run, *module],
         env=environment,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
