@@ -126,7 +126,11 @@ def test_the_limit_of_a_real_file_system_call_is_reported(root):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], preexec_fn=limit, capture_output=True, text=True
+        [sys.executable, "-c", code, str(root)],
+        cwd=root,  # not the repo's root, where a folder shadows an installed wheel
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
     )
     assert "the disk is full" in done.stdout, done.stderr
     assert checkpoints.newest_whole(root) == root / "step-00000030"
