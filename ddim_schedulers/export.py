@@ -237,12 +237,15 @@ def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
     library, class_name = entry
     private = config.get(SETTINGS_KEY)
     if library == "diffusers" and isinstance(private, dict):
-        class_name = private.get("class")
+        stock_name, class_name = class_name, private.get("class")
+        # the record outlives a swap to another stock scheduler, which must not be turned back
+        if isinstance(class_name, str) and STOCK_CLASSES.get(class_name, stock_name) != stock_name:
+            return None
     elif library != "ddim_schedulers" and not library.startswith(
         ("ddim_schedulers.", BUNDLE_PREFIX)
     ):
         return None
-    if class_name not in STOCK_CLASSES:
+    if not isinstance(class_name, str) or class_name not in STOCK_CLASSES:
         raise ValueError(
             f"{path} names the class {class_name!r}; it must be one of {sorted(STOCK_CLASSES)}."
         )

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler
 
 import ddim_schedulers
 from ddim_schedulers import (
@@ -327,3 +327,16 @@ def test_no_path_of_this_machine_is_exported(folders, tmp_path):
 
 def test_package_exports_work_as_documented():
     assert ddim_schedulers.to_portable(GeneralizedDDIMScheduler())[1] == []
+
+
+def test_a_stock_scheduler_swapped_in_is_not_turned_back(tmp_path, tiny_ddpm):
+    """Our record survives in the config of whatever stock scheduler is made from it."""
+    ours = GeneralizedDDIMScheduler(eta=0.5, timestep_spacing="quadratic")
+    portable, _ = ddim_schedulers.to_portable(ours)
+    other = DPMSolverMultistepScheduler.from_config(portable.config)
+    tiny_ddpm(other).save_pretrained(tmp_path)
+    exported = export.export_folder(tmp_path, "portable")
+    assert not exported.schedulers and not exported.notes
+    index = json.loads(exported.files["model_index.json"])
+    assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
+    assert index["_class_name"] == "DDPMPipeline"

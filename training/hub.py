@@ -26,8 +26,9 @@ LONGEST_WAIT = 60.0
 TIMEOUT = 120.0  # seconds without an answer; the Hub client itself waits for ever
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
-TEXT_SUFFIXES = (".json", ".md", ".txt", ".py", ".svg")
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+# Everything else is searched for tokens before it is uploaded.
+BINARY_SUFFIXES = (".safetensors", ".model", ".png", ".jpg", ".jpeg", ".gif", ".webp")
+TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}(?![A-Za-z0-9])")
 
 
 class PushError(RuntimeError):
@@ -324,7 +325,7 @@ def _usable_token(token: str | None) -> str:
 def _refuse_secrets(export: Export, token: str) -> None:
     """Refuse to upload a text file that holds a token."""
     for path, content in export.files.items():
-        if not path.endswith(TEXT_SUFFIXES):
+        if path.endswith(BINARY_SUFFIXES):
             continue
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
         text = data.decode("utf-8", errors="replace")
