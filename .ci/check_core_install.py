@@ -1,8 +1,8 @@
 """Uses the wheel as someone does who installed no extra. Run from a folder outside the repo."""
 
+import contextlib
 import importlib.util
-import subprocess
-import sys
+import io
 from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -14,10 +14,15 @@ import ddim_schedulers.training
 from ddim_schedulers.training import cli
 
 
-def run_verb(*argv: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, without standard input."""
-    command = [sys.executable, "-m", "ddim_schedulers.training.cli", *argv]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def call(*argv: str) -> tuple[int, str, str]:
+    """Runs the command line in this process; gives its exit code, output and errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(list(argv))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
 
 
 assert "site-packages" in Path(ddim_schedulers.__file__).parts, ddim_schedulers.__file__
@@ -49,15 +54,14 @@ pipe.set_progress_bar_config(disable=True)
 assert pipe(num_inference_steps=3, output_type="np").images.shape == (1, 8, 8, 1)
 
 for verb in cli.VERBS:
-    done = run_verb(verb, "--help")
-    helped = done.returncode == 0 and f"ddim-schedulers {verb}" in done.stdout
-    told = done.returncode == 2 and done.stderr.startswith(f"`ddim-schedulers {verb}` needs the")
-    assert helped or told, f"{verb} --help: {done.returncode}\n{done.stdout}{done.stderr}"
+    code, out, err = call(verb, "--help")
+    helped = code == 0 and f"ddim-schedulers {verb}" in out
+    told = code == 2 and err.startswith(f"`ddim-schedulers {verb}` needs the extra")
+    assert helped or told, f"{verb} --help: {code}\n{out}{err}"
 
-done = run_verb("demo", "--quick")
 sentence = (
     "`ddim-schedulers demo` needs the extra 'train': pip install \"ddim-schedulers[train]\"\n"
 )
-assert (done.returncode, done.stderr) == (2, sentence), f"{done.returncode}\n{done.stderr}"
+assert call("demo", "--quick") == (2, "", sentence), call("demo", "--quick")
 
 print("the wheel works without extras")
