@@ -115,6 +115,16 @@ def test_unreadable_files_are_named(tmp_path, text, message):
         ({"random_crop": True}, "random_crop needs fit"),
         ({"value_range": [1.0, 0.0]}, "two rising numbers"),
         ({"push_to_hub": True}, "needs hub_repo_id"),
+        (
+            {"push_to_hub": True, "hub_repo_id": "digits"},
+            "hub_repo_id cannot be used",
+        ),
+        ({"push_to_hub": True, "hub_repo_id": "me/a--b"}, "it must be USER/NAME"),
+        ({"push_to_hub": True, "hub_repo_id": "me/a/b"}, "it must be USER/NAME"),
+        (
+            {"push_to_hub": True, "hub_repo_id": "me/a", "prediction_type": "posterior_mean"},
+            "set hub_form to 'plug-in' or 'self-contained'",
+        ),
         ({"best_by": "frechet"}, "needs frechet_images"),
         ({"frechet_images": 1}, "at least 2"),
         ({"streaming": True, "num_workers": 2}, "at most 1 worker"),

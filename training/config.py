@@ -304,7 +304,10 @@ COMPUTED_FROM = frozenset(
         EMAConfig,
     )
     for field in dataclasses.fields(group)
-) - {"stop_after", "num_workers", "gradient_accumulation_steps", "on_bad_image"}
+) - {"stop_after", "num_workers", "gradient_accumulation_steps", "on_bad_image"} | {
+    "weights_dtype",
+    "validation_fraction",
+}
 
 AT_LEAST = {
     "shuffle_buffer": 1,
@@ -365,6 +368,13 @@ def _check_choices(config: TrainingConfig) -> None:
 
 
 def _check_together(config: TrainingConfig) -> None:
+    if config.from_pretrained is not None:
+        for name in ("model", "dropout"):  # a trained network brings its own
+            if getattr(config, name) != getattr(type(config), name):
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r}, but the network is that of "
+                    f"from_pretrained, {config.from_pretrained!r}; leave {name} out"
+                )
     if config.loss == "gamma" and config.gamma is None:
         raise ValueError("loss 'gamma' needs its weights: set gamma to a file, or to 'ddim'")
     if config.gamma is not None and config.loss != "gamma":
@@ -381,11 +391,27 @@ def _check_together(config: TrainingConfig) -> None:
         raise ValueError(
             f"num_workers is {config.num_workers}; a stream is read in order, by at most 1 worker"
         )
-    if config.push_to_hub and not config.hub_repo_id:
-        raise ValueError("push_to_hub needs hub_repo_id, as in USER/NAME")
+    if config.push_to_hub:
+        _check_push(config)
     if config.best_by == "frechet" and not (config.frechet_images and config.sample_every):
         raise ValueError("best_by 'frechet' needs frechet_images and sample_every above 0")
     if config.frechet_images == 1:
         raise ValueError("frechet_images is 1; a covariance needs at least 2, 0 switches it off")
     if config.loss == "vlb" and config.hybrid_lambda != type(config).hybrid_lambda:
         raise ValueError("hybrid_lambda has no meaning with loss 'vlb', which is the bound itself")
+
+
+def _check_push(config: TrainingConfig) -> None:
+    from ddim_schedulers.training.hub import check_repo_id
+
+    if not config.hub_repo_id:
+        raise ValueError("push_to_hub needs hub_repo_id, as in USER/NAME")
+    try:
+        check_repo_id(config.hub_repo_id)
+    except ValueError as error:
+        raise ValueError(f"hub_repo_id cannot be used: {error}") from None
+    if config.prediction_type == "posterior_mean" and config.hub_form == "portable":
+        raise ValueError(
+            "hub_form is 'portable' but prediction_type is 'posterior_mean', which no stock "
+            "scheduler understands; set hub_form to 'plug-in' or 'self-contained'"
+        )

@@ -72,8 +72,7 @@ def push_pipeline(
         PushError: if the Hub cannot be reached or refuses.
     """
     check_form(form)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"`repo_id` is {repo_id!r}; it must be USER/NAME.")
+    check_repo_id(repo_id)
     if attempts < 1:
         raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
     from ddim_schedulers.training import cards
@@ -97,6 +96,26 @@ def push_pipeline(
         raise PushError(_scrub(_sentence(error, repo_id, push.endpoint), token)) from None
 
 
+def check_repo_id(repo_id: str) -> str:
+    """Return `repo_id` if the Hub can have a repository of that name.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if "/" in repo_id:
+            return repo_id
+    except HFValidationError:  # several sentences, one for each rule
+        pass
+    raise ValueError(
+        f"`repo_id` is {repo_id!r}; it must be USER/NAME, of letters, digits and single '-', '_', "
+        "'.', and not end in '.git'."
+    )
+
+
 def push_after_training(
     pipeline_dir: str | os.PathLike[str], repo_id: str, **options: Any
 ) -> str | None:
@@ -108,8 +127,9 @@ def push_after_training(
     """
     try:
         return push_pipeline(pipeline_dir, repo_id, **options)
-    except Exception as error:
-        reason = _scrub(str(error), options.get("token") or _stored_token())
+    except (Exception, KeyboardInterrupt) as error:
+        reason = str(error) or f"it was stopped ({type(error).__name__})."
+        reason = _scrub(reason, options.get("token") or _stored_token())
         print(
             f"The pipeline was not pushed to {repo_id}: {reason}\n"
             f"It is in {pipeline_dir}; to push it again:\n"

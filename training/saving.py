@@ -13,6 +13,7 @@ from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training.averaging import copy_into
 from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
+from ddim_schedulers.training.streams import held_out_of_stream
 from ddim_schedulers.training.watch import plot_losses
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
         "ema": trainer.average.state_dict(),
         "best": trainer.best,
         "config": trainer.config.to_dict(),
+        "data": describe_data(trainer),
         "scaler": None
         if trainer.accelerator.scaler is None
         else trainer.accelerator.scaler.state_dict(),
@@ -71,10 +73,11 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     """Continues `trainer` where the checkpoint in `folder` was made.
 
     Raises:
-        ValueError: it is of a run with other settings.
+        ValueError: it is of a run with other settings or other data.
     """
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     require_same_settings(trainer.config, state["config"])
+    require_same_data(describe_data(trainer), state["data"])
     copy_into(trainer.unet.named_parameters(), checkpoints.unpack(folder / "unet" / WEIGHTS))
     if trainer.average.ema is not None:
         trainer.average.load(checkpoints.unpack(folder / "unet_ema" / WEIGHTS), state["ema"])
@@ -87,7 +90,6 @@ def restore(trainer: "Trainer", folder: Path) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.best = state["step"], state["best"]
     trainer.place = tuple(state.get("place", (0, 0)))
-    trainer.records.rewind(trainer.step)
 
 
 def require_same_settings(config: TrainingConfig, before: dict[str, Any]) -> None:
@@ -96,11 +98,31 @@ def require_same_settings(config: TrainingConfig, before: dict[str, Any]) -> Non
     changed = [
         k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"
     ]
+    if now["streaming"] and not changed:
+        # They decide which images of a stream are trained on.
+        names = ["validate_every", "validation_images"]
+        parts = [held_out_of_stream(*(values[k] for k in names)) for values in (before, now)]
+        changed = names if parts[0] != parts[1] else []
     if changed:
         pairs = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in changed)
         raise ValueError(
             f"the checkpoint is of a run with other settings: {pairs}; start a new run "
             "(from_pretrained takes its weights) or set them back"
+        )
+
+
+def describe_data(trainer: "Trainer") -> dict[str, Any]:
+    """What of the data a resumed run must find again, beside the settings."""
+    count = None if trainer.stream is not None else len(trainer.data)
+    return {"images": count, "shape": list(trainer.data.shape), "levels": trainer.data.levels}
+
+
+def require_same_data(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises `ValueError` if the training images are not as many, or not of the kind they were."""
+    if now != before:
+        raise ValueError(
+            f"the checkpoint is of a run on other data: they were {before} and are {now}; bring "
+            "the images back, or start a new run (from_pretrained takes its weights)"
         )
 
 
@@ -120,14 +142,19 @@ def export(trainer: "Trainer") -> Path:
         checkpoints.discard(target)
         partial.rename(target)
         trainer.unet.save_pretrained(trainer.root / "unet_raw")
-        if trainer.config.push_to_hub:
-            _push(trainer.config, target)
         plot_losses(*trainer.records.curve(), trainer.root / "pictures" / "loss.png")
     trainer.accelerator.wait_for_everyone()
     return target
 
 
-def _push(config: TrainingConfig, pipeline_dir: Path) -> None:
+def push(trainer: "Trainer", pipeline_dir: Path | None) -> None:
+    """Shares the pipeline of a complete run, if the settings say so; a failure is only said.
+
+    No process may be waiting for the main one: an upload takes longer than a barrier waits.
+    """
+    config = trainer.config
+    if pipeline_dir is None or not (config.push_to_hub and trainer.accelerator.is_main_process):
+        return
     from ddim_schedulers.training.hub import push_after_training
 
     push_after_training(

@@ -27,9 +27,13 @@ def train(config: TrainingConfig) -> "TrainingResult":
         read. NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. It was not
         applied.
     """
+    from ddim_schedulers.training.saving import push
     from ddim_schedulers.training.trainer import Trainer
 
-    return Trainer(config).run()
+    trainer = Trainer(config)
+    result = trainer.run()
+    push(trainer, result.pipeline_dir)
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     config, dry_run = parse_args(sys.argv[1:] if argv is None else argv)
     from ddim_schedulers.training.checkpoints import CheckpointError
     from ddim_schedulers.training.outcome import NonFiniteError
+    from ddim_schedulers.training.saving import push
     from ddim_schedulers.training.trainer import Trainer
 
+    pipeline_dir: Path | None = None
     try:
         trainer = Trainer(config)
         if dry_run:
@@ -55,13 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
             lines = report(trainer)
         else:
-            lines = trainer.run().summary()
+            result = trainer.run()
+            lines, pipeline_dir = result.summary(), result.pipeline_dir
     except (CheckpointError, NonFiniteError) as error:
         print(f"ddim-schedulers train: {error}", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
         print(lines)
     trainer.accelerator.end_training()
+    push(trainer, pipeline_dir)  # last of all: the other processes are gone
     return 0
 
 

@@ -6,12 +6,15 @@ optimiser's kernel itself; losses and flags of `log_every` steps are read togeth
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
+from diffusers.utils import logging
 from torch import Tensor
 
 from ddim_schedulers.training import checkpoints, saving
@@ -22,20 +25,22 @@ from ddim_schedulers.training.batches import (
     MapBatches,
     Share,
     derive_seed,
-    make_loader,
+    open_loader,
 )
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
 from ddim_schedulers.training.models import load_unet, make_scheduler, make_unet
 from ddim_schedulers.training.objectives import make_objective
-from ddim_schedulers.training.outcome import NonFiniteError, TrainingResult
+from ddim_schedulers.training.outcome import NonFiniteError, TrainingResult, describe_left_out
 from ddim_schedulers.training.parsing import to_yaml
 from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
 from ddim_schedulers.training.streams import Stream, StreamBatches, open_stream
 from ddim_schedulers.training.timestep_sampling import make_timestep_sampler
 from ddim_schedulers.training.watch import Watcher
+
+logger = logging.get_logger(__name__)
 
 
 class Trainer:
@@ -69,6 +74,8 @@ class Trainer:
         self.evaluations: list[dict[str, Any]] = []
         if self.start_from is not None:
             saving.restore(self, self.start_from)
+        if self.data.skipped and self.accelerator.is_main_process:
+            logger.warning(describe_left_out(self.data.skipped))
 
     def _build(self) -> None:
         config = self.config
@@ -148,17 +155,14 @@ class Trainer:
         return unet.train()
 
     def run(self) -> TrainingResult:
-        """Trains to the end, or until a signal or `stop_after`. See `train`."""
+        """Trains to the end, or until a signal or `stop_after`; pushes nothing. See `train`."""
         config = self.config
         stop = config.max_train_steps
         if config.stop_after is not None:
             stop = min(stop, self.step + config.stop_after)
-        if self.accelerator.is_main_process:
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        self._start_tracker()
         began = time.perf_counter()
         try:
+            self._start_records()
             with StopSignals() as signals, self.records.progress(config, self.step):
                 stopped_by = self._steps(stop, signals)
             seconds = time.perf_counter() - began
@@ -178,12 +182,19 @@ class Trainer:
 
     def _steps(self, stop: int, signals: StopSignals) -> str | None:
         """Runs to step `stop`; the name of the signal that ended it before, or None."""
-        config, window = self.config, Window(self.share, self.step)
-        pin = self.device.type == "cuda"
+        with self.loader(stop) as loader:
+            return self._steps_from(loader, stop, signals)
+
+    def loader(self, stop: int) -> AbstractContextManager[Iterator[Batch]]:
+        """The batches of the steps from the present one up to `stop`."""
         if isinstance(self.batches, StreamBatches):
             self.batches.start, self.batches.stop = self.step, stop
             self.batches.place = self.place
-        loader = iter(make_loader(self.batches, self.step, stop, config.num_workers, pin))
+        pin = self.device.type == "cuda"
+        return open_loader(self.batches, self.step, stop, self.config.num_workers, pin)
+
+    def _steps_from(self, loader: Iterator[Batch], stop: int, signals: StopSignals) -> str | None:
+        config, window = self.config, Window(self.share, self.step)
         saved = self.step if self.start_from is not None else -1
         alone = self.accelerator.num_processes == 1
         stopped_by: str | None = None
@@ -226,6 +237,7 @@ class Trainer:
                 k: v for k, v in report.items() if isinstance(v, int | float) and k != "step"
             }
             self.accelerator.log(numbers, step=self.step)
+            self.records.show_pictures(self.accelerator.trackers, self.watcher.folder, self.step)
         figure = "frechet" if config.best_by == "frechet" else "validation_loss"
         value = report.get(figure)
         if value is None or not math.isfinite(value) or value >= self.best.get("value", math.inf):
@@ -238,7 +250,7 @@ class Trainer:
         }
         return True
 
-    def one_step(self, loader: Any, window: Window) -> None:
+    def one_step(self, loader: Iterator[Batch], window: Window) -> None:
         """Forward and backward over the parts of the batch, and one update. Reads nothing back."""
         if self.has_dropout:
             # Dropout masks too are a function of the step, so no generator state is ever saved.
@@ -326,7 +338,7 @@ class Trainer:
         t, loss = reading.of_step(step)
         rows = ", ".join(
             f"{name} (id {i}) t={int(at)} loss={value:.4g}"
-            for name, i, at, value in zip(self.data.names(ids.tolist()), ids, t, loss, strict=True)
+            for name, i, at, value in zip(self.batches.names(ids), ids, t, loss, strict=True)
         )
         bad = [f"{n}" for n, value in enumerate(loss) if not torch.isfinite(value)]
         return (
@@ -342,7 +354,7 @@ class Trainer:
             try:
                 root = self.root / "checkpoints"
                 checkpoints.write(root, self.step, saving.state_files(self))
-                checkpoints.prune(root, self.config.keep_last, self.best.get("step"))
+                checkpoints.prune(root, self.step, self.config.keep_last, self.best.get("step"))
             except checkpoints.CheckpointError as error:
                 message[0] = str(error)
         if self.accelerator.num_processes > 1:
@@ -350,7 +362,11 @@ class Trainer:
         if message[0] is not None:
             raise checkpoints.CheckpointError(message[0])
 
-    def _start_tracker(self) -> None:
+    def _start_records(self) -> None:
+        if self.accelerator.is_main_process:
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.records.rewind(self.step)
         if self.config.tracker != "none":
             plain = {
                 k: v if isinstance(v, int | float | str | bool) else str(v)
@@ -376,5 +392,6 @@ class Trainer:
             stopped_by=stopped_by,
             skipped_steps=self.records.skipped,
             replaced_images=self.records.replaced,
+            left_out=self.data.skipped,
             evaluations=self.evaluations,
         )
