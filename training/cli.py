@@ -50,6 +50,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "transformers",
         "yaml",
     ),
+    "inception": ("torch_fidelity",),
 }
 
 

@@ -194,7 +194,7 @@ class _Judge:
         from sklearn.linear_model import LogisticRegression
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        from ddim_schedulers.training.watch import make_feature_space
+        from ddim_schedulers.training.features import make_feature_space
 
         # despite its name it takes any features, and accumulates their moments in float64
         self._distance = FrechetInceptionDistance(

@@ -5,7 +5,6 @@ of its own, one for each image, and is shared out over the processes, so that it
 the run nor depends on how many processes there are.
 """
 
-import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,46 +20,12 @@ from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import ImageData
+from ddim_schedulers.training.features import make_feature_space
 from ddim_schedulers.training.objectives import Objective
 
 # More reference images than this change a distance in `pixels` by less than its spread over
 # samples.
 REFERENCE_LIMIT = 10_000
-
-
-class PooledPixels(torch.nn.Module):
-    """The feature space `pixels`: images averaged down to at most 8x8 and flattened, float64."""
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.size = (min(8, shape[1]), min(8, shape[2]))
-        self.num_features = shape[0] * self.size[0] * self.size[1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] to (B, num_features)."""
-        return torch.nn.functional.adaptive_avg_pool2d(images.double(), self.size).flatten(1)
-
-
-def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """`pixels`, or what `module:factory` returns; it maps (B, C, H, W) in [-1, 1] to (B, F).
-
-    Raises:
-        ValueError: the name cannot be imported or gives something else.
-    """
-    if name == "pixels":
-        return PooledPixels(shape)
-    module, _, factory = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"feature_space is {name!r}; it must be 'pixels' or module:factory: {error}"
-        ) from error
-    if not isinstance(made, torch.nn.Module):
-        raise ValueError(
-            f"feature_space {name!r} gives {type(made).__name__}, not a torch.nn.Module"
-        )
-    return made.eval()
 
 
 @dataclass

@@ -1,0 +1,154 @@
+"""Distances between two sets of images, from their features; everything in float64 on the CPU.
+
+Frechet and kernel distance are torchmetrics'; the features are computed once and handed to it.
+Figures of different numbers of samples cannot be compared: every one of these estimates moves with
+n.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Given(torch.nn.Module):
+    """What torchmetrics takes for a feature network when the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of features (FID, arXiv:1706.08500).
+
+    Args:
+        real: features (m, F), m >= 2.
+        fake: features (n, F), n >= 2.
+
+    Raises:
+        ValueError: fewer than two rows, other shapes, or values that are not finite.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    real, fake = _checked(real, fake)
+    # every process has all features in one order, so the figure is the same for any number of them
+    metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
+    # The same centre for both changes nothing in the distance; moments about it lose fewer digits.
+    centre = real.mean(0)
+    metric.update(real - centre, real=True)
+    metric.update(fake - centre, real=False)
+    return float(metric.compute())
+
+
+def kernel_distance(
+    real: Tensor, fake: Tensor, *, subsets: int = 20, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance, the unbiased MMD^2 with the kernel (x y / F + 1)^3 (KID, arXiv:1801.01401).
+
+    Args:
+        real: features (m, F).
+        fake: features (n, F).
+        subsets: random subsets that it is averaged over.
+        subset_size: rows in a subset; at most m and n are taken.
+        seed: of the subsets.
+
+    Returns:
+        mean and standard deviation over the subsets.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    real, fake = _checked(real, fake)
+    size = min(subset_size, len(real), len(fake))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
+        metric: Any = KernelInceptionDistance(
+            _Given(real.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
+        )
+    metric.set_dtype(torch.float64)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    with torch.random.fork_rng(devices=[]):  # torchmetrics draws from the global generator
+        torch.manual_seed(seed)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def neighbour_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+    """Precision, recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797).
+
+    A ball around each row reaches to its k-th nearest other row of the same set. Precision is the
+    share of fake rows inside a real ball, recall the share of real rows inside a fake ball, density
+    the mean number of real balls that a fake row is inside of, over k, and coverage the share of
+    real balls with a fake row inside.
+
+    Args:
+        real: features (m, F), m > k.
+        fake: features (n, F), n > k.
+        k: which neighbour.
+
+    Raises:
+        ValueError: as `frechet_distance`, or for k out of 1 .. min(m, n) - 1.
+    """
+    real, fake = _checked(real, fake)
+    if not 1 <= k < min(len(real), len(fake)):
+        raise ValueError(f"k is {k}; it must be 1 to {min(len(real), len(fake)) - 1}, below n")
+    real_radius, fake_radius = _radius(real, k), _radius(fake, k)
+    inside_fake = torch.zeros(len(real), dtype=torch.bool)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    balls = []
+    for start in range(0, len(fake), 1000):
+        distance = torch.cdist(real, fake[start : start + 1000])
+        within = distance < real_radius[:, None]
+        balls.append(within.sum(0))
+        covered |= within.any(1)
+        inside_fake |= (distance < fake_radius[start : start + 1000]).any(1)
+    counts = torch.cat(balls)
+    return {
+        "precision": float((counts > 0).double().mean()),
+        "recall": float(inside_fake.double().mean()),
+        "density": float(counts.double().mean() / k),
+        "coverage": float(covered.double().mean()),
+    }
+
+
+def _radius(rows: Tensor, k: int) -> Tensor:
+    """Distance of each row to its k-th nearest other row, (n,)."""
+    # the smallest distance is the row's own, zero
+    parts = [torch.cdist(part, rows).kthvalue(k + 1, dim=1).values for part in rows.split(1000)]
+    return torch.cat(parts)
+
+
+def inception_score(logits: Tensor) -> float:
+    """The exponential of the mutual information of image and class, 1 .. K (arXiv:1606.03498).
+
+    Args:
+        logits: (n, K) of a classifier.
+
+    Raises:
+        ValueError: values that are not finite, or no rows.
+    """
+    if logits.ndim != 2 or len(logits) == 0 or not bool(logits.isfinite().all()):
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be finite, (n, K)")
+    log_p = logits.double().log_softmax(1)
+    marginal = log_p.logsumexp(0) - torch.tensor(float(len(log_p))).double().log()
+    return float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
+
+
+def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    for name, rows in (("real", real), ("fake", fake)):
+        if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] != real.shape[1]:
+            raise ValueError(
+                f"{name} features have shape {tuple(rows.shape)}; both sets must be (n, F) with "
+                f"n >= 2 and the same F, here {real.shape[-1]}"
+            )
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"{name} features hold values that are not finite")
+    return real.detach().cpu().double(), fake.detach().cpu().double()
