@@ -48,6 +48,15 @@ def test_flags_win_over_files(tmp_path):
     assert parse_args(["--batch-size", "4"])[0].batch_size == 4
 
 
+def test_a_flag_can_take_back_what_a_file_sets(tmp_path):
+    path = write(tmp_path / "run.yaml", {"dropout": 0.1, "value_range": [0, 1]})
+    words = ["--dropout", "null", "--value_range", "null", "--max_grad_norm", "null"]
+    config = parse_args(["--config", path, *words])[0]
+    assert (config.dropout, config.value_range, config.max_grad_norm) == (None, None, None)
+    with pytest.raises(ValueError, match="--lr: invalid float value: 'null'"):
+        parse_args(["--lr", "null"])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -125,6 +134,8 @@ def test_unreadable_files_are_named(tmp_path, text, message):
             {"push_to_hub": True, "hub_repo_id": "me/a", "prediction_type": "posterior_mean"},
             "set hub_form to 'plug-in' or 'self-contained'",
         ),
+        ({"from_pretrained": "x", "dropout": 0.1}, "leave dropout out"),
+        ({"from_pretrained": "x", "model": "small"}, "leave model out"),
         ({"best_by": "frechet"}, "needs frechet_images"),
         ({"frechet_images": 1}, "at least 2"),
         ({"streaming": True, "num_workers": 2}, "at most 1 worker"),

@@ -1,13 +1,15 @@
 """Images of every kind and from every place; bad ones are named before training begins."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddim_schedulers.training.batches import Draws, MapBatches, Share, make_loader
+from ddim_schedulers.training.batches import Draws, MapBatches, Share, open_loader
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import digits, fit_image, load_data
 from ddim_schedulers.training.sources import ArraySource, BadImageError
@@ -117,6 +119,38 @@ def test_image_files_keep_their_channels_and_depth(tmp_path, shape, dtype, chann
     assert data.value_range == (0.0, float(np.iinfo(dtype).max))
 
 
+def png16(array):
+    """A PNG of 16-bit colours (H, W, C), which PIL cannot write."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    height, width, channels = array.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("mode", ["keep", "RGB"])
+def test_colours_of_16_bits_are_refused_rather_than_cut_to_8(tmp_path, channels, mode):
+    (tmp_path / "deep.png").write_bytes(png16(pixels(8, 8, channels, dtype=np.uint16)))
+    with pytest.raises(ValueError, match=r"deep\.png has colours of 16 bits .* \.npy") as caught:
+        load(data=str(tmp_path), image_mode=mode, on_bad_image="skip")
+    assert not isinstance(caught.value, BadImageError)
+
+
+def test_arrays_of_another_byte_order(tmp_path):
+    array = pixels(5, 8, 6, dtype=np.uint16)
+    np.save(tmp_path / "big.npy", array.astype(">u2"))
+    np.save(tmp_path / "small.npy", array.astype("<u2"))
+    big, small = (load(data=str(tmp_path / f"{name}.npy")) for name in ("big", "small"))
+    assert torch.equal(big.all(), small.all()) and big.levels == small.levels == 65536
+
+
 def test_palettes_and_bitmaps_become_what_they_show(tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "b").mkdir()
@@ -180,8 +214,30 @@ def test_a_broken_file_stops_with_its_name_or_is_counted(tmp_path):
     assert replaced == 1
     assert torch.equal(images[1], images[2])  # its neighbour took its place
     (tmp_path / "004.png").unlink()
-    with pytest.raises(BadImageError, match=r"002\.png"):
-        load(data=str(tmp_path)).all()
+    broken = load(data=str(tmp_path))
+    with pytest.raises(BadImageError, match=r"002\.png") as here:
+        broken.all()
+    batches = MapBatches(broken, Draws(0, 5, False, False, False), Share(5, 1, 0, 1))
+    with pytest.raises(BadImageError) as there, open_loader(batches, 0, 1, 1) as loader:
+        list(loader)
+    assert str(there.value) == str(here.value)  # a worker's message is the same
+
+
+def test_absurdly_large_images_are_bad_ones(tmp_path, monkeypatch):
+    save_images(tmp_path, [pixels(8, 8, seed=n) for n in range(2)])
+    Image.fromarray(pixels(64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadImageError, match=r"bomb\.png: Image size \(4096 pixels\)"):
+        load(data=str(tmp_path))
+    data = load(data=str(tmp_path), on_bad_image="skip")
+    assert len(data) == 2 and len(data.skipped) == 1
+
+
+def test_something_must_be_left_to_train_on(tmp_path):
+    np.save(tmp_path / "a.npy", pixels(3, 8, 8))
+    with pytest.raises(ValueError, match="validation_fraction is 0.9, which holds out all 3"):
+        load(data=str(tmp_path / "a.npy"), validation_fraction=0.9)
+    assert len(load(data=str(tmp_path / "a.npy"), validation_fraction=0.5)) == 1
 
 
 def test_an_empty_or_absent_place_is_an_error(tmp_path):
@@ -194,21 +250,49 @@ def test_an_empty_or_absent_place_is_an_error(tmp_path):
         load(data=str(tmp_path), on_bad_image="skip")
 
 
-@pytest.fixture
-def parquet(tmp_path):
+def write_parquet(path, images):
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    def png(number):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels(8, 8, 3, seed=number)).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": f"{number}.png"}
-
-    columns = {"label": list(range(40)), "scan": [png(n) for n in range(40)]}
     features = Features({"label": Value("int64"), "scan": ImageFeature()})
-    path = tmp_path / "set.parquet"
+    columns = {"label": list(range(len(images))), "scan": images}
+    path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(columns, features=features).to_parquet(str(path))
     return str(path)
+
+
+def png(number):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(8, 8, 3, seed=number)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": f"{number}.png"}
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    return write_parquet(tmp_path / "set.parquet", [png(n) for n in range(40)])
+
+
+def test_a_folder_of_parquet_files_has_the_splits_of_its_names(tmp_path):
+    for name, numbers in (("train-0-of-2", [0, 1]), ("train-1-of-2", [2]), ("test", [7])):
+        write_parquet(tmp_path / "set" / "data" / f"{name}.parquet", [png(n) for n in numbers])
+    (tmp_path / "set" / "README.md").write_text("# A set\n")
+    at = str(tmp_path / "set")
+    assert [len(load(data=at, split=split)) for split in ("train", "test")] == [3, 1]
+    with pytest.raises(ValueError, match="Unknown split .*nonsense"):
+        load(data=at, split="nonsense")
+    with pytest.raises(ValueError, match="Unknown split .*test"):
+        load(data=str(tmp_path / "set" / "data" / "train-1-of-2.parquet"), split="test")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(ValueError, match="cannot load"):
+        load(data=str(tmp_path / "bad.parquet"))
+
+
+def test_rows_without_an_image_are_bad_ones(tmp_path):
+    path = write_parquet(tmp_path / "holes.parquet", [png(0), None, png(2)])
+    with pytest.raises(BadImageError, match=r"holes.parquet\[1\]: the row holds no image"):
+        load(data=path)
+    data = load(data=path, on_bad_image="skip")
+    assert len(data) == 2 and data.skipped == [f"{path}[1]"]
 
 
 def test_parquet_with_an_image_column_of_any_name(parquet):
@@ -234,7 +318,8 @@ def test_a_stream_gives_the_same_batches_from_any_place_and_split(parquet):
     def batches(start, stop, place, share):
         made = StreamBatches(stream, data, draws, share)
         made.start, made.stop, made.place = start, stop, place
-        return list(make_loader(made, start, stop, 0, False))
+        with open_loader(made, start, stop) as loader:
+            return list(loader)
 
     whole = batches(0, 5, (0, 0), Share(16, 1, 0, 1))
     assert whole[2]["place"].tolist() == [1, 12]  # 36 images an epoch: the third batch crosses it
@@ -301,8 +386,8 @@ def test_noise_is_standard_normal_and_flips_mirror():
 
 def test_workers_do_not_change_the_batches():
     batches = MapBatches(digits("train"), Draws(0, 8, False, True, False), Share(8, 1, 0, 2))
-    alone = list(make_loader(batches, 2, 5, 0, False))
-    helped = list(make_loader(batches, 2, 5, 2, False))
+    with open_loader(batches, 2, 5) as alone, open_loader(batches, 2, 5, 2) as helped:
+        alone, helped = list(alone), list(helped)
     assert len(alone) == len(helped) == 6
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)

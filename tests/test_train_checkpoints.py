@@ -87,9 +87,18 @@ def test_the_last_ones_and_the_best_are_kept(root):
     (root / ".writing-40").mkdir()
     (root / ".discarded-step-00000005").mkdir()
     checkpoints.write(root, 40, contents(40))
-    checkpoints.prune(root, keep_last=2, best_step=10)
+    checkpoints.prune(root, step=40, keep_last=2, best_step=10)
     assert [checkpoints.step_of(p) for p in checkpoints.listed(root)] == [40, 30, 10]
     assert not list(root.glob(".*"))
+
+
+@pytest.mark.parametrize(("keep_last", "left"), [(1, [25]), (2, [25, 20])])
+def test_a_run_resumed_before_a_damaged_checkpoint_keeps_its_own(root, keep_last, left):
+    (root / "step-00000030" / "state.json").write_bytes(b"x")
+    checkpoints.write(root, 25, contents(25))  # resumed at 20
+    checkpoints.prune(root, step=25, keep_last=keep_last, best_step=None)
+    assert [checkpoints.step_of(p) for p in checkpoints.listed(root)] == left
+    assert all(checkpoints.verify(p) is None for p in checkpoints.listed(root))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.training import checkpoints, train
-from ddim_schedulers.training.batches import make_loader
 from ddim_schedulers.training.checkpoints import CheckpointError
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
 from ddim_schedulers.training.launch import LearningRate
@@ -249,7 +248,8 @@ class ReadBacks(TorchDispatchMode):
 @pytest.mark.parametrize("sampling", ["uniform", "loss_aware"])
 def test_a_step_reads_nothing_back(settings, sampling):
     trainer = Trainer(settings("a", timestep_sampling=sampling, variance_type="learned_range"))
-    batches = list(make_loader(trainer.batches, 0, 3, 0, False))
+    with trainer.loader(3) as loader:
+        batches = list(loader)
     # A number of replaced images comes from the host and stays there.
     for batch in batches:
         batch["replaced"] = 0

@@ -13,6 +13,7 @@ generators: the numbers do not depend on the device. With `num_workers` they are
 time.
 """
 
+import contextlib
 import hashlib
 import signal
 from collections.abc import Iterator
@@ -138,6 +139,10 @@ class MapBatches(Dataset[Batch]):
             ids[epochs == epoch] = self._order(int(epoch))[offsets[epochs == epoch]]
         return ids
 
+    def names(self, ids: np.ndarray) -> list[str]:
+        """What to call the images of `ids` in a report."""
+        return self.data.names(ids.tolist())
+
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, part = key
         positions = self.share.positions(part)
@@ -169,19 +174,70 @@ class Keys(Sampler[tuple[int, int]]):
         return (self.stop - self.start) * self.parts
 
 
-def make_loader(batches: Any, start: int, stop: int, workers: int, pin: bool) -> DataLoader[Batch]:
-    """A loader of ready batches, never regrouped, so that workers cannot change their order."""
+@contextlib.contextmanager
+def open_loader(
+    batches: Any, start: int, stop: int, workers: int = 0, pin: bool = False
+) -> Iterator[Iterator[Batch]]:
+    """Ready batches, never regrouped, so that workers cannot change their order.
+
+    The workers have ended when the context has.
+
+    Raises:
+        ValueError: what `batches` raised, with its own message, from a worker too.
+    """
     streaming = isinstance(batches, IterableDataset)
-    return DataLoader(
-        batches,
-        sampler=None if streaming else Keys(start, stop, batches.share.parts),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_quiet_worker,
-        # Without one of its own, the loader takes a number from the global generator.
-        generator=torch.Generator(),
+    loader: Any = iter(
+        DataLoader(
+            _CarriedStream(batches) if streaming else _Carried(batches),
+            sampler=None if streaming else Keys(start, stop, batches.share.parts),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=_quiet_worker,
+            # Without one of its own, the loader takes a number from the global generator.
+            generator=torch.Generator(),
+        )
     )
+    try:
+        yield _raised(loader)
+    finally:
+        if workers:
+            # They ignore the signal by which Python would end them at its exit, and would be waited
+            # for. The frames of an exception can keep the loader alive until then.
+            loader._shutdown_workers()
+
+
+class _Carried(Dataset[Any]):
+    """Hands on a `ValueError` as a batch: torch would rename it and put a traceback into it."""
+
+    def __init__(self, batches: MapBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | ValueError:
+        try:
+            return self.batches[key]
+        except ValueError as error:
+            return error
+
+
+class _CarriedStream(IterableDataset[Any]):
+    """The same for a stream."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch | ValueError]:
+        try:
+            yield from self.batches
+        except ValueError as error:
+            yield error
+
+
+def _raised(loader: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
 def _scramble(value: int) -> int:
@@ -193,7 +249,8 @@ def _scramble(value: int) -> int:
 
 
 def _quiet_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process finishes its step and stops the
-    # workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and the SIGTERM of a batch system, reach all processes. The main one needs its workers
+    # to finish the step, and ends them itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -109,10 +109,16 @@ def discard(folder: Path) -> None:
         shutil.rmtree(moved, ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int, best_step: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and the best, and what dead runs left."""
-    for folder in listed(root)[keep_last:]:
-        if step_of(folder) != best_step:
+def prune(root: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    """Deletes all but the last `keep_last` checkpoints and the best, and what dead runs left.
+
+    Call it after the checkpoint of `step` was written. Those of later steps go first: a run that
+    was resumed before them has passed them over as damaged, or replaces them.
+    """
+    earlier = [folder for folder in listed(root) if step_of(folder) <= step]
+    kept = {step_of(folder) for folder in earlier[:keep_last]} | {best_step}
+    for folder in listed(root):
+        if step_of(folder) not in kept:
             discard(folder)
     for pattern in (f"{TEMPORARY}*", f"{DISCARDED}*"):
         for leftover in root.glob(pattern):

@@ -111,6 +111,11 @@ class ImageData:
         held_out = round(len(self) * fraction)
         if held_out == 0:
             return self, None
+        if held_out == len(self):
+            raise ValueError(
+                f"validation_fraction is {fraction}, which holds out all {held_out} images and "
+                "leaves none to train on"
+            )
         order = np.random.default_rng(seed).permutation(self.ids)
         rest, taken = np.sort(order[held_out:]), np.sort(order[:held_out])
         return replace(self, ids=rest), replace(self, ids=taken)
@@ -124,7 +129,7 @@ class ImageData:
             except BadImageError:
                 if self.on_bad_image == "stop":
                     raise
-        raise BadImageError("none of the images can be decoded")
+        raise BadImageError(self.source.name(int(self.ids[position])), "nor can any other")
 
 
 def fit_image(
@@ -184,12 +189,16 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
     source = digits("all").source if config.data == "digits" else open_source(config)
     if len(source) == 0:
         raise ValueError(f"data: {config.data} holds no images")
-    data = _checked(source, config)
+    data = checked(source, config)
     return data.split(config.validation_fraction, config.seed)
 
 
-def _checked(source: ImageSource, config: DataConfig) -> ImageData:
-    """Reads every header, so that a set that cannot be trained on is refused at once."""
+def checked(source: ImageSource, config: DataConfig) -> ImageData:
+    """Reads every header, so that a set that cannot be trained on is refused at once.
+
+    Raises:
+        ValueError: as in `load_data`.
+    """
     headers, ids, skipped = [], [], []
     for index in range(len(source)):
         try:

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ddim_schedulers.training.batches import make_loader
 from ddim_schedulers.training.parsing import to_yaml
 from ddim_schedulers.training.records import Window
-from ddim_schedulers.training.streams import StreamBatches
 
 if TYPE_CHECKING:
     from ddim_schedulers.training.trainer import Trainer
@@ -23,22 +21,23 @@ def report(trainer: "Trainer") -> str:
         Text for the terminal: settings, data, parameters, memory, loss of the first step, time.
     """
     config, share = trainer.config, trainer.share
-    if isinstance(trainer.batches, StreamBatches):
-        trainer.batches.stop = 2
-    batch = next(iter(make_loader(trainer.batches, 0, 1, 0, False)))
-    loader = iter(make_loader(trainer.batches, 0, 2, config.num_workers, False))
-    window, seconds = Window(share, 0), 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        trainer.one_step(loader, window)
-        reading = window.read(trainer.accelerator, stop=False)
-        seconds = time.perf_counter() - began
-        trainer.step += 1
-        if trainer.step == 1:
-            first = float(reading.loss.mean())
+    start = trainer.step
+    with trainer.loader(start + 1) as loader:
+        batch = next(loader)
+    losses, seconds = [], 0.0
+    with trainer.loader(start + 2) as loader:
+        window = Window(share, start)
+        for _ in range(2):
+            began = time.perf_counter()
+            trainer.one_step(loader, window)
+            reading = window.read(trainer.accelerator, stop=False)
+            seconds = time.perf_counter() - began
+            trainer.step += 1
+            losses.append(float(reading.loss.mean()))
     parameters = sum(p.numel() for p in trainer.parameters)
     images = batch["images"]
     count = "a stream of" if config.streaming else f"{len(trainer.data):,}"
+    left = max(config.max_train_steps - start, 0)
     held_out = 0 if trainer.held_out is None else len(trainer.held_out)
     return "\n".join(
         [
@@ -49,9 +48,9 @@ def report(trainer: "Trainer") -> str:
             f"parts x {share.rows} images",
             f"parameters  {parameters:,}",
             f"memory      {_memory(trainer)}",
-            f"loss        {first:.4f} at the first step",
+            f"loss        {losses[0]:.4f} at step {start}",
             f"time        {seconds:.2f} s a step, without validation and sampling about "
-            f"{_duration(seconds, config.max_train_steps)} for {config.max_train_steps:,} steps",
+            f"{_duration(seconds, left)} for {left:,} steps",
         ]
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
@@ -30,6 +31,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    # Accelerate keeps its state for the whole process. An earlier run in this one, with another
+    # precision or device, would otherwise decide those of this run or be an error.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -26,7 +26,7 @@ with
 and for the last step, p_theta(x_0 | x_t) = N(x0_hat, sigma^2 I), the same with a_s = 1, b_s -
 sigma^2 := 0. The paper prints gamma_t = 1 / (2 d sigma_t^2 a_t) (App. B): it drops the factor that
 the two means share x_t, that is the b_t and the second root above (and counts the mean over d
-pixels). `gamma_of_family` is the exact one; `tests/test_training_objectives.py` compares it with
+pixels). `gamma_of_family` is the exact one; `tests/test_train_objectives.py` compares it with
 the KL of the two Gaussians.
 
 **Learned variance** (`learned_range`, Improved DDPM, arXiv:2102.09672, Eq. 15-16): the network has

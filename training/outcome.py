@@ -20,8 +20,7 @@ class TrainingResult:
     Attributes:
         output_dir: folder of the run.
         pipeline_dir: the diffusers pipeline, with the weights that `weights` names; None if the run
-        was
-            stopped before its end.
+            was stopped before its end.
         unet: the network with those weights, on the training device, in evaluation mode.
         scheduler: the process it was trained for.
         weights: 'ema' or 'raw'.
@@ -32,6 +31,7 @@ class TrainingResult:
         stopped_by: signal that ended the session early, 'stop_after', or None.
         skipped_steps: steps of this session that were not finite and not applied.
         replaced_images: broken images of this session for which a neighbour was used.
+        left_out: names of images whose header could not be read, and which were not used at all.
         evaluations: what validation found, oldest first.
     """
 
@@ -47,6 +47,7 @@ class TrainingResult:
     stopped_by: str | None = None
     skipped_steps: int = 0
     replaced_images: int = 0
+    left_out: list[str] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -56,8 +57,16 @@ class TrainingResult:
             lines.append(f"{self.skipped_steps} steps were not finite and were not applied")
         if self.replaced_images:
             lines.append(f"{self.replaced_images} broken images were replaced by their neighbours")
+        if self.left_out:
+            lines.append(describe_left_out(self.left_out))
         if self.stopped_by:
             lines.append(f"stopped by {self.stopped_by}; continue with --resume latest")
         if self.pipeline_dir:
             lines.append(f"pipeline with the {self.weights} weights: {self.pipeline_dir}")
         return "\n".join(lines)
+
+
+def describe_left_out(names: list[str]) -> str:
+    """How many images were left out because they cannot be read, and the first of them."""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} images cannot be read and are left out: {shown}"

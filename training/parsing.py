@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +41,7 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> TrainingCon
         ValueError: an unknown key (the nearest valid one is named) or a value of the wrong type.
     """
     parser = _parser("ddim-schedulers train")
-    values = _converted(parser, _read(Path(path)), str(path)) if path is not None else {}
+    values = _converted(parser, read_file(Path(path)), str(path)) if path is not None else {}
     values |= _converted(parser, overrides, "the call")
     return TrainingConfig(**values)
 
@@ -62,17 +64,17 @@ def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[Tr
     )
     path = _config_path(argv)
     if path is not None:
-        parser.set_defaults(**_converted(parser, _read(Path(path)), path))
+        parser.set_defaults(**_converted(parser, read_file(Path(path)), path))
     namespace, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            raise ValueError(f"unknown flag {flag}{_nearest(flag.lstrip('-'), _names(), '--')}")
+            raise ValueError(f"unknown flag {flag}{nearest(flag.lstrip('-'), _names(), '--')}")
     if unknown:
         raise ValueError(f"{unknown[0]!r} stands where a flag is expected")
-    return TrainingConfig(
-        **{name: getattr(namespace, name) for name in _names()}
-    ), namespace.dry_run
+    values = {name: getattr(namespace, name) for name in _names()}
+    values = {name: None if value == [None] else value for name, value in values.items()}
+    return TrainingConfig(**values), namespace.dry_run
 
 
 def to_yaml(config: TrainingConfig) -> str:
@@ -91,6 +93,21 @@ def _names() -> list[str]:
     return [field.name for field in dataclasses.fields(TrainingConfig)]
 
 
+def _nullable() -> set[str]:
+    hints = typing.get_type_hints(TrainingConfig)
+    return {name for name in _names() if type(None) in typing.get_args(hints[name])}
+
+
+def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`convert`, and None for YAML's word for it: a flag can take back the value of a file."""
+
+    def converted(word: str) -> Any:
+        return None if word == "null" else convert(word)
+
+    converted.__name__ = convert.__name__  # argparse shows it: "invalid float value"
+    return converted
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
     from transformers.hf_argparser import HfArgumentParser
 
@@ -98,12 +115,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:  # the caller decides how bad input is shown
             raise ValueError(message)
 
-    return Parser(
+    parser = Parser(
         list(GROUPS),
         prog=prog,
         allow_abbrev=False,
         description="Train an unconditional UNet2DModel. Fields of --config have the same names.",
     )
+    nullable = _nullable()
+    for action in parser._actions:
+        if action.dest in nullable and callable(action.type):
+            action.type = _or_null(action.type)
+    return parser
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -115,7 +137,7 @@ def _config_path(argv: list[str]) -> str | None:
         raise ValueError(str(error)) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -141,15 +163,13 @@ def _converted(
 ) -> dict[str, Any]:
     """`values` sent through the converters of the flags with the same names."""
     actions = {action.dest: action for action in reversed(parser._actions)}
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
+    names, nullable = _names(), _nullable()
     converted: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in defaults:
-            raise ValueError(
-                f"{source}: unknown key {key!r}{_nearest(str(key), list(defaults), '')}"
-            )
+        if key not in names:
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), names, '')}")
         if value is None:
-            if defaults[key] is not None and key not in ("max_grad_norm",):
+            if key not in nullable:
                 raise ValueError(f"{source}: {key} cannot be null")
             converted[key] = None
             continue
@@ -165,7 +185,7 @@ def _converted(
     return converted
 
 
-def _nearest(name: str, names: list[str], prefix: str) -> str:
+def nearest(name: str, names: list[str], prefix: str) -> str:
     name = name.replace("-", "_")
     close = [STOCK_NAMES[name]] if name in STOCK_NAMES else []
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.training.batches import Share
 from ddim_schedulers.training.config import TrainingConfig
 
@@ -157,6 +159,7 @@ class Records:
             "grad_norm": float(reading.norms.mean()),
             "images_per_s": rate_images,
             "skipped_steps": float(self.skipped),
+            "replaced_images": float(self.replaced),
         }
         if self._bar is not None:
             self._bar.set_postfix(
@@ -179,6 +182,21 @@ class Records:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def show_pictures(self, trackers: list[Any], folder: Path, step: int) -> None:
+        """Hands the pictures of `step` to trackers; that of trackio takes none."""
+        from PIL import Image
+
+        if not self.is_main:
+            return
+        for path in sorted(folder.glob(f"*-{step:08d}.png")):
+            with Image.open(path) as image:
+                pictures = {path.stem.split("-")[0]: np.asarray(image.convert("RGB"))[None]}
+            for tracker in trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images(pictures, step=step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images(pictures, step=step)
+
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps and training losses of all sessions, from `metrics.jsonl`."""
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
@@ -186,11 +204,12 @@ class Records:
         return [step for step, _ in points], [loss for _, loss in points]
 
     def rewind(self, step: int) -> None:
-        """Drops what was written after the checkpoint of `step` by a session that died."""
+        """Drops what a session that died wrote after `step`, where this one begins."""
         if self.is_main and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_in(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            text = "".join(f"{line}\n" for line in kept)
+            write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
 def _step_in(line: str) -> float:

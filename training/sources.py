@@ -6,6 +6,7 @@ meaning.
 """
 
 import io
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +21,14 @@ _CHANNELS = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "LA": 2, "F": 1, "I": 1, "I;16
 
 
 class BadImageError(ValueError):
-    """An image that cannot be decoded; `name` says which."""
+    """An image that cannot be decoded; `name` says which, `reason` why."""
 
-    def __init__(self, name: str, reason: str = "") -> None:
-        self.name = name
-        super().__init__(f"data: cannot read image {name}{': ' if reason else ''}{reason}")
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"data: cannot read image {name}: {reason}")
+
+    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
+        return type(self), (self.name, self.reason)  # else its message is made twice in a worker
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class ArraySource:
     def many(self, ids: np.ndarray) -> np.ndarray:
         """Rows as (B, C, H, W), in a dtype that torch has."""
         rows = np.ascontiguousarray(self.array[ids].transpose(0, 3, 1, 2))
+        rows = rows.astype(rows.dtype.newbyteorder("="), copy=False)
         return rows.astype(np.int64) if rows.dtype in (np.uint32, np.uint64) else rows
 
 
@@ -145,8 +150,7 @@ class TableSource:
 
     def name(self, index: int) -> str:
         """Row number, with the file name where the data set has one."""
-        path = self.table[index][self.column]["path"]
-        return f"{self.label}[{index}]{f' ({path})' if path else ''}"
+        return f"{self.label}[{index}]{path_note(self.table[index][self.column])}"
 
     def header(self, index: int) -> Header:
         """From the first bytes of the file."""
@@ -176,22 +180,29 @@ def open_source(config: DataConfig) -> ImageSource:
 
 
 def load_table(config: DataConfig, *, streaming: bool) -> Any:
-    """What `config.data` names: a `datasets` data set, Parquet files or a folder of them."""
+    """What `config.data` names: a `datasets` data set, a Parquet file or a folder of them.
+
+    In a folder the file names say which split they are of, as on the Hub (all are `train` where
+    they say nothing).
+
+    Raises:
+        ValueError: it cannot be loaded, or there is no such split.
+    """
     from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     path = Path(config.data)
     try:
-        if path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
-            files = (
-                [str(p) for p in sorted(path.rglob("*.parquet"))] if path.is_dir() else str(path)
+        if path.suffix == ".parquet":
+            return load_dataset(
+                "parquet", data_files=str(path), split=config.split, streaming=streaming
             )
-            return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
         if (path / "dataset_info.json").exists():
             return load_from_disk(str(path))
         return load_dataset(
             config.data, config.data_config, split=config.split, streaming=streaming
         )
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
         raise ValueError(f"data: cannot load {config.data!r}: {error}") from error
 
 
@@ -218,39 +229,71 @@ def find_image_column(features: Any, config: DataConfig) -> str:
     return columns[0]
 
 
-def raw_file(value: dict[str, Any]) -> io.BytesIO | Path:
-    """What PIL can open, from an undecoded `datasets` image."""
-    return io.BytesIO(value["bytes"]) if value["bytes"] is not None else Path(value["path"])
+def raw_file(value: dict[str, Any] | None) -> io.BytesIO | Path | None:
+    """What PIL can open, from an undecoded `datasets` image; None where the row has no image."""
+    if value is None:
+        return None
+    if value["bytes"] is not None:
+        return io.BytesIO(value["bytes"])
+    return None if value["path"] is None else Path(value["path"])
 
 
-def header_of(file: io.BytesIO | Path, name: str, mode: str) -> Header:
-    """Channels, size and dtype of an image file, without decoding its pixels."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            actual = _mode_of(image, name, mode)
-            return Header(_CHANNELS[actual], (image.height, image.width), _dtype(actual))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise BadImageError(name, str(error)) from error
+def path_note(value: dict[str, Any] | None) -> str:
+    """The file name of an undecoded `datasets` image in brackets, or nothing."""
+    return f" ({value['path']})" if value and value["path"] else ""
 
 
-def decode(file: io.BytesIO | Path, name: str, mode: str) -> np.ndarray:
-    """The pixels of an image file, (C, H, W), uint8, uint16 or float32."""
-    from PIL import Image, UnidentifiedImageError
+def header_of(file: io.BytesIO | Path | None, name: str, mode: str) -> Header:
+    """Channels, size and dtype of an image file, without decoding its pixels.
 
-    try:
-        with Image.open(file) as image:
-            actual = _mode_of(image, name, mode)
-            same = image.mode == actual and actual != "1"
-            pixels = np.array(image if same else image.convert("L" if actual == "1" else actual))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise BadImageError(name, str(error)) from error
+    Raises:
+        BadImageError: it cannot be read.
+        ValueError: it can, but has no mode that is trained on.
+    """
+    with _opened(file, name) as image:
+        actual = _mode_of(image, name, mode)
+        return Header(_CHANNELS[actual], (image.height, image.width), _dtype(actual))
+
+
+def decode(file: io.BytesIO | Path | None, name: str, mode: str) -> np.ndarray:
+    """The pixels of an image file, (C, H, W), uint8, uint16 or float32. Raises as `header_of`."""
+    with _opened(file, name) as image:
+        actual = _mode_of(image, name, mode)
+        try:
+            image.load()
+        except _unreadable() as error:
+            raise BadImageError(name, str(error)) from error
+        same = image.mode == actual and actual != "1"
+        pixels = np.array(image if same else image.convert("L" if actual == "1" else actual))
     pixels = pixels.astype(_dtype(actual), copy=False)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def _opened(file: io.BytesIO | Path | None, name: str) -> Any:
+    from PIL import Image
+
+    if file is None:
+        raise BadImageError(name, "the row holds no image")
+    try:
+        return Image.open(file)
+    except _unreadable() as error:
+        raise BadImageError(name, str(error)) from error
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What PIL raises for broken or absurdly large files, depending on the format."""
+    from PIL import Image
+
+    return (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
 def _mode_of(image: Any, name: str, wanted: str) -> str:
+    # PIL has no mode for colours of 16 bits: it would drop the lower half.
+    if not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile):
+        raise ValueError(
+            f"data: {name} has colours of 16 bits a channel, of which PIL reads only 8; store such "
+            "images as an array of uint16 in a .npy file, or convert them to 8 bits yourself"
+        )
     if wanted != "keep":
         if image.mode.startswith(("I", "F")):  # PIL would clip these to 8 bits
             raise ValueError(f"data: {name} has mode {image.mode}; image_mode must be keep for it")

@@ -7,7 +7,7 @@ checkpoint was made.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,28 @@ from torch.utils.data import IterableDataset
 
 from ddim_schedulers.training.batches import Batch, Draws, Share, derive_seed
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
-from ddim_schedulers.training.data import ImageData, check_fit, find_range
+from ddim_schedulers.training.data import ImageData, check_fit, checked
 from ddim_schedulers.training.sources import (
     BadImageError,
     decode,
     find_image_column,
     header_of,
     load_table,
+    path_note,
     raw_file,
 )
+
+# Images of a stream that are looked at before training, to learn what its images are like.
+LOOKED_AT = 64
+
+Row = dict[str, Any] | None
 
 
 @dataclass
 class ListSource:
-    """Undecoded images of a stream that are kept: the held-out ones, or one for its shape."""
+    """The first images of a stream, undecoded, which are kept."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     label: str
     mode: str
     uniform: bool = field(default=False, init=False)
@@ -41,8 +47,7 @@ class ListSource:
 
     def name(self, index: int) -> str:
         """Place in the stream, with the file name where there is one."""
-        path = self.rows[index]["path"]
-        return f"{self.label}[{index}]{f' ({path})' if path else ''}"
+        return f"{self.label}[{index}]{path_note(self.rows[index])}"
 
     def header(self, index: int) -> Any:
         """From the first bytes."""
@@ -53,13 +58,20 @@ class ListSource:
         return decode(raw_file(self.rows[index]), self.name(index), self.mode)
 
 
-def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData | None]:
-    """The stream, what its images are like (from the first one), and the held-out images.
+def held_out_of_stream(validate_every: int, validation_images: int) -> int:
+    """How many images at the start of a stream are not trained on."""
+    return validation_images if validate_every else 0
 
-    The first `validation_images` of the stream are held out if `validate_every` is set.
+
+def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData | None]:
+    """The stream, its first images, and those of them that are held out.
+
+    The first images say what all are like, and are the reference of the Frechet distance; the
+    first `validation_images` are held out if `validate_every` is set.
 
     Raises:
-        ValueError: no such set, no image column, nothing in it, or an image that does not fit.
+        ValueError: no such set, no image column, nothing in it or nothing beyond the held-out
+            images, or one of the first images does not fit.
     """
     from datasets import Image
 
@@ -68,29 +80,23 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
         table = table._resolve_features()
     column = find_image_column(table.features, config)
     table = table.select_columns([column]).cast_column(column, Image(decode=False))
-    kept = max(1, config.validation_images if config.validate_every else 0)
-    rows = [row[column] for row in table.take(kept)]
+    held_out = held_out_of_stream(config.validate_every, config.validation_images)
+    reference = config.validation_images if config.frechet_images else 0
+    rows = [row[column] for row in table.take(max(held_out + 1, reference, LOOKED_AT))]
     if not rows:
         raise ValueError(f"data: the stream {config.data} is empty")
-    source = ListSource(rows, config.data, config.image_mode)
-    header = source.header(0)
-    size = header.size if config.image_size is None else (config.image_size, config.image_size)
-    value_range, levels = find_range(header.dtype, None, config.value_range)
-    data = ImageData(
-        source,
-        np.arange(len(rows)),
-        header.channels,
-        size,
-        value_range,
-        levels,
-        config.fit,
-        config.on_bad_image,
-    )
-    for index in range(len(rows)):
-        check_fit(source.header(index).size, size, config.fit, source.name(index))
-    if config.validate_every == 0:
+    if len(rows) <= held_out:
+        raise ValueError(
+            f"validation_images is {held_out}, but the stream {config.data} has only {len(rows)} "
+            "images, which leaves none to train on"
+        )
+    data = checked(ListSource(rows, config.data, config.image_mode), config)
+    if held_out == 0:
         return Stream(table, column, config), data, None
-    return Stream(table.skip(kept), column, config), data, data
+    kept = replace(data, ids=data.ids[data.ids < held_out])
+    if len(kept) == 0:
+        raise ValueError(f"data: none of the {held_out} held-out images can be read")
+    return Stream(table.skip(held_out), column, config), data, kept
 
 
 @dataclass
@@ -107,7 +113,7 @@ class Stream:
     column: str
     config: DataConfig
 
-    def rows(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def rows(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, Row]]:
         """(epoch, number in it, image) from image `offset` of `epoch` on, without end.
 
         Raises:
@@ -123,9 +129,9 @@ class Stream:
                 raise ValueError(f"data: the stream {self.config.data} is empty")
             epoch, offset = epoch + 1, 0
 
-    def _shuffled(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+    def _shuffled(self, random: np.random.Generator) -> Iterator[Row]:
         # The shuffle of `datasets` gives another order in a worker process than in the main one.
-        held: list[dict[str, Any]] = []
+        held: list[Row] = []
         for row in self.table:
             if len(held) < self.config.shuffle_buffer:
                 held.append(row[self.column])
@@ -141,12 +147,17 @@ class StreamBatches(IterableDataset[Batch]):
 
     def __init__(self, stream: Stream, data: ImageData, draws: Draws, share: Share) -> None:
         self.stream, self.data, self.draws, self.share = stream, data, draws, share
+        self.dtype = data.source.header(int(data.ids[0])).dtype
         self.start, self.stop = 0, 0
         self.place = (0, 0)  # epoch and image of it, where the first batch begins
 
     def ids(self, step: int) -> np.ndarray:
         """Images of a stream have no numbers: the count of images seen before, (G,)."""
         return np.arange(step * self.share.batch_size, (step + 1) * self.share.batch_size)
+
+    def names(self, ids: np.ndarray) -> list[str]:
+        """What to call the images of `ids` in a report."""
+        return [f"{self.stream.config.data}, image {i} of the shuffled stream" for i in ids]
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self.stream.rows(self.draws.seed, *self.place)
@@ -173,6 +184,11 @@ class StreamBatches(IterableDataset[Batch]):
                 f"data: {self._name(row)} has {array.shape[0]} channels, the first image has "
                 f"{self.data.channels}; set image_mode to convert"
             )
+        if array.dtype.name != self.dtype:
+            raise ValueError(
+                f"data: {self._name(row)} is {array.dtype.name}, the first image is {self.dtype}; "
+                "convert the files to one bit depth"
+            )
         check_fit(array.shape[-2:], self.data.size, self.data.fit, self._name(row))
         return self.data.prepare(array, crop)
 
@@ -185,9 +201,8 @@ class StreamBatches(IterableDataset[Batch]):
             except BadImageError:
                 if self.data.on_bad_image == "stop":
                     raise
-        raise BadImageError("none of the images of a batch can be decoded")
+        raise BadImageError(self._name(taken[position]), "nor can any other of its batch")
 
     def _name(self, row: Any) -> str:
-        path = row[2]["path"]
         at = f"{self.stream.config.data}, epoch {row[0]}, image {row[1]} of the shuffled stream"
-        return f"{at} ({path})" if path else at
+        return at + path_note(row[2])

@@ -25,7 +25,6 @@ from pairing import paired, parser, report
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from ddim_schedulers.training.batches import make_loader
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.models import make_unet
 from ddim_schedulers.training.records import Window
@@ -49,7 +48,12 @@ def ours(images, folder, preset, batch_size, **options):
         **options,
     )
     trainer = Trainer(config)
-    loader = iter(make_loader(trainer.batches, 0, STEPS, config.num_workers, False))
+
+    def batches():
+        with trainer.loader(STEPS) as loader:
+            yield from loader
+
+    loader = batches()
     window = Window(trainer.share, 0)
     (folder / "run").mkdir()
 

@@ -1,0 +1,144 @@
+"""Runs that read their images as a stream: exact resume, bad rows, reports."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from ddim_schedulers.training import checkpoints, train
+from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.outcome import NonFiniteError
+from ddim_schedulers.training.sources import BadImageError
+from ddim_schedulers.training.trainer import Trainer
+
+UNET = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+BROKEN = {"bytes": b"nothing", "path": "broken.png"}
+
+
+def picture(number, dtype=np.uint8):
+    high = np.iinfo(dtype).max
+    buffer = io.BytesIO()
+    random = np.random.default_rng(number)
+    Image.fromarray(random.integers(0, high, (8, 8), dtype=dtype)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": f"{number}.png"}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a quick run over a stream of `rows`, as a function of what differs."""
+    (tmp_path / "unet.json").write_text(json.dumps(UNET))
+
+    def make(name, rows=None, **changes):
+        path = tmp_path / "images.parquet"
+        if rows is not None or not path.exists():
+            rows = [picture(n) for n in range(30)] if rows is None else rows
+            features = Features({"image": ImageFeature()})
+            Dataset.from_dict({"image": rows}, features=features).to_parquet(str(path))
+        values = {
+            "output_dir": str(tmp_path / name),
+            "model": str(tmp_path / "unet.json"),
+            "data": str(path),
+            "streaming": True,
+            "shuffle_buffer": 7,
+            "cpu": True,
+            "batch_size": 8,
+            "max_train_steps": 7,
+            "lr": 1e-3,
+            "lr_warmup_steps": 2,
+            "ema_decay": 0.9,
+            "progress_bar": False,
+            "log_every": 4,
+            "checkpoint_every": 0,
+        }
+        return TrainingConfig(**values | changes)
+
+    return make
+
+
+def files(config):
+    folder = checkpoints.folder_of(Path(config.output_dir) / "checkpoints", config.max_train_steps)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+def test_resume_is_exact_in_the_middle_of_an_epoch(settings):
+    options = {
+        "gradient_accumulation_steps": 2,
+        "random_flip": True,
+        "validate_every": 7,
+        "validation_images": 4,  # 26 images are left: an epoch is three and a quarter steps
+    }
+    whole = train.train(settings("whole", **options))
+    parts = [train.train(settings("parts", **options, stop_after=2, num_workers=1))]
+    parts += [train.train(settings("parts", **options, resume="latest", stop_after=3))]
+    parts += [train.train(settings("parts", **options, resume="latest"))]
+    assert sum((part.losses for part in parts), []) == whole.losses
+    assert len(whole.losses) == 7
+    one, two = files(settings("whole")), files(settings("parts"))
+    assert len(one) == 3 and one == two
+
+
+def test_what_is_trained_on_must_be_the_same_after_a_resume(settings):
+    held_out = {"validate_every": 2, "validation_images": 4}
+    train.train(settings("a", **held_out, max_train_steps=2))
+    for changes in ({"validate_every": 0}, {"validation_images": 5}):
+        with pytest.raises(ValueError, match="validate_every was 2 .*validation_images was 4"):
+            Trainer(settings("a", **held_out | changes, resume="latest"))
+    assert Trainer(settings("a", **held_out | {"validate_every": 3}, resume="latest")).step == 2
+
+
+def test_bad_rows_stop_the_run_or_are_counted(settings):
+    rows = [BROKEN, None] + [picture(n) for n in range(28)]
+    with pytest.raises(BadImageError, match=r"images.parquet\[0\] \(broken.png\)"):
+        train.train(settings("stop", rows))
+    result = train.train(settings("skip", on_bad_image="skip"))
+    # 56 images are one epoch and 26 of the next, so the bad ones come up two to four times.
+    assert 2 <= result.replaced_images <= 4
+    assert f"{result.replaced_images} broken images were replaced" in result.summary()
+    assert "2 images cannot be read and are left out" in result.summary()
+    last = (result.output_dir / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["replaced_images"] == result.replaced_images
+
+
+def test_another_bit_depth_further_on_is_refused(settings):
+    rows = [picture(n) for n in range(70)] + [picture(n, np.uint16) for n in range(30)]
+    with pytest.raises(ValueError, match="is uint16, the first image is uint8; convert"):
+        train.train(settings("a", rows, max_train_steps=20))
+    with pytest.raises(ValueError, match="dtype of the images differ"):
+        Trainer(settings("b", rows[60:]))
+
+
+def test_the_held_out_images_leave_some_to_train_on(settings):
+    with pytest.raises(ValueError, match="validation_images is 30, but the stream .* only 30"):
+        Trainer(settings("a", validate_every=1, validation_images=30))
+
+
+def test_distances_need_no_held_out_images(settings):
+    looks = {"sample_every": 7, "sample_images": 2, "sample_steps": 1, "frechet_images": 4}
+    report = train.train(settings("a", **looks)).evaluations[-1]
+    assert (report["frechet_n"], report["frechet_reference_n"]) == (4, 30)
+    assert np.isfinite(report["frechet"])
+
+
+def test_a_step_that_is_not_finite_names_places_in_the_stream(settings, monkeypatch):
+    real = Trainer._loss
+
+    def bad(self, batch, window):
+        factor = torch.nan if self.step == 1 else 1.0
+        return real(self, batch | {"images": batch["images"] * factor}, window)
+
+    monkeypatch.setattr(Trainer, "_loss", bad)
+    with pytest.raises(NonFiniteError, match="step 1 was not finite .*image 8 of the shuffled str"):
+        train.train(settings("a"))
