@@ -109,7 +109,7 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
     index["_class_name"] = _pipeline_class(index, schedulers, form)
     index.pop("_name_or_path", None)  # a folder of the machine where it was loaded
     for path in [p for p in files if p.endswith("/config.json")]:
-        files[path] = _without_local_path(files[path])
+        files[path] = _without_local_path(root / path)
     files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     return Export(files, notes, left_out, schedulers)
 
@@ -176,12 +176,10 @@ def _read_index(root: Path) -> dict[str, Any]:
     path = root / INDEX
     if not path.is_file():
         raise ValueError(f"{root} is not a saved pipeline: it has no {INDEX}.")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
+    index = _read_json(path)
+    own = index.get("_class_name")
+    if not isinstance(own, str) and not isinstance(own, list):
+        raise ValueError(f"{path}: `_class_name` must name the pipeline's class, got {own!r}.")
     for name, entry in index.items():
         if not isinstance(entry, list):
             continue
@@ -190,6 +188,21 @@ def _read_index(root: Path) -> dict[str, Any]:
         if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[\w.]*", str(entry[0])):
             raise ValueError(f"{path}: {name!r} is not the name of a component.")
     return index
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: if that is not one JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # text of another encoding is a ValueError too
+        raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error}).") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    return content
 
 
 def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path | bytes], list[str]]:
@@ -217,10 +230,10 @@ def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path |
     return files, left_out
 
 
-def _without_local_path(config: Path | bytes) -> Path | bytes:
+def _without_local_path(config: Path) -> Path | bytes:
     """Return a model's config without the folder from which it was loaded on this machine."""
-    content = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    if not isinstance(content, dict) or not os.path.isabs(str(content.get("_name_or_path", ""))):
+    content = _read_json(config)
+    if not os.path.isabs(str(content.get("_name_or_path", ""))):
         return config
     del content["_name_or_path"]
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
@@ -233,7 +246,7 @@ def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
     path = root / name / SCHEDULER_CONFIG
     if not path.is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(path)
     library, class_name = entry
     private = config.get(SETTINGS_KEY)
     if library == "diffusers" and isinstance(private, dict):

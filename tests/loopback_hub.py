@@ -69,6 +69,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple] = []  # (method, path, authorization, status)
+        self.private_by_default = False  # an organisation may be set up so
         self.lock = threading.RLock()
 
     def add_repo(self, repo_id, files=None, private=False):
@@ -280,8 +281,10 @@ class Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.base}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
             return 409, {**url, "error": "You already created this model repo"}, {}
-        private = asked.get("private") or asked.get("visibility") == "private"
-        self.hub.add_repo(repo_id, private=bool(private))
+        default = "private" if self.hub.private_by_default else "public"
+        if "private" in asked:  # older clients
+            default = "private" if asked["private"] else "public"
+        self.hub.add_repo(repo_id, private=asked.get("visibility", default) == "private")
         return 200, url, {}
 
     def info(self, body, repo, revision="main"):

@@ -24,12 +24,19 @@ def card_for(export: Export, repo_id: str, form: str) -> bytes:
         export: the pipeline in the form in which it is pushed.
         repo_id: `USER/NAME`.
         form: the form's name.
+
+    Raises:
+        ValueError: for a README.md that is not text.
     """
     fresh = render(export, repo_id, form)
     own = export.files.get("README.md")
     if own is None:
         return fresh.encode()
-    text = own.decode() if isinstance(own, bytes) else Path(own).read_text(encoding="utf-8")
+    try:  # some editors put a byte order mark before the metadata
+        text = (own if isinstance(own, bytes) else Path(own).read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the pipeline's README.md is not UTF-8 ({error.reason}).") from None
+    text = text.replace("\r\n", "\n")
     section = SECTION.search(fresh)
     assert section is not None, "the template has lost its marked section"
     if SECTION.search(text):

@@ -22,13 +22,15 @@ R = TypeVar("R")
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0  # seconds; doubled after every attempt
-LONGEST_WAIT = 60.0
+LONGEST_WAIT = 300.0  # the window in which the public Hub counts requests; it may ask for all of it
 TIMEOUT = 120.0  # seconds without an answer; the Hub client itself waits for ever
-TRANSIENT = (408, 429, 500, 502, 503, 504)
+# 409 and 412: somebody else changed the repository at the same time.
+TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 
 # Everything else is searched for tokens before it is uploaded.
 BINARY_SUFFIXES = (".safetensors", ".model", ".png", ".jpg", ".jpeg", ".gif", ".webp")
 TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}(?![A-Za-z0-9])")
+USER_IN_URL = re.compile(r"(?<=://)[^/\s]*@")  # "name:password@", as in the address of a proxy
 
 
 class PushError(RuntimeError):
@@ -57,7 +59,8 @@ def push_pipeline(
             anything else that lies in it beside the pipeline is not uploaded.
         repo_id: `USER/NAME`.
         form: `portable`, `plug-in` or `self-contained`, see `ddim_schedulers.export`.
-        private: create the repository as private.
+        private: create the repository as private; otherwise as the account or the organisation
+            creates them.
         revision: branch; it is created where missing. `None` is `main`.
         token: `None` takes the one of `hf auth login` or HF_TOKEN.
         message: the commit's first line.
@@ -173,11 +176,18 @@ class _Push:
             library_version=__version__,
         )
         self.endpoint: str = self.api.endpoint
+        if USER_IN_URL.search(self.endpoint):
+            raise PushError(
+                "the Hub's address (HF_ENDPOINT) holds a name and a password, which would be sent "
+                "in the place of the token, and be shown in errors; take them out of it."
+            )
 
     def run(self, export: Export, private: bool, revision: str | None, message: str) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        self._retry(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+        # `False` would overrule an organisation whose repositories are private by default
+        visibility = True if private else None
+        self._retry(lambda: self.api.create_repo(self.repo_id, private=visibility, exist_ok=True))
         if private and not self._retry(lambda: self.api.model_info(self.repo_id)).private:
             raise PushError(
                 f"{self.repo_id} exists and is public, but --private was asked for; nothing was "
@@ -221,9 +231,10 @@ class _Push:
                 with _timeout():
                     return call()
             except Exception as error:
-                if attempt == self.attempts or not _is_passing(error):
-                    raise
                 status, wait = _status(error), _wait(error, attempt)
+                last = attempt == self.attempts or wait > LONGEST_WAIT
+                if last or not _is_passing(error):
+                    raise
                 reason = f"it answers {status}" if status else type(_cause(error)).__name__
                 print(
                     f"{self.endpoint} fails ({reason}); trying again in {wait:.0f} s "
@@ -277,12 +288,20 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def _wait(error: BaseException, attempt: int) -> float:
-    """Return how long to wait: what Retry-After says, else twice as long each time."""
+    """Return how long to wait, in seconds: as long as is asked, else twice as long each time."""
+    asked = _asked_wait(error)
+    return FIRST_WAIT * 2 ** (attempt - 1) if asked is None else asked
+
+
+def _asked_wait(error: BaseException) -> float | None:
+    """Return the seconds in the answer's Retry-After or, as the public Hub says it, RateLimit."""
     response = getattr(_cause(error), "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    if asked.isdigit():
-        return min(float(asked), LONGEST_WAIT)
-    return min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
+    if response is None:
+        return None
+    said = re.fullmatch(r"\s*(\d{1,9})\s*", response.headers.get("Retry-After", ""), re.ASCII)
+    if said is None and response.status_code == 429:
+        said = re.search(r";\s*t=(\d{1,9})", response.headers.get("RateLimit", ""), re.ASCII)
+    return None if said is None else float(said[1])
 
 
 def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
@@ -304,10 +323,12 @@ def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
         )
     if status == 404:
         return f"{repo_id} is not there, or the token may not see it (404)."
-    if status == 409:
-        return f"the name {repo_id} is taken (409); take another one."
+    if status in (409, 412):
+        return f"{repo_id} was being changed by somebody else ({status}); try again."
     if status == 429:
-        return f"{endpoint} limits the rate of requests (429); try again later."
+        wait = _asked_wait(error)
+        later = "later" if wait is None else f"in {wait:.0f} s"
+        return f"{endpoint} limits the rate of requests (429); try again {later}."
     said = " ".join(str(getattr(cause, "server_message", None) or cause).split())[:300]
     if status is not None:
         return f"{endpoint} answers {status}: {said}"
@@ -354,5 +375,5 @@ def _refuse_secrets(export: Export, token: str) -> None:
 
 
 def _scrub(text: str, token: str | None) -> str:
-    text = text.replace(token, "<token>") if token else text
+    text = USER_IN_URL.sub("", text.replace(token, "<token>") if token else text)
     return TOKEN.sub("<token>", text)
