@@ -1,17 +1,19 @@
 """A run on one process: exact resume, steps that are not finite, read-backs, averaging, options."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
@@ -20,7 +22,7 @@ from ddim_schedulers.training.checkpoints import CheckpointError
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
 from ddim_schedulers.training.launch import LearningRate
 from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.records import Window
+from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
 from ddim_schedulers.training.trainer import Trainer
 
@@ -32,14 +34,6 @@ UNET = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_engine():
-    """Accelerate keeps one state for each process; tests differ in precision and accumulation."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
 
 
 @pytest.fixture
@@ -77,8 +71,6 @@ def weights(config, step, part="unet"):
 
 
 def config_root(config):
-    from pathlib import Path
-
     return Path(config.output_dir) / "checkpoints"
 
 
@@ -134,6 +126,52 @@ def test_a_run_is_not_resumed_with_other_settings(settings):
     assert run(settings("a", max_train_steps=3, resume="latest")).losses == []  # and done is done
 
 
+def test_a_run_is_not_resumed_on_other_data(settings, tmp_path):
+    def save(count):
+        images = np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        np.save(tmp_path / "images.npy", images)
+
+    save(40)
+    options = {"data": str(tmp_path / "images.npy"), "max_train_steps": 4}
+    run(settings("a", **options, stop_after=2))
+    for changes in ({"validation_fraction": 0.5}, {"weights_dtype": "float64"}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} was .* start a new run"):
+            run(settings("a", **options, **changes, resume="latest"))
+    save(50)
+    with pytest.raises(ValueError, match="run on other data: they were .*38.* and are .*48"):
+        run(settings("a", **options, resume="latest"))
+    save(40)
+    assert run(settings("a", **options, resume="latest")).steps == 4
+
+
+def test_what_a_dead_session_wrote_is_not_there_twice(settings, monkeypatch):
+    expected = run(settings("whole", log_every=1))
+    real = Trainer.one_step
+
+    def die(self, *args):
+        if self.step == 5:
+            raise RuntimeError("killed")
+        real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", die)
+        with pytest.raises(RuntimeError, match="killed"):  # before the first checkpoint
+            run(settings("a", log_every=1))
+    path = run(settings("a", log_every=1, resume="latest")).output_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["loss"] for line in lines] == expected.losses
+    # The records are whole at any moment: a rewind that fails changes nothing.
+    before, records = path.read_bytes(), Records(path.parent, is_main=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            records.rewind(3)
+    assert path.read_bytes() == before
+    records.rewind(3)
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(settings):
     config = settings("a", checkpoint_every=4)
     expected = run(config)
@@ -142,6 +180,9 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(settings
     with pytest.warns(UserWarning, match="step-00000010 is damaged"):
         again = run(settings("a", checkpoint_every=4, resume="latest"))
     assert again.losses == expected.losses[8:]
+    kept = checkpoints.listed(config_root(config))
+    assert [checkpoints.step_of(p) for p in kept] == [10, 8]
+    assert all(checkpoints.verify(p) is None for p in kept)
 
 
 def test_a_signal_saves_and_ends_the_run(settings, monkeypatch):
@@ -163,6 +204,37 @@ def test_a_signal_saves_and_ends_the_run(settings, monkeypatch):
         second = run(settings(name, resume="latest"))
         assert first.losses + second.losses == expected.losses
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_to_the_whole_group_reaches_the_workers_too(settings, monkeypatch):
+    expected = run(settings("whole"))
+    real = Trainer.one_step
+
+    def stop_in_step(self, *args):
+        real(self, *args)
+        if self.step == 2:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for pid in [worker.pid for worker in workers] + [os.getpid()]:
+                os.kill(pid, signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", stop_in_step)
+        first = run(settings("a", num_workers=2))
+    assert first.stopped_by == "SIGTERM" and first.steps == 3
+    assert not multiprocessing.active_children()  # they have ended all the same
+    second = run(settings("a", num_workers=2, resume="latest"))
+    assert first.losses + second.losses == expected.losses
+
+
+def test_workers_end_with_a_run_that_fails(settings, monkeypatch):
+    def fail(self, batch, window):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Trainer, "_loss", fail)
+    with pytest.raises(RuntimeError, match="no") as caught:  # its frames keep the loader alive
+        run(settings("a", num_workers=1))
+    assert caught.tb is not None and not multiprocessing.active_children()
 
 
 def test_a_second_signal_acts_at_once():
@@ -316,7 +388,10 @@ def test_looking_changes_nothing_and_says_which_weights(settings):
     assert last["feature_space"] == "pixels" and len(last["channel_mean_drift"]) == 1
     pictures = {p.name for p in (result.output_dir / "pictures").iterdir()}
     assert {"samples-00000006.png", "loss_over_t-00000006.png", "loss.png"} <= pictures
-    assert list((result.output_dir / "logs").rglob("events.out.tfevents*"))
+    shown = EventAccumulator(str(result.output_dir / "logs" / "ddim-schedulers")).Reload()
+    assert {"loss", "validation_loss", "frechet"} <= set(shown.Tags()["scalars"])
+    assert [image.step for image in shown.Images("samples")] == [3, 6]
+    assert [image.step for image in shown.Images("loss_over_t")] == [2, 4, 6]
     # The best by validation loss is kept beside the last one.
     losses = {r["step"]: r["validation_loss"] for r in result.evaluations if "validation_loss" in r}
     best = min(losses, key=losses.get)
@@ -374,13 +449,14 @@ def test_bf16_keeps_noise_and_loss_in_float32(settings, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_loss", look)
     full = run(settings("full"))
-    AcceleratorState._reset_state(True)
     half = run(settings("half", mixed_precision="bf16"))
     assert set(seen) == {torch.float32}
     assert half.losses != full.losses
     assert half.losses == pytest.approx(full.losses, rel=0.05)
     saved = weights(settings("half"), 10)
     assert {v.dtype for v in saved.values()} == {torch.float32}
+    # The next run in this process is not in bfloat16 because this one was.
+    assert run(settings("again")).losses == full.losses
 
 
 def test_learning_rate_is_a_function_of_the_step():
@@ -423,6 +499,14 @@ def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypat
     resumed = run(settings("a", checkpoint_every=4, max_train_steps=10, resume="latest"))
     assert len(resumed.losses) == 6
 
+    def no_room(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_room)
+    config = settings("a", checkpoint_every=4, max_train_steps=12, resume="latest")
+    with pytest.raises(CheckpointError, match="the disk is full; the last good checkpoint is .*10"):
+        run(config)
+
 
 def test_dry_run_reports_and_writes_nothing(settings, tmp_path, capsys):
     argv = ["--dry_run", "--output_dir", str(tmp_path / "none"), "--cpu", "--no_progress_bar"]
@@ -438,6 +522,19 @@ def test_dry_run_reports_and_writes_nothing(settings, tmp_path, capsys):
     ):
         assert part in text
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_of_a_run_to_be_continued_writes_nothing(settings, capsys):
+    config = settings("a", max_train_steps=6)
+    run(settings("a", max_train_steps=6, stop_after=3))
+    (metrics := Path(config.output_dir) / "metrics.jsonl").write_text('{"step": 4, "loss": 1}\n')
+    before = {p: p.stat().st_mtime_ns for p in Path(config.output_dir).rglob("*")}
+    argv = [f"--{k}={v}" for k, v in config.to_dict().items() if v is not None and k != "resume"]
+    assert train.main([*argv, "--resume", "latest", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "at step 3" in text and "for 3 steps" in text
+    assert {p: p.stat().st_mtime_ns for p in Path(config.output_dir).rglob("*")} == before
+    assert metrics.read_text() == '{"step": 4, "loss": 1}\n'
 
 
 def test_the_command_line_trains_and_reports(settings, tmp_path, capsys):
