@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,7 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         index[name] = entry
         files.update({f"{name}/{path}": content for path, content in written.items()})
         notes += lost
-    if not schedulers and form != "portable":
-        raise ValueError(
-            f"`form` is {form!r}, but no scheduler of {root} is one of {sorted(STOCK_CLASSES)}; a "
-            "pipeline of stock classes is portable as it is."
-        )
+    _check_any(schedulers, form, str(root))
     index["_class_name"] = _pipeline_class(index, schedulers, form)
     index.pop("_name_or_path", None)  # a folder of the machine where it was loaded
     for path in [p for p in files if p.endswith("/config.json")]:
@@ -128,12 +125,15 @@ def save_pipeline(
         One sentence for each setting that the form cannot express.
 
     Raises:
-        ValueError: as `export_folder`.
+        ValueError: as `export_folder`, before anything is written.
     """
     check_form(form)
-    for component in pipeline.components.values():
-        if form == "portable" and type(component).__name__ in STOCK_CLASSES:
-            to_portable(component)  # refuses before anything is written
+    schedulers = {}
+    for name, component in pipeline.components.items():
+        if (scheduler := _our_component(component)) is not None:
+            schedulers[name] = scheduler
+            scheduler_files(scheduler, form)  # refuses what the form cannot hold
+    _check_any(schedulers, form, f"this {type(pipeline).__name__}")
     pipeline.save_pretrained(directory)
     root = Path(directory)
     export = export_folder(root, form)
@@ -247,6 +247,34 @@ def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
     if not path.is_file():
         return None
     config = _read_json(path)
+    class_name = _our_class(entry, config)
+    if class_name is None:
+        return None
+    if class_name not in STOCK_CLASSES:
+        raise ValueError(
+            f"{path} names the class {class_name!r}; it must be one of {sorted(STOCK_CLASSES)}."
+        )
+    return getattr(ddim_schedulers, class_name).from_config(config)
+
+
+def _our_component(component: Any) -> Any:
+    """Return a component in memory as `_our_scheduler` returns one on disk."""
+    from diffusers import SchedulerMixin
+
+    import ddim_schedulers
+
+    if not isinstance(component, SchedulerMixin):
+        return None
+    library = type(component).__module__
+    library = "diffusers" if library.startswith("diffusers.") else library
+    class_name = _our_class([library, type(component).__name__], component.config)
+    if class_name not in STOCK_CLASSES:
+        return None
+    return getattr(ddim_schedulers, class_name).from_config(component.config)
+
+
+def _our_class(entry: list[Any], config: Mapping[str, Any]) -> str | None:
+    """Return the class that an entry of `model_index.json` and a config say, if one of ours."""
     library, class_name = entry
     private = config.get(SETTINGS_KEY)
     if library == "diffusers" and isinstance(private, dict):
@@ -258,11 +286,16 @@ def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
         ("ddim_schedulers.", BUNDLE_PREFIX)
     ):
         return None
-    if not isinstance(class_name, str) or class_name not in STOCK_CLASSES:
+    return str(class_name)
+
+
+def _check_any(schedulers: dict[str, Any], form: str, where: str) -> None:
+    """Raise `ValueError` for a form that is about our schedulers where there is none."""
+    if not schedulers and form != "portable":
         raise ValueError(
-            f"{path} names the class {class_name!r}; it must be one of {sorted(STOCK_CLASSES)}."
+            f"`form` is {form!r}, but no scheduler of {where} is one of {sorted(STOCK_CLASSES)}; a "
+            "pipeline of stock classes is portable as it is."
         )
-    return getattr(ddim_schedulers, class_name).from_config(config)
 
 
 def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str) -> Any:

@@ -287,6 +287,10 @@ def test_other_schedulers_and_folders(tiny_ddpm, tmp_path):
         export.export_folder(tmp_path)
     with pytest.raises(ValueError, match="`form` is 'zip'"):
         export.save_pipeline(stock, tmp_path / "zip", "zip")
+    for form in ("plug-in", "self-contained"):
+        with pytest.raises(ValueError, match="no scheduler of this DDPMPipeline is one of"):
+            export.save_pipeline(stock, tmp_path / "none", form)
+    assert not (tmp_path / "none").exists()
     mean = tiny_ddpm(GeneralizedDDIMScheduler(prediction_type="posterior_mean"))
     with pytest.raises(ValueError, match="'posterior_mean', which no stock scheduler"):
         export.save_pipeline(mean, tmp_path / "mean")
@@ -340,3 +344,15 @@ def test_a_stock_scheduler_swapped_in_is_not_turned_back(tmp_path, tiny_ddpm):
     index = json.loads(exported.files["model_index.json"])
     assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
     assert index["_class_name"] == "DDPMPipeline"
+
+
+def test_a_portable_pipeline_in_memory_is_saved_in_every_form(folders, tmp_path):
+    """Its stock scheduler carries our settings, so it counts as one of ours."""
+    pipeline = DiffusionPipeline.from_pretrained(folders / "portable")
+    for form in export.FORMS:
+        export.save_pipeline(pipeline, tmp_path / form, form)
+        index = (tmp_path / form / "model_index.json").read_text()
+        assert (
+            json.loads(index)["scheduler"]
+            == (json.loads((folders / form / "model_index.json").read_text())["scheduler"])
+        )
