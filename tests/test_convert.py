@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import resource
+import time
 
 import pytest
 import torch
@@ -222,6 +224,28 @@ def test_published_shapes():
         convert._check_shapes(converted, unet.state_dict())
 
 
+def test_a_wide_network_is_refused_before_it_is_built(state, tmp_path):
+    """Shapes that fit no checkpoint are found on the `meta` device: nothing is allocated."""
+    first = torch.zeros(32 * 1000, 1, 1, 1)  # would ask for a network of 32,000 channels
+    torch.save({**state, "down.2.block.0.conv1.weight": first}, tmp_path / "x.ckpt")
+    begun = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="does not fit a UNet2DModel"):
+        convert.convert_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
+    assert time.perf_counter() - begun < 10
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert more < 500 * 1024  # KiB; the network would take tens of GiB
+
+
+def test_half_precision_becomes_float32(state, tmp_path):
+    torch.save({key: value.bfloat16() for key, value in state.items()}, tmp_path / "x.ckpt")
+    convert.convert_checkpoint(tmp_path / "x.ckpt", tmp_path / "p")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "p")
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
+    rounded = {key: value.bfloat16().float() for key, value in state.items()}
+    assert largest_difference(pipe.unet, rounded) < 1e-5
+
+
 class Harm:
     def __reduce__(self):
         return (open, ("ran", "w"))
@@ -251,6 +275,26 @@ def test_refusals(state, tmp_path, monkeypatch, capsys):
     refused({**state, "conv_out.bias": torch.zeros(7)}, "conv_out.bias has shape")
     refused({k: v for k, v in state.items() if ".attn." not in k}, "`image_size` is needed")
     refused(state, "`weights` is 'all'", weights="all")
+    refused(state, "`variance_type` is 'learned_range'", variance_type="learned_range")
+    for size in ("32", 32.0, True):
+        refused(state, "it must be an integer", image_size=size)
+    for size in (0, -4, 6, 33):
+        refused(state, f"`image_size` is {size}; it must be a multiple of 4", image_size=size)
+    for value in (math.nan, math.inf):
+        refused({**state, "conv_in.bias": torch.full((32,), value)}, "conv_in.bias .* not finite")
+    first = "down.0.block.0.conv1.weight"
+    for key in ("conv_in.weight", "conv_out.weight", first):
+        refused({**state, key: torch.tensor(1.0)}, f"{key} of the checkpoint has shape")
+    refused({**state, first: torch.zeros(33, 32, 3, 3)}, "33 output channels; .* multiple of 32")
+    refused({**state, first: torch.zeros(0, 32, 3, 3)}, "0 output channels")
+    refused({**state, "conv_out.weight": torch.zeros(6, 32, 3, 3)}, "has 6 output channels")
+    refused({**state, "mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)}, "to_q.weight has shape")
+    refused({k: v for k, v in state.items() if k[:4] != "down"}, f"has no '{first}'")
+    refused({**state, "module.conv_in.bias": state["conv_in.bias"]}, "both with and without")
+    for odd in (torch.zeros(32).int(), torch.zeros(32).to_sparse(), torch.zeros(32) * 1j):
+        refused({**state, "conv_in.bias": odd}, "conv_in.bias in x.ckpt is not a dense tensor")
+    many = torch.zeros(1).expand(10**9, 32, 3, 3)  # a small file for 10^12 bytes
+    refused({**state, first: many}, "conv1.weight in x.ckpt is not a dense tensor")
     with pytest.raises(ValueError, match="which is not a file"):
         convert.convert_checkpoint("nothing", "out")
     (tmp_path / "full").mkdir()

@@ -21,6 +21,7 @@ from ddim_schedulers.export import check_form, save_pipeline
 GROUPS = 32  # of the group norms, fixed in that layout
 ATTENTION_SIZE = 16  # DDPM (arXiv:2006.11239), App. B: attention at 16 x 16
 WEIGHTS = ("ema", "raw")
+VARIANCE_TYPES = ("fixed_small", "fixed_large")  # the layout has no network that predicts one
 
 RESNET = {
     "norm1": "norm1",
@@ -56,30 +57,39 @@ def convert_checkpoint(
         checkpoint: a state dict, or a training state of the DDIM authors' code.
         output_dir: new folder of the pipeline.
         weights: `ema` or `raw`, where the file holds both; otherwise what it holds.
-        image_size: side of the images; `None` takes it from the level that attends, which is 16 x
-            16.
-        variance_type: of the scheduler; `None` is `fixed_large` for 32 x 32 images (CIFAR-10) and
-            `fixed_small` for larger ones (LSUN), as published.
+        image_size: side of the images, a multiple of 2^(levels - 1); `None` takes it from the level
+            that attends, which is 16 x 16.
+        variance_type: of the scheduler, one of `VARIANCE_TYPES`; `None` is `fixed_large` for 32 x
+            32 images (CIFAR-10) and `fixed_small` for larger ones (LSUN), as published.
         form: of the export, see `ddim_schedulers.export`.
 
     Returns:
         One sentence for each setting that the form cannot express.
 
     Raises:
-        ValueError: for a file of another layout or with code in it, or a folder that is not empty.
+        ValueError: for a file of another layout, with code or with NaN in it, an argument that is
+            not allowed, or a folder that is not empty.
     """
     from diffusers import DDPMPipeline, UNet2DModel
 
     check_form(form)
+    if variance_type is not None and variance_type not in VARIANCE_TYPES:
+        raise ValueError(
+            f"`variance_type` is {variance_type!r}; it must be one of {VARIANCE_TYPES}."
+        )
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output_dir` is {target}, which exists and is not an empty folder.")
     state = load_checkpoint(checkpoint, weights)
     config = unet_config(state, image_size)
-    unet = UNet2DModel(**config)
+    with torch.device("meta"):  # shapes alone: nothing is allocated before they are known to fit
+        unet = UNet2DModel(**config)
     converted = convert_state(state, len(config["block_out_channels"]))
     _check_shapes(converted, unet.state_dict())
-    unet.load_state_dict(converted)
+    unet.to_empty(device="cpu").load_state_dict(converted)
+    for name, parameter in unet.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} of the checkpoint holds values that are not finite.")
     if variance_type is None:
         variance_type = "fixed_large" if config["sample_size"] <= 32 else "fixed_small"
     pipeline = DDPMPipeline(unet.eval(), MarkovianDDPMScheduler(variance_type=variance_type))
@@ -126,7 +136,20 @@ def load_checkpoint(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(f"{path} holds no state dict of a network.")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        if not _is_dense(value):
+            raise ValueError(f"{key} in {path} is not a dense tensor of floating point numbers.")
+    named = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(named) != len(state):
+        raise ValueError(f"{path} holds tensors both with and without the prefix 'module.'.")
+    return named
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Has it real floating point numbers, as many in memory as its shape says?"""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None) -> dict[str, Any]:
@@ -134,24 +157,33 @@ def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None
 
     Args:
         state: as `load_checkpoint` returns it.
-        image_size: side of the images; `None` takes it from the level that attends.
+        image_size: side of the images, a multiple of 2^(levels - 1); `None` takes it from the level
+            that attends.
 
     Raises:
         ValueError: if the state is of another layout, or tells no image size.
     """
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int)):
+        raise ValueError(f"`image_size` is {image_size!r}; it must be an integer.")
     for key in ("conv_in.weight", "conv_out.weight", "temb.dense.0.weight", "mid.attn_1.q.weight"):
         if key not in state:
             raise ValueError(
                 f"the checkpoint has no {key!r}; it is not in the layout of "
                 "pesser/pytorch_diffusion."
             )
-    levels = 1 + max(int(m[1]) for key in state if (m := re.match(r"down\.(\d+)\.", key)))
+    numbers = [int(m[1]) for key in state if (m := re.match(r"down\.(\d{1,3})\.", key))]
+    levels = 1 + max(numbers, default=0)
     channels = []
     for level in range(levels):
         key = f"down.{level}.block.0.conv1.weight"
         if key not in state:
             raise ValueError(f"the checkpoint has no {key!r}.")
-        channels.append(state[key].shape[0])
+        channels.append(_conv_channels(state, key)[0])
+        if channels[-1] < 1 or channels[-1] % GROUPS:
+            raise ValueError(
+                f"{key} of the checkpoint has {channels[-1]} output channels; they must be a "
+                f"multiple of {GROUPS}."
+            )
         if level < levels - 1 and f"down.{level}.downsample.conv.weight" not in state:
             raise ValueError(
                 f"level {level} of the checkpoint has no convolution that halves the image; "
@@ -167,11 +199,22 @@ def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None
                 "`image_size` is needed."
             )
         image_size = ATTENTION_SIZE * 2 ** attends.index(True)
+    if image_size < 1 or image_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"`image_size` is {image_size}; it must be a multiple of {2 ** (levels - 1)}, for the "
+            f"network halves images {levels - 1} times."
+        )
+    images = _conv_channels(state, "conv_in.weight")[1]
+    if _conv_channels(state, "conv_out.weight")[0] != images:
+        raise ValueError(
+            f"conv_out.weight of the checkpoint has {state['conv_out.weight'].shape[0]} output "
+            f"channels; they must be as many as those of the images, {images}."
+        )
     blocks = {int(m[1]) for key in state if (m := re.match(r"down\.0\.block\.(\d+)\.", key))}
     return {
         "sample_size": image_size,
-        "in_channels": state["conv_in.weight"].shape[1],
-        "out_channels": state["conv_out.weight"].shape[0],
+        "in_channels": images,
+        "out_channels": images,
         "block_out_channels": tuple(channels),
         "layers_per_block": len(blocks),
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -183,6 +226,16 @@ def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None
         "norm_eps": 1e-6,
         "norm_num_groups": GROUPS,
     }
+
+
+def _conv_channels(state: Mapping[str, torch.Tensor], key: str) -> tuple[int, int]:
+    """Return (output channels, input channels) of a convolution's weight."""
+    if state[key].ndim != 4:
+        raise ValueError(
+            f"{key} of the checkpoint has shape {tuple(state[key].shape)}; a convolution's weight "
+            "has 4 dimensions."
+        )
+    return state[key].shape[0], state[key].shape[1]
 
 
 def convert_state(state: Mapping[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
@@ -202,9 +255,9 @@ def convert_state(state: Mapping[str, torch.Tensor], levels: int) -> dict[str, t
         if name is None or kind not in ("weight", "bias"):
             raise ValueError(f"the checkpoint has {key!r}, which the layout does not know.")
         attention = ".attentions." in name and "group_norm" not in name
-        if attention and kind == "weight" and value.ndim == 4:
+        if attention and kind == "weight" and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # a 1 x 1 convolution is a linear map of the channels
-        converted[f"{name}.{kind}"] = value.float().contiguous()
+        converted[f"{name}.{kind}"] = value
     return converted
 
 
