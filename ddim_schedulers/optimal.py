@@ -27,8 +27,8 @@ from .parameterization import Coefficients
 from .sigmas import sigma_eta, sigma_hat
 
 COST_VARIANCES = ("fixed_small", "fixed_large", "optimal")
-# The matrix of costs has T^2 entries: 800 MB at this T.
-MAX_TIMESTEPS = 10_000
+# The matrix of costs has T^2 entries, and some nine of its size are alive at once: 1.2 GB at this T.
+MAX_TIMESTEPS = 4_000
 
 
 def check_statistic(name: str, values: Iterable[float], num_train_timesteps: int) -> torch.Tensor:
@@ -229,7 +229,7 @@ def cost_matrix(
     (Analytic-DPM, Sec. 4).
 
     Args:
-        alpha_bar: (T,), T <= 10,000.
+        alpha_bar: (T,), T <= 4,000.
         variance: `fixed_small`, `fixed_large` or `optimal`.
         x0_error: E||x_0 - x0_hat||^2 / d, (T,).
         eta: the member, > 0.
