@@ -16,7 +16,13 @@ from .betas import MAX_TRAIN_TIMESTEPS
 
 MAX_NAME = 100
 
-FLAGS = ("clip_sample", "rescale_betas_zero_snr", "set_alpha_to_one", "thresholding")
+FLAGS = (
+    "clip_sample",
+    "lower_order_final",
+    "rescale_betas_zero_snr",
+    "set_alpha_to_one",
+    "thresholding",
+)
 NUMBERS = (
     "beta_end",
     "beta_start",
@@ -30,6 +36,7 @@ NAMES = (
     "beta_schedule",
     "prediction_type",
     "reverse_variance",
+    "solver_form",
     "timestep_spacing",
     "variance_type",
 )

@@ -42,6 +42,7 @@ NEUTRAL = {
     "sigma": (None,),
     "timesteps": (None,),
     "reverse_variance": (None, "sigma"),
+    "solver_order": (None, 1),
 }
 
 

@@ -65,11 +65,14 @@ FAMILY_KEYS = (
     "calibration",
     "dynamic_thresholding_ratio",
     "eta",
+    "lower_order_final",
     "quadratic_end",
     "reverse_variance",
     "sample_max_value",
     "set_alpha_to_one",
     "sigma",
+    "solver_form",
+    "solver_order",
     "thresholding",
     "timesteps",
     "variance_type",
@@ -105,6 +108,19 @@ MAX_TABLES = 64
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+class Multistep(NamedTuple):
+    """What a step of higher order adds: sum_j w_j (e_j - e_0), see `multistep`.
+
+    weights has shape (order, T, order - 1), first index the number of known predictions. before is
+    the planned timestep before each, (T,), -1 where there is none. estimate holds the columns e_x0,
+    e_x, e_m of e_0 = eps_hat, (T, 3); without it e_0 is x0_hat.
+    """
+
+    weights: torch.Tensor
+    before: torch.Tensor
+    estimate: torch.Tensor | None
+
+
 class Table(NamedTuple):
     """Rows of one (trajectory, eta), float32 or float64, and what is known of all of them.
 
@@ -115,6 +131,19 @@ class Table(NamedTuple):
     rows: torch.Tensor
     uses_sample: bool  # is out_x needed beside a clipped x0_hat?
     uses_output: bool  # is out_m needed beside a clipped x0_hat?
+    multistep: Multistep | None = None
+
+
+class Past(NamedTuple):
+    """The predictions of the latest steps, the newest first, and how many of them belong together.
+
+    All of it stays on the device: whether a step goes on from the one before is decided there, so
+    that nothing is read back and no step compiles anew.
+    """
+
+    predictions: tuple[torch.Tensor, ...]
+    known: torch.Tensor  # (1,)
+    timestep: torch.Tensor  # (1,), of the newest
 
 
 class FamilySchedulerMixin:
@@ -208,6 +237,7 @@ class FamilySchedulerMixin:
         )
         self._plan_has_zero_snr = bool((self._alpha_bar[timesteps] == 0).any())
         self._tables.clear()
+        self._past: Past | None = None
 
     def _plan_tensor(self) -> torch.Tensor:
         return torch.tensor(self._plan, dtype=torch.int64, device="cpu")
@@ -363,7 +393,7 @@ class FamilySchedulerMixin:
         """Store a table for the steps to come, and return it."""
         if not torch.compiler.is_compiling() and table.rows.is_inference():
             with torch.inference_mode(False):  # a later step may be differentiated
-                table = table._replace(rows=table.rows.clone())
+                table = _cloned(table)
         if len(self._tables) >= MAX_TABLES:
             self._tables.clear()
         self._tables[key] = table
@@ -427,6 +457,8 @@ class FamilySchedulerMixin:
                 out.addcmul_(m, out_m)
         else:
             out = torch.mul(x, out_x).addcmul_(m, out_m)
+        if table.multistep is not None:
+            self._add_history(out, table.multistep, timestep, x0, x, m)
         if adds_noise:
             noise = _noise_like(prediction, generator, variance_noise).to(dtype)
             if raw_variance is not None:
@@ -436,6 +468,41 @@ class FamilySchedulerMixin:
                 std = std * _learned_std(learned, raw, *bounds)
             out.addcmul_(noise, std)
         return out.to(sample.dtype), x0.to(sample.dtype)
+
+    def _add_history(
+        self,
+        out: torch.Tensor,
+        multistep: Multistep,
+        timestep: int | torch.Tensor,
+        x0: torch.Tensor,
+        x: torch.Tensor,
+        m: torch.Tensor,
+    ) -> None:
+        """Add sum_j w_j (e_j - e_0) to `out`, and keep e_0 for the steps to come.
+
+        The predictions before count only if they were made at the planned timesteps just before
+        this one; otherwise the step has order 1, as at the start.
+        """
+        if isinstance(timestep, torch.Tensor):
+            t = timestep.to(multistep.before.device, torch.int64).reshape(1)
+        else:
+            t = torch.full((1,), timestep, dtype=torch.int64, device=multistep.before.device)
+        # a copy: the network or the caller may write into what it was made of
+        e = x0.clone()
+        if multistep.estimate is not None:
+            e_x0, e_x, e_m = multistep.estimate.index_select(0, t).unbind(1)
+            e = torch.mul(x0, e_x0).addcmul_(x, e_x).addcmul_(m, e_m)
+        count = multistep.weights.shape[0] - 1
+        past = self._past
+        if past is None or not _alike(past.predictions, e, count):
+            past = Past((torch.zeros_like(e),) * count, torch.zeros_like(t), torch.full_like(t, -1))
+        follows = multistep.before.index_select(0, t) == past.timestep
+        known = torch.where(follows & (past.timestep >= 0), (past.known + 1).clamp(max=count), 0)
+        weights = multistep.weights[known, t].unbind(1)
+        for j, (earlier, weight) in enumerate(zip(past.predictions, weights, strict=True)):
+            # not a product with 0 alone: what an abandoned run left may be NaN
+            out.addcmul_(torch.where(known > j, earlier - e, 0.0), weight)
+        self._past = Past((e, *past.predictions[:-1]), known, t)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Return the sample as it is: a variance-preserving process needs no scaling."""
@@ -485,6 +552,20 @@ class FamilySchedulerMixin:
     def __len__(self) -> int:
         """Return T, the number of training timesteps."""
         return self.config.num_train_timesteps
+
+
+def _cloned(table: Table) -> Table:
+    multistep = table.multistep
+    if multistep is not None:
+        multistep = Multistep(*(None if part is None else part.clone() for part in multistep))
+    return table._replace(rows=table.rows.clone(), multistep=multistep)
+
+
+def _alike(predictions: tuple[torch.Tensor, ...], e: torch.Tensor, count: int) -> bool:
+    """Tell whether a history is of this run: its length, and the shape, dtype and device of `e`."""
+    newest = predictions[0]
+    same = newest.shape == e.shape and newest.dtype == e.dtype and newest.device == e.device
+    return same and len(predictions) == count
 
 
 def fold(x0: Coefficients, eps: Coefficients, row: Transition, clipped: bool) -> list[torch.Tensor]:
@@ -611,9 +692,14 @@ def _with_own_process(config: dict[str, Any]) -> dict[str, Any]:
 
     diffusers drops every key that its scheduler was not given, and lets the defaults of the new
     class stand in. For betas that is another process: those of Heun's or KDPM2's scheduler end at
-    0.012, ours at 0.02. A `variance_type` of None (DPM-Solver's "not learned") is no name of DDPM.
+    0.012, ours at 0.02. A `variance_type` of None (DPM-Solver's "not learned") is no name of DDPM,
+    and a `solver_order` that came with another solver is not ours: a swap gives DDIM.
     """
     kept = {k: v for k, v in config.items() if not (k == "variance_type" and v is None)}
+    if "solver_type" in kept and "solver_form" not in kept:  # the order of DPM-Solver, UniPC, ...
+        kept = {k: v for k, v in kept.items() if k not in ("solver_order", "lower_order_final")}
+    if kept.get("solver_order") == 1:  # stays a default, so that a swap to those keeps their order
+        del kept["solver_order"]
     if "_use_default_values" in kept:
         defaults = kept["_use_default_values"]
         kept["_use_default_values"] = [k for k in defaults if k not in PROCESS_KEYS]

@@ -8,8 +8,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .betas import alpha_bar_before
 from .config_types import check_numbers
-from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, logger
+from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
+from .parameterization import eps_coefficients
+from .scheduling_base import FamilySchedulerMixin, Multistep, Table, compute_dtype, logger
 from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
 
 REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range", "optimal")
@@ -24,6 +27,12 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
     spacing:
 
         x_s = sqrt(abar_s) x0_hat + sqrt(1 - abar_s - sigma^2) eps_hat + noise_std z
+
+    With `solver_order` 2 or 3 the predictions of the steps before sharpen the deterministic part
+    (`multistep`), at no further network call. They count where a step goes on from the one before,
+    from t to the s where that landed; after `set_timesteps`, at a timestep that is not planned, and
+    wherever else the loop did not come from the planned step before, a step has order 1 and the
+    history starts anew. eps_hat is then always re-derived from a clipped x0_hat.
 
     Args:
         num_train_timesteps: T, from 1 to 100,000.
@@ -62,6 +71,11 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
             - 1.
         calibration: statistics of the network as `ddim-schedulers calibrate` writes them: a
             dictionary with the list `gamma`, T values of E||eps_theta||^2 / d, and the like.
+        solver_order: 1 (DDIM), 2 or 3: how many predictions a step uses. Above 1 it goes with
+            `reverse_variance` `sigma` and `optimal`, and a step takes one timestep for the batch.
+        solver_form: what is interpolated at higher order, `sample` (x0_hat in log-SNR; of order 2
+            in the variance for every eta) or `epsilon` (eps_hat in rho).
+        lower_order_final: end with a step of order 1, after one of at most order 2.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -91,6 +105,9 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         reverse_variance: str = "sigma",
         quadratic_end: float = 0.8,
         calibration: dict[str, Any] | None = None,
+        solver_order: int = 1,
+        solver_form: str = "sample",
+        lower_order_final: bool = False,
     ) -> None:
         self._sigma: torch.Tensor | None = None
         self._warned_of_eta = False
@@ -120,6 +137,26 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
                 f"config; it is "
                 f"eta={config.eta!r}"
                 + (", and `sigma` is set." if config.sigma is not None else ".")
+            )
+
+        self._check_solver()
+
+    def _check_solver(self) -> None:
+        config = self.config
+        if config.solver_form not in SOLVER_FORMS:
+            raise ValueError(
+                f"`solver_form` is {config.solver_form!r}; it must be one of {SOLVER_FORMS}."
+            )
+        orders = range(1, MAX_ORDER + 1)
+        if isinstance(config.solver_order, bool) or config.solver_order not in orders:
+            raise ValueError(
+                f"`solver_order` is {config.solver_order!r}; it must be one of {[*orders]}."
+            )
+        if config.solver_order > 1 and config.reverse_variance not in ANY_MEMBER:
+            raise ValueError(
+                f"`solver_order` is {config.solver_order}, but `reverse_variance` is "
+                f"{config.reverse_variance!r}, a noise that leaves the marginals of the ODE; a "
+                f"higher order goes with {ANY_MEMBER}."
             )
 
     def _needs_calibration(self) -> bool:
@@ -215,12 +252,15 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
     ) -> Table:
         config = self.config
         clips = self._clips()
+        solver = (config.solver_order, config.solver_form, config.lower_order_final)
+        rederive = rederive or config.solver_order > 1
         key = (
             eta,
             rederive and clips,
             clips,
             config.prediction_type,
             config.reverse_variance,
+            solver,
             device,
             dtype,
         )
@@ -236,8 +276,37 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
             elif config.reverse_variance == "optimal":
                 std = self._optimal_std(sigma, eta)
             made = self._table(sigma, std, rederive and clips, device, dtype)
+            if config.solver_order > 1:
+                made = made._replace(multistep=self._multistep(sigma, clips, device, dtype))
             table = self._keep(key, made)
         return table
+
+    def _multistep(
+        self, sigma: torch.Tensor, clips: bool, device: Any, dtype: torch.dtype
+    ) -> Multistep:
+        """Return what a step adds to the first-order one; rows that are not planned add nothing."""
+        config, a_t, plan = self.config, self._alpha_bar, self._plan
+        order = config.solver_order
+        weights = torch.zeros(order, len(self), order - 1, dtype=torch.float64, device="cpu")
+        weights[:, plan] = multistep_weights(
+            config.solver_form,
+            order,
+            a_t[plan],
+            self._alpha_bar_s[plan],
+            sigma[plan],
+            config.lower_order_final,
+        )
+        before = torch.full_like(self._landing, -1)
+        before[plan[1:]] = self._plan_tensor()[:-1]
+        estimate = None
+        if config.solver_form == "epsilon":
+            rest, zero = (1 - a_t).sqrt(), torch.zeros_like(a_t)
+            columns = (-a_t.sqrt() / rest, 1 / rest, zero)
+            if not clips:
+                before_t = alpha_bar_before(a_t)
+                columns = (zero, *eps_coefficients(config.prediction_type, a_t, before_t))
+            estimate = torch.stack(columns, dim=1).to(device=device, dtype=dtype)
+        return Multistep(weights.to(device=device, dtype=dtype), before.to(device=device), estimate)
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:
         sigma = self._sigma_of(eta)
@@ -266,8 +335,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         Args:
             model_output: prediction of the network, the shape of `sample` (2 C channels for
                 `learned_range`).
-            timestep: t in 0 .. T - 1: an int, a 0-d tensor, or a tensor of shape (B,) with one t
-                per sample.
+            timestep: t in 0 .. T - 1: an int, a 0-d tensor, or, with `solver_order` 1, a tensor of
+                shape (B,) with one t per sample.
             sample: x_t, (B, C, ...), any floating dtype; computed in float32 or better.
             eta: the member, >= 0, where the config leaves it open.
             use_clipped_model_output: re-derive eps_hat from the clipped x0_hat; needed for eta = 1
@@ -287,6 +356,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         member = self._member(eta)
         if self._sigma is not None:
             self._check_planned(timestep)
+        if self.config.solver_order > 1:
+            self._check_one_timestep(timestep)
         dtype = compute_dtype(sample, model_output)
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
         learned = "learned_range" if self.config.reverse_variance == "learned_range" else None
@@ -297,6 +368,14 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         if not return_dict:
             return prev_sample, x0
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def _check_one_timestep(self, timestep: int | torch.Tensor) -> None:
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)}; with "
+                f"`solver_order`={self.config.solver_order} it must be one number for the whole "
+                "batch, whose steps share a history."
+            )
 
     def _check_planned(self, timestep: int | torch.Tensor) -> None:
         """Refuse an off-plan timestep, for which an explicit sigma says nothing.
