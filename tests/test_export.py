@@ -112,6 +112,11 @@ for where, portable, bundled, plugin in places:
     pipe, told = load(plugin)
     seen[where, "plug-in"] = type(pipe.scheduler) is Ours, told, dict(pipe.scheduler.config)
     seen[where, "plug-in difference"] = sample(pipe)
+    pipe, told = load(bundled, trust_remote_code=True)
+    seen[where, "trusted"] = type(pipe.scheduler) is Ours, told, dict(pipe.scheduler.config)
+    seen[where, "trusted difference"] = sample(pipe)
+    pipe.scheduler = Ours.from_config(pipe.scheduler.config)
+    seen[where, "trusted and swapped difference"] = sample(pipe)
     pipe, told = load(plugin, scheduler=Ours(eta=0.25))
     seen[where, "passed"] = pipe.scheduler.config.eta, told
     pipe, told = load(portable, scheduler=Ours(eta=0.25))
@@ -168,6 +173,12 @@ def test_every_form_in_fresh_processes_from_disk_and_from_the_hub(
         assert not told
         assert ours(config) == wanted
         assert seen[where, "plug-in difference"] == 0.0
+        is_ours, told, config = seen[where, "trusted"]
+        assert not is_ours  # the code of the repository, beside the package's own class
+        assert not [line for line in told if "trust" not in line[1]]
+        assert ours(config) == wanted
+        assert seen[where, "trusted difference"] == 0.0
+        assert seen[where, "trusted and swapped difference"] == 0.0
         assert seen[where, "passed"] == (0.25, [])
         # DDIMPipeline puts a stock scheduler in the place of any other, and diffusers says so
         [(_, told)] = seen[where, "passed to stock"]

@@ -275,8 +275,15 @@ def images(pipe, call, seed=1, **more):
 
 
 def processors_of(pipe):
-    """The attention processors of the network, where it has some."""
-    return dict(getattr(getattr(pipe, "unet", None), "attn_processors", {}))
+    """The attention processors of all networks: every one of these pipelines has some."""
+    found = {}
+    for name, network in pipe.components.items():
+        if isinstance(network, torch.nn.Module):
+            for path, module in network.named_modules():
+                if hasattr(module, "processor"):
+                    found[f"{name}.{path}"] = module.processor
+    assert found
+    return found
 
 
 def swap(pipe, cls=GeneralizedDDIMScheduler, **settings):
