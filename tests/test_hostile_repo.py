@@ -126,6 +126,28 @@ def test_the_same_configs_are_fine_without_the_harm():
         cls.from_config({**config, "beta_schedule": "linear"}).set_timesteps(10)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_portable_config_that_stock_would_build_is_refused_by_ours(cls, tmp_path):
+    """The stock class would ask for 8 GB; ours reads the same folder and says no."""
+    config = {
+        "_class_name": export.STOCK_CLASSES[cls.__name__],
+        "num_train_timesteps": 2 * BILLION,
+        "beta_schedule": "linear",
+        "_ddim_schedulers": {"class": cls.__name__, "settings": {}, "stand_ins": {}},
+    }
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    tracemalloc.start()
+    begun = time.perf_counter()
+    try:
+        with pytest.raises(ValueError, match="`num_train_timesteps` is 2000000000"):
+            cls.from_pretrained(tmp_path)
+        took, (_, most) = time.perf_counter() - begun, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert took < 5
+    assert most < 50e6
+
+
 INDEX = {
     "_class_name": "DDPMPipeline",
     "scheduler": ["diffusers", "DDIMScheduler"],
