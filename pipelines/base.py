@@ -1,7 +1,7 @@
 """What all pipelines share: construction, checks, and being made from another pipeline."""
 
 import copy
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
@@ -89,6 +89,35 @@ class UnconditionalPipeline(DiffusionPipeline):
     def state_dtype(self) -> torch.dtype:
         """Dtype in which samples are kept: float64 for a float64 network, else float32."""
         return state_dtype(self.unet)
+
+    def speed_up(
+        self,
+        *,
+        compile: bool | dict[str, Any] = False,
+        channels_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Make the network faster, in place; none of it is a default, because all of it rounds.
+
+        Args:
+            compile: `torch.compile` the network at its first call (a minute), or a dictionary of
+                `torch.compile`'s arguments, e.g. `{"mode": "reduce-overhead"}` for CUDA graphs. A
+                smaller last batch is filled up, so that it does not compile again.
+            channels_last: keep the weights in the memory format that tensor cores and most CPUs
+                want.
+            dtype: of the network, e.g. `torch.bfloat16`; the sample itself stays in float32.
+
+        Returns:
+            the pipeline.
+        """
+        network = cast(Any, self.unet)
+        if dtype is not None:
+            network.to(dtype)
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        if compile:
+            network.compile(**({} if compile is True else compile))
+        return self
 
     def check(self) -> None:
         """Check the components again, for `pipe.scheduler = ...` may have replaced one.

@@ -28,6 +28,7 @@ from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, to_pil, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.pictures import make_grid
+from ddim_schedulers.pipelines.sampling import is_compiled
 
 FORMATS = ("png", "npz")
 SETTINGS = "sample.json"
@@ -48,6 +49,7 @@ class SamplingJob:
         num_inference_steps: as in generation.
         timesteps: as in generation.
         eta: as in generation.
+        use_clipped_model_output: as in generation.
     """
 
     num_images: int
@@ -57,6 +59,7 @@ class SamplingJob:
     num_inference_steps: int | None = None
     timesteps: tuple[int, ...] | None = None
     eta: float | None = None
+    use_clipped_model_output: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -199,18 +202,22 @@ def _load(path: Path) -> list[Image.Image]:
 def _sample(pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int) -> np.ndarray:
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    # a compiled network would compile again for a smaller last batch: it makes images too many
+    full = is_compiled(pipe.unet) and job.num_images > job.batch_size
+    end = start + job.batch_size if full else stop
     try:
         output: Any = pipe(
-            seeds=range(job.seed + start, job.seed + stop),
+            seeds=range(job.seed + start, job.seed + end),
             batch_size=job.batch_size,
             num_inference_steps=job.num_inference_steps,
             timesteps=job.timesteps,
             eta=job.eta,
+            use_clipped_model_output=job.use_clipped_model_output,
             output_type="latent",
         )
     finally:
         pipe.set_progress_bar_config(**quiet)
-    return to_uint8(output.images)
+    return to_uint8(output.images[: stop - start])
 
 
 def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
@@ -220,6 +227,7 @@ def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
         "job": asdict(job),
         "network": fingerprint(pipe.unet),  # type: ignore[arg-type]
         "network_dtype": str(pipe.unet.dtype),
+        "compiled": is_compiled(pipe.unet),
         "scheduler": type(pipe.scheduler).__name__,
         # private keys say how the config came about (in an order that varies), not what it is
         "scheduler_config": {k: v for k, v in config.items() if not k.startswith("_")},

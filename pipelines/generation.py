@@ -187,7 +187,8 @@ class GenerationPipeline(UnconditionalPipeline):
             arguments = step_arguments(
                 self.scheduler, generator, run.eta, run.use_clipped_model_output
             )
-            output.add(start, denoise(self.unet, self.scheduler, x, tau, arguments, watch))
+            largest = parts[0][1] - parts[0][0]
+            output.add(start, denoise(self.unet, self.scheduler, x, tau, arguments, watch, largest))
         watch.bar.close()
         path = None if watch.recorder is None else watch.recorder.path
         return path, watch.clipped.share()

@@ -141,14 +141,15 @@ class InversionPipeline(UnconditionalPipeline):
         x0 = self.check_latents(x0, "x0")
         inverse = self.inverse_scheduler()
         tau = plan(inverse, num_inference_steps, timesteps, self._execution_device)
-        refinement = Refinement(self.unet, inverse, refinements, tolerance)
         parts = chunks(len(x0), check_batch_size(batch_size))
+        largest = parts[0][1] - parts[0][0]
+        refinement = Refinement(self.unet, inverse, refinements, tolerance, largest)
         latents = torch.empty(x0.shape, dtype=x0.dtype)
         with self.progress_bar(total=len(parts) * len(tau)) as bar:
             for start, stop in parts:
                 x = x0[start:stop].to(self._execution_device)
                 after = refinement.following(bar.update)
-                latents[start:stop] = denoise(self.unet, inverse, x, tau, {}, after).cpu()
+                latents[start:stop] = denoise(self.unet, inverse, x, tau, {}, after, largest).cpu()
         self.maybe_free_model_hooks()
         residual = refinement.residual()
         converged = None if residual is None else refinement.report(residual)

@@ -28,6 +28,7 @@ class Refinement:
         inverse: the encoding scheduler, with its trajectory set.
         refinements: iterations of each step, >= 0.
         tolerance: root mean square change at which a sample stops, > 0.
+        batch_size: of the largest batch, for a compiled network; see `predict`.
 
     Raises:
         ValueError: for arguments out of range.
@@ -39,12 +40,14 @@ class Refinement:
         inverse: GeneralizedDDIMInverseScheduler,
         refinements: int,
         tolerance: float,
+        batch_size: int = 0,
     ) -> None:
         if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
             raise ValueError(f"`refinements` is {refinements!r}; it must be an integer >= 0.")
         if not tolerance > 0:
             raise ValueError(f"`tolerance` is {tolerance!r}; it must be > 0.")
         self.network, self.refinements, self.tolerance = network, refinements, float(tolerance)
+        self.batch_size = batch_size
         self.levels = Levels(inverse)
         self.pairs = inverse.planned_pairs()
         self.end = inverse.alpha_bar_end
@@ -76,7 +79,7 @@ class Refinement:
         b = (1 - a_t) ** 0.5 - a * (1 - a_s) ** 0.5
         residual = torch.full((len(x_t),), torch.inf, dtype=x_t.dtype, device=x_t.device)
         for _ in range(self.refinements):
-            eps = self.levels.eps(predict(self.network, x_t, t), x_t, t)
+            eps = self.levels.eps(predict(self.network, x_t, t, self.batch_size), x_t, t)
             change = a * x_s + b * eps - x_t
             # ~(<=) rather than >: a NaN stays active, and is reported
             active = ~(residual <= self.tolerance)

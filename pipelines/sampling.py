@@ -48,9 +48,28 @@ def state_dtype(network: Network) -> torch.dtype:
     return torch.float64 if network.dtype == torch.float64 else torch.float32
 
 
-def predict(network: Network, x: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
-    """Return the network's output for x (B, C, H, W) at timestep t, in the dtype of x."""
-    return network(x.to(network.dtype), t).sample.to(x.dtype)
+def is_compiled(network: Network) -> bool:
+    """Tell whether `network.compile()` or `torch.compile(network)` was used."""
+    # by attribute: importing torch's compiler to ask for its class takes as long as torch itself
+    marks = ("_compiled_call_impl", "_orig_mod")
+    return any(getattr(network, mark, None) is not None for mark in marks)
+
+
+def predict(
+    network: Network, x: torch.Tensor, t: torch.Tensor | int, batch_size: int = 0
+) -> torch.Tensor:
+    """Return the network's output for x (B, C, H, W) at timestep t, in the dtype of x.
+
+    A compiled network gets the last, smaller batch filled up to `batch_size` with repeats of its
+    first sample: a new shape would compile again, which takes longer than the wasted rows. Its t is
+    always a tensor, for each new integer would compile again, too.
+    """
+    given = x
+    if is_compiled(network):
+        t = torch.as_tensor(t, device=x.device)
+        if len(x) < batch_size:
+            given = torch.cat([x, x[:1].expand(batch_size - len(x), -1, -1, -1)])
+    return network(given.to(network.dtype), t).sample[: len(x)].to(x.dtype)
 
 
 def plan(
@@ -122,6 +141,7 @@ def denoise(
     timesteps: torch.Tensor,
     arguments: dict[str, Any],
     after_step: AfterStep | None = None,
+    batch_size: int = 0,
 ) -> torch.Tensor:
     """Run the loop: one network call and one `scheduler.step` for each timestep.
 
@@ -132,12 +152,13 @@ def denoise(
         timesteps: the rest of the plan.
         arguments: of `step_arguments`.
         after_step: called with each `Step`; may replace `step.x_s`.
+        batch_size: of the batches before, for a compiled network; see `predict`.
 
     Returns:
         the sample at the end of the plan, (B, C, H, W).
     """
     for index, t in enumerate(timesteps):
-        model_output = predict(network, x_t, t)
+        model_output = predict(network, x_t, t, batch_size)
         output = scheduler.step(model_output, t, x_t, **arguments)
         x0 = output.get("pred_original_sample")
         step = Step(index, t, x_t, model_output, x0, output.prev_sample)

@@ -40,6 +40,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", help="cpu, cuda, cuda:1, ...; an accelerator where there is one"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the network: a minute at the start"
+    )
+    parser.add_argument(
+        "--channels_last", action="store_true", help="the network in channels_last memory format"
+    )
 
 
 def eta_of_call(args: argparse.Namespace) -> float | None:
@@ -65,12 +71,11 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     scheduler = _scheduler(pipe.scheduler, args)
     if scheduler is not pipe.scheduler:
         pipe = cls(**{**pipe.components, "scheduler": scheduler})
-    dtype = getattr(torch, args.dtype)
-    # the name of from_pretrained's own argument for it differs between versions of diffusers
-    return (
-        pipe.to(_device(args.device))
-        if dtype == pipe.dtype
-        else pipe.to(_device(args.device), dtype)
+    # the name of from_pretrained's own argument for the dtype differs between versions of diffusers
+    return pipe.to(_device(args.device)).speed_up(
+        compile=args.compile,
+        channels_last=args.channels_last,
+        dtype=getattr(torch, args.dtype),
     )
 
 
