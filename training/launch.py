@@ -1,6 +1,7 @@
 """The Accelerate engine of a run: built once, refused where it would not do what it says."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -46,6 +47,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.tracker != "none" and not accelerator.log_with:
         raise ValueError(f"tracker is {config.tracker!r}, which is not installed")
     return accelerator
+
+
+def settle() -> None:
+    """Lets gloo put its last operation away; call it before the network in DDP is given up.
+
+    A thread of gloo needs Python's lock to free the tensors of an operation that is done. Where
+    Python gives up the network before that, it holds the lock and waits for the thread: neither
+    ends (seen with torch 2.13). Sleeping hands over the lock.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.1)
 
 
 def _refusal(name: str) -> str:

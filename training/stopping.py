@@ -2,15 +2,20 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+# torchrun hands on a signal that its processes may have had already, as members of its group.
+SAME_SIGNAL_SECONDS = 2.0
+
 
 class StopSignals:
-    """While active, `name` remembers the first SIGTERM or SIGINT; a second one acts at once."""
+    """While active, `name` remembers the first SIGTERM or SIGINT; a later one acts at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -29,8 +34,11 @@ class StopSignals:
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -27,11 +27,15 @@ def train(config: TrainingConfig) -> "TrainingResult":
         read. NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. It was not
         applied.
     """
+    from ddim_schedulers.training.launch import settle
     from ddim_schedulers.training.saving import push
     from ddim_schedulers.training.trainer import Trainer
 
-    trainer = Trainer(config)
-    result = trainer.run()
+    try:
+        trainer = Trainer(config)
+        result = trainer.run()
+    finally:
+        settle()
     push(trainer, result.pipeline_dir)
     return result
 
@@ -49,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config, dry_run = parse_args(sys.argv[1:] if argv is None else argv)
     from ddim_schedulers.training.checkpoints import CheckpointError
+    from ddim_schedulers.training.launch import settle
     from ddim_schedulers.training.outcome import NonFiniteError
     from ddim_schedulers.training.saving import push
     from ddim_schedulers.training.trainer import Trainer
@@ -66,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, NonFiniteError) as error:
         print(f"ddim-schedulers train: {error}", file=sys.stderr)
         return 1
+    finally:
+        settle()
     if trainer.accelerator.is_main_process:
         print(lines)
     trainer.accelerator.end_training()
