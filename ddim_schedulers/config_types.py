@@ -125,4 +125,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_NAME
+    # `None` goes on to the check that lists the names
+    return value is None or (isinstance(value, str) and len(value) <= MAX_NAME)

@@ -7,6 +7,8 @@ Every prediction m is affine in (x_0, eps), so that x0_hat and eps_hat are affin
 The coefficients are data (`x0_coefficients`, `eps_coefficients`); the schedulers fold them into
 their tables. `alpha_bar_t` is in [0, 1) and `alpha_bar_before` is alpha_bar_{t-1} of the **training
 chain** (1 at t = 0), used by `posterior_mean` alone; both broadcast against the batch (B, C, H, W).
+Neither is checked, which would read it back from the device: out of bounds the results are NaN or
+infinite.
 """
 
 import torch

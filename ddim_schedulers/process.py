@@ -12,7 +12,9 @@ DDIM paper (arXiv:2010.02502) writes alpha for what is alpha_bar here.
 
 Shapes: `x_t`, `x_s`, `x0`, `noise` are batches (B, C, H, W) or anything else; `alpha_bar_t`,
 `alpha_bar_s` and `sigma` are floats or tensors that broadcast against them, e.g. (B, 1, 1, 1).
-Every function is pure.
+Every function is pure. A number for alpha_bar is checked to lie in [0, 1]; a tensor's values and
+the order of alpha_bar_t and alpha_bar_s are not, which would read them back from the device: out of
+bounds they give NaN or a negative variance.
 """
 
 from collections.abc import Sequence
@@ -37,13 +39,13 @@ class Gaussian(NamedTuple):
 
 def q_sample(x0: torch.Tensor, noise: torch.Tensor, alpha_bar_t: Coefficient) -> torch.Tensor:
     """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (DDPM, Eq. 4)."""
-    a = _as_tensor(alpha_bar_t)
+    a = _alpha_bar(alpha_bar_t)
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
 def q_t_given_0(x0: torch.Tensor, alpha_bar_t: Coefficient) -> Gaussian:
     """Return q(x_t | x_0) (DDPM, Eq. 4), for alpha_bar_t in [0, 1]."""
-    a = _as_tensor(alpha_bar_t)
+    a = _alpha_bar(alpha_bar_t)
     return Gaussian(a.sqrt() * x0, 1 - a)
 
 
@@ -53,7 +55,7 @@ def q_t_given_s(x_s: torch.Tensor, alpha_bar_t: Coefficient, alpha_bar_s: Coeffi
     Its mean is sqrt(alpha_bar_t / alpha_bar_s) x_s and its variance 1 - alpha_bar_t / alpha_bar_s,
     for 0 <= alpha_bar_t < alpha_bar_s <= 1.
     """
-    ratio = _as_tensor(alpha_bar_t) / _as_tensor(alpha_bar_s)
+    ratio = _alpha_bar(alpha_bar_t) / _alpha_bar(alpha_bar_s)
     return Gaussian(ratio.sqrt() * x_s, 1 - ratio)
 
 
@@ -79,7 +81,7 @@ def q_s_given_t_0(
     Raises:
         ValueError: if sigma is out of bounds.
     """
-    a_t, a_s = _as_tensor(alpha_bar_t), _as_tensor(alpha_bar_s)
+    a_t, a_s = _alpha_bar(alpha_bar_t), _alpha_bar(alpha_bar_s)
     std = sigma_eta(a_t, a_s, 1.0) if sigma is None else check_sigma(_as_tensor(sigma), a_s)
     eps = (x_t - a_t.sqrt() * x0) / (1 - a_t).sqrt()
     return Gaussian(a_s.sqrt() * x0 + direction(a_s, std) * eps, std**2)
@@ -107,7 +109,7 @@ def q_t_given_s_0(
     Raises:
         ValueError: if sigma is out of bounds, 0 <= sigma^2 <= 1 - alpha_bar_s.
     """
-    a_t, a_s = _as_tensor(alpha_bar_t), _as_tensor(alpha_bar_s)
+    a_t, a_s = _alpha_bar(alpha_bar_t), _alpha_bar(alpha_bar_s)
     b_t, b_s = 1 - a_t, 1 - a_s
     std = check_sigma(_as_tensor(sigma), a_s)
     at_end = b_s == 0
@@ -145,6 +147,12 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> torch.Tensor:
     """
     ratio = p.variance / q.variance
     return 0.5 * (ratio - 1 - torch.log(ratio) + (p.mean - q.mean) ** 2 / q.variance)
+
+
+def _alpha_bar(value: Coefficient) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) and not 0 <= value <= 1:
+        raise ValueError(f"`alpha_bar` is {value!r}; it must lie in [0, 1].")
+    return _as_tensor(value)
 
 
 def _as_tensor(value: Coefficient) -> torch.Tensor:

@@ -46,10 +46,11 @@ from .parameterization import (
     x0_coefficients,
 )
 from .settings import restore_settings
-from .sigmas import sigma_eta, sigma_hat
+from .sigmas import check_sigma, sigma_eta, sigma_hat
 from .timesteps import (
     TIMESTEP_SPACINGS,
     check_num_inference_steps,
+    check_quadratic_end,
     check_timesteps,
     landing,
     make_timesteps,
@@ -195,6 +196,7 @@ class FamilySchedulerMixin:
         config = self.config
         big_t = check_num_train_timesteps(config.num_train_timesteps)
         _check_names(config)
+        _check_planned(config, big_t)
         if config.trained_betas is not None:
             betas = explicit_betas(config.trained_betas, big_t)
         else:
@@ -682,9 +684,27 @@ def _check_names(config: Any) -> None:
         value = config.get(name, 1.0)
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number > 0.")
+    if config.get("sample_max_value", 1.0) < 1:
+        raise ValueError(f"`sample_max_value` is {config.sample_max_value!r}; it must be >= 1.")
     ratio = config.get("dynamic_thresholding_ratio", 1.0)
     if ratio > 1:
         raise ValueError(f"`dynamic_thresholding_ratio` is {ratio!r}; it must lie in (0, 1].")
+
+
+def _check_planned(config: Any, big_t: int) -> None:
+    """Refuse a trajectory or a sigma that no plan could have; each plan checks the rest."""
+    planned, sigma = config.get("timesteps"), config.get("sigma")
+    if planned is not None:
+        check_timesteps(planned, big_t)
+    if sigma is not None:
+        least = torch.zeros((), dtype=torch.float64, device="cpu")  # sigma^2 <= 1 - alpha_bar_s
+        check_sigma(torch.tensor(sigma, dtype=torch.float64, device="cpu"), least)
+        if planned is not None and len(sigma) != len(planned):
+            raise ValueError(
+                f"`sigma` has {len(sigma)} values, but `timesteps` has {len(planned)}; give one "
+                "for each."
+            )
+    check_quadratic_end(config.get("quadratic_end", 1.0))
 
 
 def _with_own_process(config: dict[str, Any]) -> dict[str, Any]:

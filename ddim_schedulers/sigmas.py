@@ -1,7 +1,8 @@
 """The standard deviation of the noise that a step adds.
 
 `alpha_bar_t` and `alpha_bar_s` are tensors of the same shape with
-0 <= alpha_bar_t <= alpha_bar_s <= 1; results are standard deviations, never variances.
+0 <= alpha_bar_t <= alpha_bar_s <= 1; results are standard deviations, never variances. These bounds
+are not checked, which would read tensors back from the device; sigma and eta are.
 """
 
 import math

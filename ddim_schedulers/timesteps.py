@@ -76,8 +76,7 @@ def make_timesteps(
 
 
 def _quadratic(n: int, big_t: int, end: float) -> list[int]:
-    if not 0.0 < end <= 1.0:
-        raise ValueError(f"`quadratic_end` is {end!r}; it must lie in (0, 1].")
+    check_quadratic_end(end)
     stop = math.sqrt(end * big_t)
     # the last point is sqrt(.)^2 as the authors' code computes it, not its rounded-down neighbour
     roots = [i * (stop / (n - 1)) for i in range(n - 1)] + [stop]
@@ -86,6 +85,17 @@ def _quadratic(n: int, big_t: int, end: float) -> list[int]:
         wanted = min(int(root**2), big_t - 1)
         grid.append(max(wanted, grid[-1] + 1) if grid else wanted)
     return grid
+
+
+def check_quadratic_end(quadratic_end: float) -> float:
+    """Return `quadratic_end` if it lies in (0, 1].
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not 0.0 < quadratic_end <= 1.0:
+        raise ValueError(f"`quadratic_end` is {quadratic_end!r}; it must lie in (0, 1].")
+    return quadratic_end
 
 
 def check_num_inference_steps(num_inference_steps: int, num_train_timesteps: int) -> int:

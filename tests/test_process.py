@@ -252,3 +252,17 @@ def test_a_float32_batch_does_not_round_the_numbers():
     for a in (torch.tensor(a_s), torch.full((3,), a_s)):
         mean = q_s_given_t_0(x, x, a_t, a, sigma=math.sqrt(1 - a_s)).mean
         assert bool(mean.isfinite().all())
+
+
+@pytest.mark.parametrize("outside", [-0.1, 1.5, float("nan")])
+def test_a_number_that_is_no_alpha_bar_is_refused(outside):
+    x = torch.zeros(1)
+    for call in (
+        lambda: q_sample(x, x, outside),
+        lambda: q_t_given_0(x, outside),
+        lambda: q_t_given_s(x, outside, 1.0),
+        lambda: q_s_given_t_0(x, x, 0.5, outside),
+        lambda: q_t_given_s_0(x, x, outside, 0.9, 0.0),
+    ):
+        with pytest.raises(ValueError, match=r"`alpha_bar` is .*; it must lie in \[0, 1\]"):
+            call()

@@ -450,17 +450,29 @@ BAD_SETTINGS = [
     ({"timestep_spacing": "karras"}, r"`timestep_spacing` is 'karras'; .*'leading'"),
     ({"clip_sample_range": 0.0}, r"`clip_sample_range` is 0.0; .*> 0"),
     ({"clip_sample_range": math.nan}, r"`clip_sample_range` is nan"),
+    ({"beta_schedule": None}, r"`beta_schedule` is None; .*'linear'"),
+    ({"prediction_type": None}, r"`prediction_type` is None; .*'epsilon'"),
+    ({"timestep_spacing": None}, r"`timestep_spacing` is None; .*'leading'"),
+    ({"timesteps": [1, 5]}, r"`timesteps\[1\]` is 5 after 1"),
+    ({"timesteps": [1000]}, r"`timesteps\[0\]` is 1000; .*0 \.\. 999"),
+    ({"quadratic_end": 0.0}, r"`quadratic_end` is 0.0; .*\(0, 1\]"),
+    ({"quadratic_end": 1.5}, r"`quadratic_end` is 1.5"),
 ]
 BAD_FORWARD = [
     ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, r"`dynamic_thresholding_ratio` is"),
     ({"thresholding": True, "dynamic_thresholding_ratio": 0.0}, r"`dynamic_thresholding_ratio` is"),
     ({"thresholding": True, "sample_max_value": -1.0}, r"`sample_max_value` is -1.0"),
+    ({"sample_max_value": 0.5}, r"`sample_max_value` is 0.5; .*>= 1"),
 ]
 BAD_DDIM = [
     ({"eta": -0.1}, r"`eta` is -0.1; .*>= 0"),
     ({"eta": math.nan}, r"`eta` is nan"),
     ({"eta": 0.5, "sigma": [0.0]}, r"`eta` is 0.5 and `sigma` is given"),
     ({"reverse_variance": "fixed_large"}, r"`reverse_variance` is 'fixed_large'; .*'sigma_hat'"),
+    ({"reverse_variance": None}, r"`reverse_variance` is None; .*'sigma_hat'"),
+    ({"sigma": [0.1, -0.1]}, r"`sigma` is -0.1 in step 1 .*between 0 and"),
+    ({"sigma": [1.5]}, r"`sigma` is 1.5 in step 0 .*= 1 there"),
+    ({"sigma": [0.1], "timesteps": [5, 3]}, "`sigma` has 1 values, but `timesteps` has 2"),
 ]
 
 
@@ -471,6 +483,8 @@ def test_bad_settings(cls):
         bad += BAD_FORWARD
     if cls is GeneralizedDDIMScheduler:
         bad += BAD_DDIM
+    if cls is MarkovianDDPMScheduler:
+        bad += [({"variance_type": None}, r"`variance_type` is None; .*'fixed_small'")]
     for settings, message in bad:
         with pytest.raises(ValueError, match=message):
             cls(**settings)
@@ -480,11 +494,6 @@ BAD_PLANS = [
     ({"steps_offset": 1}, {"num_inference_steps": 1000}, r"`steps_offset` is 1; .*at most 0"),
     ({"steps_offset": -1}, {"num_inference_steps": 10}, r"`steps_offset` is -1"),
     ({"steps_offset": 0.5}, {"num_inference_steps": 10}, r"`steps_offset` is 0.5"),
-    (
-        {"quadratic_end": 0.0, "timestep_spacing": "quadratic"},
-        {"num_inference_steps": 10},
-        r"`quadratic_end` is 0.0; .*\(0, 1\]",
-    ),
     ({}, {"num_inference_steps": 0}, r"`num_inference_steps` is 0; .*1 to .*1000"),
     ({}, {"num_inference_steps": -3}, r"`num_inference_steps` is -3"),
     ({}, {"num_inference_steps": 1001}, r"`num_inference_steps` is 1001"),
@@ -498,7 +507,6 @@ BAD_PLANS = [
     ({}, {"timesteps": [5.5, 1]}, r"`timesteps\[0\]` is 5.5"),
     ({}, {"timesteps": [5, 1], "num_inference_steps": 2}, "pass one of them"),
     ({"timesteps": [5, 1]}, {"num_inference_steps": 3}, "`num_inference_steps` is 3.*2 values"),
-    ({"timesteps": [1, 5]}, {}, r"`timesteps\[1\]` is 5 after 1"),
 ]
 BAD_DDIM_PLANS = [
     ({}, {"timesteps": [9, 5], "sigma": [0.0]}, "`sigma` has 1 values.*2 steps"),
