@@ -72,6 +72,7 @@ FAMILY_KEYS = (
     "sample_max_value",
     "set_alpha_to_one",
     "sigma",
+    "solver_corrector",
     "solver_form",
     "solver_order",
     "thresholding",
@@ -112,9 +113,9 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 class Multistep(NamedTuple):
     """What a step of higher order adds: sum_j w_j (e_j - e_0), see `multistep`.
 
-    weights has shape (order, T, order - 1), first index the number of known predictions. before is
-    the planned timestep before each, (T,), -1 where there is none. estimate holds the columns e_x0,
-    e_x, e_m of e_0 = eps_hat, (T, 3); without it e_0 is x0_hat.
+    weights has shape (m + 1, T, m), m predictions remembered, first index how many are known.
+    before is the planned timestep before each, (T,), -1 where there is none. estimate holds the
+    columns e_x0, e_x, e_m of e_0 = eps_hat, (T, 3); without it e_0 is x0_hat.
     """
 
     weights: torch.Tensor

@@ -73,8 +73,10 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
             dictionary with the list `gamma`, T values of E||eps_theta||^2 / d, and the like.
         solver_order: 1 (DDIM), 2 or 3: how many predictions a step uses. Above 1 it goes with
             `reverse_variance` `sigma` and `optimal`, and a step takes one timestep for the batch.
-        solver_form: what is interpolated at higher order, `sample` (x0_hat in log-SNR; of order 2
-            in the variance for every eta) or `epsilon` (eps_hat in rho).
+        solver_form: what is interpolated at higher order, `sample` (x0_hat; of order 2 in the
+            variance for every eta) or `epsilon` (eps_hat).
+        solver_corrector: with `solver_order` above 1, take each step once more, one order higher,
+            when the prediction where it landed is there; no network call (UniPC, arXiv:2302.04867).
         lower_order_final: end with a step of order 1, after one of at most order 2.
 
     Raises:
@@ -107,6 +109,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         calibration: dict[str, Any] | None = None,
         solver_order: int = 1,
         solver_form: str = "sample",
+        solver_corrector: bool = False,
         lower_order_final: bool = False,
     ) -> None:
         self._sigma: torch.Tensor | None = None
@@ -151,6 +154,11 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         if isinstance(config.solver_order, bool) or config.solver_order not in orders:
             raise ValueError(
                 f"`solver_order` is {config.solver_order!r}; it must be one of {[*orders]}."
+            )
+        if config.solver_order == 1 and config.solver_corrector:
+            raise ValueError(
+                "`solver_corrector` is True, but `solver_order` is 1, which is DDIM; it needs 2 or "
+                "3."
             )
         if config.solver_order > 1 and config.reverse_variance not in ANY_MEMBER:
             raise ValueError(
@@ -252,7 +260,12 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
     ) -> Table:
         config = self.config
         clips = self._clips()
-        solver = (config.solver_order, config.solver_form, config.lower_order_final)
+        solver = (
+            config.solver_order,
+            config.solver_form,
+            config.solver_corrector,
+            config.lower_order_final,
+        )
         rederive = rederive or config.solver_order > 1
         key = (
             eta,
@@ -286,16 +299,17 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
     ) -> Multistep:
         """Return what a step adds to the first-order one; rows that are not planned add nothing."""
         config, a_t, plan = self.config, self._alpha_bar, self._plan
-        order = config.solver_order
-        weights = torch.zeros(order, len(self), order - 1, dtype=torch.float64, device="cpu")
-        weights[:, plan] = multistep_weights(
+        planned = multistep_weights(
             config.solver_form,
-            order,
+            config.solver_order,
             a_t[plan],
             self._alpha_bar_s[plan],
             sigma[plan],
+            config.solver_corrector,
             config.lower_order_final,
         )
+        weights = planned.new_zeros(planned.shape[0], len(self), planned.shape[2])
+        weights[:, plan] = planned
         before = torch.full_like(self._landing, -1)
         before[plan[1:]] = self._plan_tensor()[:-1]
         estimate = None
