@@ -1,11 +1,16 @@
 """Sampling end to end: our scheduler and pipeline against bare network calls and against stock.
 
-python tests/benchmarks/bench_sampling.py --json sampling.json [--pipeline FOLDER]
+python tests/benchmarks/bench_sampling.py --json sampling.json [--pipeline FOLDER] [--compile]
+
+With --compile also `speed_up(...)` against stock DDIMPipeline in eager float32 on the same weights,
+with the largest difference of the images (in [0, 1]) to ours in eager float32.
 """
+
+import copy
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from pairing import paired, parser, report
+from pairing import clock_of, paired, parser, report
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline
@@ -46,6 +51,7 @@ def main():
     """Runs every case."""
     options = parser(__doc__)
     options.add_argument("--pipeline", help="folder of a pipeline; random weights without it")
+    options.add_argument("--compile", action="store_true", help="a minute of compiling each")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     unet = network(args.pipeline)
@@ -72,6 +78,12 @@ def main():
 
     calls = lambda: bare(unet, x, ddim.timesteps)  # noqa: E731
     rows = []
+
+    def add(label, a, b, **more):
+        figures = paired(a, b, args.repeats, clock=clock_of(args))
+        rows.append({"sampling": label, "labels": ["sampling", *more], **more, **figures})
+        report(rows[-1:], None)
+
     for label, a, b in (
         ("GenerationPipeline, DDIM, against bare network calls", generate(ours, eta=0.0), calls),
         ("GenerationPipeline, DDPM, against bare network calls", generate(ours_ddpm), calls),
@@ -83,8 +95,19 @@ def main():
         ("our DDIM in DDPMPipeline against stock DDIMPipeline", stock(in_stock), stock(stock_ddim)),
         ("GenerationPipeline, DDPM, against DDPMPipeline", generate(ours_ddpm), stock(stock_ddpm)),
     ):
-        rows.append({"sampling": label, "labels": ["sampling"], **paired(a, b, args.repeats)})
-        report(rows[-1:], None)
+        add(label, a, b)
+    eager = generate(ours, eta=0.0)().images
+    for options in (
+        {"dtype": torch.bfloat16, "channels_last": True},
+        {"compile": True},
+        {"compile": True, "dtype": torch.bfloat16, "channels_last": True},
+    ):
+        if args.compile or "compile" not in options:
+            pipe = quiet(GenerationPipeline(copy.deepcopy(unet), ddim).speed_up(**options))
+            run = generate(pipe, eta=0.0)
+            difference = float((run().images - eager).abs().max())
+            label = ", ".join(f"{k}={v}" for k, v in options.items())
+            add(f"speed_up({label}) against stock", run, stock(stock_ddim), difference=difference)
     if args.json:
         report(rows, args.json)
 

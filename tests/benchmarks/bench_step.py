@@ -4,8 +4,13 @@ python tests/benchmarks/bench_step.py --json step.json
 """
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
-from pairing import paired, parser, report
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+)
+from pairing import clock_of, paired, parser, report
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -30,6 +35,11 @@ def cases(shape, dtype):
     yield "DDPM", step(ours, m, x), step(stock, m, x)
     ours, stock = GeneralizedDDIMInverseScheduler(), DDIMInverseScheduler()
     yield "DDIM inverse", step(ours, m, x), step(stock, m, x)
+    # orders above 1 against the multistep solver that people use; both walk through their plan
+    for order in (2, 3):
+        ours = GeneralizedDDIMScheduler(solver_order=order, clip_sample=False)
+        stock = DPMSolverMultistepScheduler(solver_order=order)
+        yield f"order {order} against DPM-Solver++", walk(ours, m, x), walk(stock, m, x)
 
 
 def step(scheduler, model_output, sample, **arguments):
@@ -37,6 +47,19 @@ def step(scheduler, model_output, sample, **arguments):
     scheduler.set_timesteps(50)
     t = scheduler.timesteps[25]
     return lambda: scheduler.step(model_output, t, sample, **arguments)
+
+
+def walk(scheduler, model_output, sample):
+    """Returns a call that takes the next step of a plan of 50, and plans anew at its end."""
+    left = []
+
+    def call():
+        if not left:
+            scheduler.set_timesteps(50)
+            left.extend(scheduler.timesteps.flip(0))
+        scheduler.step(model_output, left.pop(), sample)
+
+    return call
 
 
 def main():
@@ -47,7 +70,7 @@ def main():
     for dtype in (torch.float32, torch.bfloat16):
         for shape, inner in SHAPES.items():
             for label, ours, theirs in cases(shape, dtype):
-                figures = paired(ours, theirs, args.repeats, inner)
+                figures = paired(ours, theirs, args.repeats, inner, clock_of(args))
                 name = str(dtype).removeprefix("torch.")
                 rows.append({"step": label, "shape": list(shape), "dtype": name, **figures})
                 rows[-1]["labels"] = ["step", "shape", "dtype"]

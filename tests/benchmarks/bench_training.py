@@ -12,7 +12,6 @@ memory, where the script decodes images with torchvision. A ratio below 1 says t
 
 import itertools
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from pairing import paired, parser, report
+from pairing import clock_of, paired, parser, report
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
@@ -138,23 +137,23 @@ def main():
     options.add_argument("--batch_size", type=int, default=16)
     options.add_argument("--size", type=int, default=32, help="side of the images")
     options.add_argument("--steps", type=int, default=4, help="steps timed together, each time")
-    options.add_argument("--cpu_time", action="store_true", help="for a machine that is busy")
+    options.add_argument(
+        "--compile", action="store_true", help="also with compile=True: a minute of compiling each"
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    clock = clock_of(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (1024, args.size, args.size)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     what = (images, args.preset, args.batch_size)
     rows = []
-    cases = [
+    against = [
         ("bare loop", lambda: bare(*what, device), {"use_ema": False}),
         ("stock example", lambda: stock(*what), {}),
-        ("stock example", lambda: stock(*what), {"compile": True}),
     ]
+    cases = against + [(n, make, {**c, "compile": True}) for n, make, c in against if args.compile]
     for name, make, changes in cases:
-        if changes.get("compile") and device == "cpu":
-            continue  # a minute of compiling; asked for on accelerators
         with tempfile.TemporaryDirectory() as folder:
             mine, theirs = ours(images, Path(folder), *what[1:], **changes), make()
             row = paired(

@@ -53,7 +53,15 @@ def parser(text: str) -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="write the figures here as well")
     made.add_argument("--repeats", type=int, default=15, help="pairs of runs")
     made.add_argument("--threads", type=int, default=1, help="threads of torch")
+    made.add_argument(
+        "--cpu_time", action="store_true", help="processor time, for a machine that is not idle"
+    )
     return made
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """Returns the clock that was asked for."""
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def report(rows: list[dict[str, Any]], path: Path | None) -> None:
