@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.training import checkpoints, stopping, train
+from ddim_schedulers.training import checkpoints, saving, stopping, train
 from ddim_schedulers.training.checkpoints import CheckpointError
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
 from ddim_schedulers.training.launch import LearningRate
@@ -481,6 +482,11 @@ def test_sharded_engines_are_refused(settings, monkeypatch, name):
         Trainer(settings("a"))
 
 
+def test_fp16_is_refused_where_it_would_do_nothing(settings):
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16', which does nothing on the CP"):
+        Trainer(settings("a", mixed_precision="fp16"))
+
+
 def test_a_tracker_that_is_not_installed_is_named(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -507,6 +513,13 @@ def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypat
     def no_room(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
+    def none_for_weights(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_pipeline", none_for_weights)
+        with pytest.raises(CheckpointError, match="the disk is full; the last good .*10"):
+            run(settings("a", checkpoint_every=4, max_train_steps=10, resume="latest"))
     monkeypatch.setattr(Path, "write_text", no_room)
     config = settings("a", checkpoint_every=4, max_train_steps=12, resume="latest")
     with pytest.raises(CheckpointError, match="the disk is full; the last good checkpoint is .*10"):

@@ -107,7 +107,7 @@ def test_bad_rows_stop_the_run_or_are_counted(settings):
     # 56 images are one epoch and 26 of the next, so the bad ones come up two to four times.
     assert 2 <= result.replaced_images <= 4
     assert f"{result.replaced_images} broken images were replaced" in result.summary()
-    assert "2 images cannot be read and are left out" in result.summary()
+    assert "images that cannot be read and are left out: 2 (" in result.summary()
     last = (result.output_dir / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["replaced_images"] == result.replaced_images
 

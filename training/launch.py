@@ -23,8 +23,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """DDP, mixed precision and trackers as the settings and `accelerate launch` say.
 
     Raises:
-        ValueError: launched with FSDP, DeepSpeed or Megatron-LM, or a tracker that is not
-        installed.
+        ValueError: launched with FSDP, DeepSpeed or Megatron-LM, a tracker that is not installed,
+            or fp16 on the CPU.
     """
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -46,6 +46,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError(_refusal(accelerator.distributed_type.value))
     if config.tracker != "none" and not accelerator.log_with:
         raise ValueError(f"tracker is {config.tracker!r}, which is not installed")
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            "mixed_precision is 'fp16', which does nothing on the CPU; set it to 'bf16' or 'no'"
+        )
     return accelerator
 
 

@@ -178,6 +178,7 @@ def _check(config: dict[str, Any], name: str, size: tuple[int, int]) -> None:
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if size[0] % factor or size[1] % factor:
         raise ValueError(
-            f"images are {size[0]}x{size[1]}, but the UNet of {name} halves them to a "
-            f"{factor}th: both sides must be multiples of {factor} (see image_size and fit)"
+            f"images are {size[0]}x{size[1]}, but the UNet of {name} halves them "
+            f"{len(config['block_out_channels']) - 1} times: both sides must be multiples of "
+            f"{factor} (see image_size and fit)"
         )

@@ -1,6 +1,8 @@
 """The state of a run as files: what goes into a checkpoint, how it comes back, what is exported."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import DDPMPipeline
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.training import checkpoints
@@ -127,7 +130,21 @@ def require_same_data(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def export(trainer: "Trainer") -> Path:
-    """Writes the pipeline with the averaged weights, and the raw UNet beside it."""
+    """Writes the pipeline with the averaged weights, and the raw UNet beside it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        return _export(trainer)
+    except SafetensorError as error:  # its writer wraps what the system says
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _export(trainer: "Trainer") -> Path:
     target = trainer.root / "pipeline"
     if trainer.accelerator.is_main_process:
         pipeline = DDPMPipeline(
