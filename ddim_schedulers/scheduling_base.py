@@ -11,7 +11,7 @@ on the device of the sample; `step` looks its row up and reads nothing back.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,7 @@ from .timesteps import (
     make_timesteps,
     pairs,
 )
+from .trajectory import calibrated_timesteps, trajectory_of
 from .transition import Transition, transition
 
 logger = logging.get_logger(__name__)
@@ -206,8 +207,7 @@ class FamilySchedulerMixin:
             betas = rescale_zero_terminal_snr(betas)
         self._alpha_bar = alpha_bar_from_betas(betas)
         self._optimal_plans: dict[tuple, list[int]] = {}
-        if config.get("calibration") is not None or self._needs_calibration():
-            self._statistics()
+        self._check_calibration()
         # float32 copies under diffusers' names, for training scripts and pipelines that read them
         self.betas = betas.float()
         self.alphas = (1.0 - betas).float()
@@ -278,6 +278,8 @@ class FamilySchedulerMixin:
         check_num_inference_steps(num_inference_steps, big_t)
         if config.timestep_spacing == "optimal":
             return list(self._optimal_timesteps(num_inference_steps))
+        if config.timestep_spacing == "calibrated":
+            return list(self._calibrated_timesteps(num_inference_steps))
         return make_timesteps(
             config.timestep_spacing,
             num_inference_steps,
@@ -288,6 +290,16 @@ class FamilySchedulerMixin:
 
     def _needs_calibration(self) -> bool:
         return self.config.timestep_spacing == "optimal"
+
+    def _check_calibration(self) -> None:
+        """Check what `calibration` holds: statistics, a trajectory, or both."""
+        calibration = self.config.get("calibration")
+        has_trajectory = isinstance(calibration, Mapping) and "trajectory" in calibration
+        if has_trajectory or self.config.timestep_spacing == "calibrated":
+            trajectory_of(calibration, len(self))
+        alone = has_trajectory and "gamma" not in calibration
+        if self._needs_calibration() or (calibration is not None and not alone):
+            self._statistics()
 
     def _statistics(self) -> Statistics:
         calibration = self.config.get("calibration")
@@ -323,6 +335,22 @@ class FamilySchedulerMixin:
         if key not in self._optimal_plans:
             self._optimal_plans[key] = optimal_timesteps(
                 self._alpha_bar, statistics, num_inference_steps, *member, self._x0_limit
+            )
+        return self._optimal_plans[key]
+
+    def _calibrated_timesteps(self, num_inference_steps: int) -> list[int]:
+        config = self.config
+        trajectory = trajectory_of(config.get("calibration"), len(self))
+        solver = (
+            config.get("solver_order", 1),
+            config.get("solver_form", "sample"),
+            bool(config.get("lower_order_final", False)),
+        )
+        curve = tuple(trajectory.points.flatten().tolist())
+        key = ("calibrated", num_inference_steps, *solver, *trajectory.timesteps, *curve)
+        if key not in self._optimal_plans:
+            self._optimal_plans[key] = calibrated_timesteps(
+                trajectory, self._alpha_bar, self.alpha_bar_end, num_inference_steps, *solver
             )
         return self._optimal_plans[key]
 
@@ -676,7 +704,7 @@ def _check_length(name: str, length: int, num_inference_steps: int | None) -> No
 
 def _check_names(config: Any) -> None:
     check_prediction_type(config.prediction_type)
-    spacings = (*TIMESTEP_SPACINGS, "optimal")
+    spacings = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
     if config.timestep_spacing not in spacings:
         raise ValueError(
             f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of {spacings}."

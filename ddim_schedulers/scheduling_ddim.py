@@ -55,7 +55,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic`, or `optimal`, the
             trajectory with the smallest likelihood bound for the member and noise in use (for eta 0
             or None, whose bound is infinite or unknown: for the Markovian member with the optimal
-            noise); needs `calibration`.
+            noise); or `calibrated`, the one whose jumps miss a fine trajectory least. Both need
+            `calibration`.
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
         eta: the member, sigma = eta sigma(1), >= 0. `None` follows the argument of `step`; a number
             wins over it, because pipelines pass `eta=0.0` whenever there is such an argument.

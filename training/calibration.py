@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 
+from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.parameterization import eps_from
 from ddim_schedulers.plugin import SETTINGS_KEY, STOCK_CLASSES
+from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.checkpoints import to_json, write_file
 from ddim_schedulers.training.passes import STATISTICS, Pass, Team, run_pass
 from ddim_schedulers.training.subject import Subject
+from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -117,8 +121,74 @@ def calibrate(
     return calibration_of(result, clip, seed), cost
 
 
+def measure_trajectory(
+    subject: Subject,
+    *,
+    num_samples: int = 48,
+    steps: int = 100,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Any = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Follow fine trajectories from noise, for `timestep_spacing="calibrated"`.
+
+    The probability-flow ODE is solved at order 2 on `steps` evenly spaced timesteps from T - 1 to
+    0, without clipping, and the inner products of the network's eps are averaged over samples and
+    dimensions (see `ddim_schedulers.trajectory`).
+
+    Returns:
+        The value of `calibration`, and the cost: `network_calls` (in batches) and `seconds`.
+
+    Raises:
+        ValueError: for a count out of range, or a chain that starts at alpha_bar = 0.
+    """
+    big_t = len(subject.alpha_bar)
+    most = min(MAX_FINE_STEPS, big_t)
+    if not 2 <= steps <= most:
+        raise ValueError(f"trajectory_steps is {steps}; it must be 2 to {most}")
+    if num_samples < 1:
+        raise ValueError(f"num_images is {num_samples}; it must be at least 1")
+    if float(subject.alpha_bar[-1]) == 0:
+        raise ValueError(
+            "the chain has zero terminal SNR, where the trajectory starts at an infinite rho; "
+            "timestep_spacing='calibrated' is not for it, use 'trailing'"
+        )
+    begun = time.perf_counter()
+    plan = make_timesteps("linspace", steps, big_t)
+    neutral = {"clip_sample": False, "thresholding": False, "calibration": None}
+    scheduler = GeneralizedDDIMScheduler.from_config(
+        subject.config, timesteps=plan, timestep_spacing="leading", solver_order=2, **neutral
+    )
+    size = subject.unet.config.sample_size
+    shape = (subject.channels, *((size, size) if isinstance(size, int) else size))
+    noise = torch.randn((num_samples, *shape), generator=generator(seed, "trajectory"))
+    gram = torch.zeros(steps, steps, dtype=torch.float64)
+    calls = 0
+    for part in noise.split(batch_size):
+        scheduler.set_timesteps()
+        x, seen = part.to(subject.dtype), []
+        for t in plan:
+            output = subject.predict_mean(x, torch.full((len(x),), t))
+            now, before = subject.alpha_bar[t], subject.alpha_bar[max(t - 1, 0)]
+            before = before if t else torch.ones_like(now)
+            seen.append(eps_from(subject.prediction_type, output.double(), x, now, before))
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        curve = torch.stack([eps.flatten() for eps in seen])
+        gram += curve @ curve.T
+        calls += steps
+        if progress is not None:
+            progress(f"{calls} network calls")
+    record = {"trajectory": trajectory_record(plan, gram / noise.numel())}
+    return record, {"network_calls": calls, "seconds": time.perf_counter() - begun}
+
+
 def save_calibration(calibration: Calibration, config_file: Path) -> None:
-    """Put the statistics into a scheduler's config file, atomically; everything else stays.
+    """Put the statistics into a scheduler's config file, as `save_record`."""
+    save_record(asdict(calibration), config_file)
+
+
+def save_record(values: dict[str, Any], config_file: Path) -> None:
+    """Put values into `calibration` of a scheduler's config file, atomically; the rest stays.
 
     Raises:
         ValueError: if the file is not the config of a scheduler.
@@ -130,12 +200,13 @@ def save_calibration(calibration: Calibration, config_file: Path) -> None:
     if not isinstance(config, dict) or "_class_name" not in config:
         raise ValueError(f"{config_file} is not a scheduler's config: it has no _class_name")
     if config["_class_name"] in STOCK_CLASSES:
-        config["calibration"] = asdict(calibration)
+        settings = config
     else:
         record = config.setdefault(
             SETTINGS_KEY, {"class": "GeneralizedDDIMScheduler", "settings": {}, "stand_ins": {}}
         )
-        record["settings"]["calibration"] = asdict(calibration)
+        settings = record["settings"]
+    settings["calibration"] = {**(settings.get("calibration") or {}), **values}
     temporary = config_file.with_name(f".{config_file.name}.tmp")
     write_file(temporary, to_json(config))
     temporary.replace(config_file)

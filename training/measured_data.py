@@ -10,12 +10,12 @@ if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.training.subject import Subject
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds the flags; names and meanings are those of `ddim-schedulers train`."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        required=True,
+        required=required,
         help="'digits', a folder of images, a .npy/.npz/.parquet file, or the name of a data set",
     )
     group.add_argument("--data_config", help="configuration name of a data set")

@@ -12,9 +12,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ddim_schedulers.training.measured_data import add_data_arguments
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
-    add_data_arguments(parser)
     parser.add_argument(
-        "--num_images", type=int, default=100, help="images M; each costs T network calls (100)"
+        "--objective",
+        choices=("likelihood", "trajectory"),
+        default="likelihood",
+        help="likelihood: statistics of all timesteps, for the 'optimal' noise and spacing, which "
+        "need --data; trajectory: fine trajectories from noise, for the 'calibrated' spacing, "
+        "the best for pictures (likelihood)",
+    )
+    add_data_arguments(parser, required=False)
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        help="likelihood: images M, each costs T network calls (100); trajectory: samples, each "
+        "costs --trajectory_steps network calls (48)",
+    )
+    parser.add_argument(
+        "--trajectory_steps",
+        type=int,
+        default=100,
+        help="timesteps of the fine trajectory, among which the calibrated ones are chosen (100)",
     )
     parser.add_argument(
         "--output",
@@ -43,6 +60,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, and writes the statistics into the scheduler's config."""
+    if args.objective == "trajectory":
+        return _run_trajectory(args)
+    if args.data is None:
+        raise ValueError("--data is missing; --objective likelihood measures images")
     from ddim_schedulers.training import calibration as library
     from ddim_schedulers.training.measured_data import load_measured_data
     from ddim_schedulers.training.passes import AccelerateTeam, discard
@@ -52,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     team = AccelerateTeam(args.cpu)
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)
-    chosen = library.choose_images(len(data), args.num_images, args.seed)
+    num_images = 100 if args.num_images is None else args.num_images
+    chosen = library.choose_images(len(data), num_images, args.seed)
     images, _ = data.batch(chosen)
     work_dir = Path(args.work_dir) if args.work_dir else target.parent / "calibration-parts"
     result, cost = library.calibrate(
@@ -71,10 +93,44 @@ def run(args: argparse.Namespace) -> int:
         last = len(subject.alpha_bar) - 1
         print(*library.summary(result, sorted({0, 1, last // 4, last // 2, last})), sep="\n")
         print(
-            f"{args.num_images} images, {cost['network_calls']} network calls, "
+            f"{num_images} images, {cost['network_calls']} network calls, "
             f"{cost['seconds']:.1f} s, {cost['processes']} processes; written to {target}"
         )
     team.wait()
+    return 0
+
+
+def _run_trajectory(args: argparse.Namespace) -> int:
+    import torch
+
+    from ddim_schedulers import GeneralizedDDIMScheduler
+    from ddim_schedulers.training import calibration as library
+    from ddim_schedulers.training.subject import load_subject
+
+    if args.data is not None:
+        raise ValueError(f"--data is {args.data!r}; --objective trajectory starts from noise alone")
+    target = config_file(args.output, args.pipeline)
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    subject = load_subject(args.pipeline, device)
+    record, cost = library.measure_trajectory(
+        subject,
+        num_samples=48 if args.num_images is None else args.num_images,
+        steps=args.trajectory_steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    library.save_record(record, target)
+    scheduler = GeneralizedDDIMScheduler.from_config(
+        {**subject.config, "calibration": record},
+        timestep_spacing="calibrated",
+        solver_order=2,
+    )
+    for steps in (5, 10, 20):
+        if steps <= args.trajectory_steps:
+            scheduler.set_timesteps(steps)
+            print(f"{steps:>3} steps: {' '.join(str(t) for t, _ in scheduler.planned_pairs())}")
+    print(f"{cost['network_calls']} network calls, {cost['seconds']:.1f} s; written to {target}")
     return 0
 
 
