@@ -30,6 +30,8 @@ VERBS: dict[str, str] = {
     "own way.",
     "likelihood": "Compute a pipeline's bits per dimension, term by term.",
     "calibrate": "Estimate a pipeline's statistics for the optimal noise and trajectory.",
+    "evaluate": "Measure samples of any scheduler, eta and number of steps against real images; "
+    "resumable.",
     "convert": "Turn a PyTorch DDPM checkpoint (pesser/pytorch_diffusion, DDIM) into a pipeline.",
     "push": "Share a saved pipeline on the Hugging Face Hub.",
 }

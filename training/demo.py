@@ -8,7 +8,6 @@ result is a folder of pictures, a table and a pipeline that anyone loads with
 import json
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from ddim_schedulers.pipelines import (
     InversionPipeline,
     SamplingPath,
 )
+from ddim_schedulers.training.evaluation_report import pivot
+from ddim_schedulers.training.figures import panels_figure, rows_figure, save_figure, tiles
 
 GREY_LEVELS = 17
 SURE = 0.9
@@ -48,7 +49,7 @@ class DemoSettings:
     output: Path
     seed: int = 0
     num_images: int = 256
-    train_steps: int = 2000
+    train_steps: int = 1400
     batch_size: int = 64
     steps: tuple[int, ...] = (10, 20, 50, 100)
     long_steps: int = 1000
@@ -159,7 +160,7 @@ def _train(
         variance_type="fixed_large",
         batch_size=settings.batch_size,
         max_train_steps=settings.train_steps,
-        lr=2e-3,
+        lr=3e-3,
         lr_schedule="cosine",
         lr_warmup_steps=min(100, settings.train_steps // 4),
         ema_decay=0.995,
@@ -303,11 +304,11 @@ def _draw(
     pictures = {
         "samples.png": _samples_figure(settings, images),
         "path.png": _path_figure(path),
-        "interpolation.png": _rows_figure([("slerp on x_T through seeds 0, 1, 2, 3", chain)]),
+        "interpolation.png": rows_figure([("slerp on x_T through seeds 0, 1, 2, 3", chain)]),
         "nearest.png": _nearest_figure(images[MEMBERS[0].name, last], data.train),
     }
     for name, figure in pictures.items():
-        _save_figure(figure, settings.output / name)
+        save_figure(figure, settings.output / name)
     return list(pictures)
 
 
@@ -325,42 +326,11 @@ def _reconstruct(
         out = pipe.reconstruct((originals + 1) / 2, num_inference_steps=s, output_type="latent")
         errors[str(s)] = float(out.error.mean())
         rows.append((f"S = {s}, error {errors[str(s)]:.1e}", out.images))
-    _save_figure(_rows_figure(rows), settings.output / "reconstruction.png")
+    save_figure(rows_figure(rows), settings.output / "reconstruction.png")
     return {"n": len(originals), "mse_on_0_1": errors}
 
 
 # -- pictures -------------------------------------------------------------------------------------
-
-
-def _grid(images: torch.Tensor, columns: int) -> np.ndarray:
-    """Return images (N, 1, H, W) in [-1, 1] as one array, a pixel of mid-grey between them."""
-    padded = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (0, 1, 0, 1), value=0.0)
-    n, height, width = padded.shape
-    rows = -(-n // columns)
-    blank = padded.new_zeros(rows * columns - n, height, width)
-    tiles = torch.cat([padded, blank]).reshape(rows, columns, height, width)
-    return tiles.permute(0, 2, 1, 3).reshape(rows * height, columns * width)[:-1, :-1].numpy()
-
-
-def _figure(panels: Sequence[tuple[str, np.ndarray]], columns: int, width: float) -> Any:
-    from matplotlib.figure import Figure
-
-    rows = -(-len(panels) // columns)
-    tallest = max(array.shape[0] / array.shape[1] for _, array in panels)
-    figure = Figure(
-        figsize=(width * columns, (width * tallest + 0.35) * rows), layout="constrained"
-    )
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for axis, (title, array) in zip(axes, panels, strict=False):
-        axis.imshow(array, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
-    return figure
-
-
-def _rows_figure(rows: Sequence[tuple[str, torch.Tensor]]) -> Any:
-    return _figure([(title, _grid(images, len(images))) for title, images in rows], 1, 7.0)
 
 
 def _samples_figure(settings: DemoSettings, images: dict[tuple[str, int], torch.Tensor]) -> Any:
@@ -368,7 +338,7 @@ def _samples_figure(settings: DemoSettings, images: dict[tuple[str, int], torch.
     long = (MEMBERS[-1].name, settings.long_steps)
     shown = [(f"DDPM (sigma-hat), {settings.long_steps} steps", images[long])]
     shown += [(f"DDIM (eta 0), {s} steps", images[MEMBERS[0].name, s]) for s in settings.steps[:3]]
-    return _figure([(title, _grid(array[:64], 8)) for title, array in shown], 2, 3.2)
+    return panels_figure([(title, tiles(array[:64], 8)) for title, array in shown], 2, 3.2)
 
 
 def _path_figure(path: SamplingPath, frames: int = 12) -> Any:
@@ -378,20 +348,14 @@ def _path_figure(path: SamplingPath, frames: int = 12) -> Any:
     panels = []
     for name, states in (("x_t", path.x_t[:-1]), ("x0_hat", path.x0)):
         chosen = states[picked].transpose(0, 1).flatten(0, 1)
-        panels.append((f"{name} at t = {titles}", _grid(chosen, frames)))
-    return _figure(panels, 1, 7.0)
+        panels.append((f"{name} at t = {titles}", tiles(chosen, frames)))
+    return panels_figure(panels, 1, 7.0)
 
 
 def _nearest_figure(samples: torch.Tensor, training: torch.Tensor, n: int = 16) -> Any:
     distance = torch.cdist(samples[:n].flatten(1).double(), training.flatten(1).double())
     nearest = training[distance.argmin(dim=1)]
-    return _rows_figure([("samples", samples[:n]), ("nearest training images", nearest)])
-
-
-def _save_figure(figure: Any, path: Path) -> None:
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    return rows_figure([("samples", samples[:n]), ("nearest training images", nearest)])
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -447,16 +411,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def _pivot(cells: list[dict[str, Any]], key: str, form: str) -> list[str]:
-    steps = list(dict.fromkeys(cell["steps"] for cell in cells))
-    lines = [
-        "| | " + " | ".join(f"S = {s}" for s in steps) + " |",
-        "|---|" + "---:|" * len(steps),
-    ]
-    for name in dict.fromkeys(cell["member"] for cell in cells):
-        found = {cell["steps"]: cell[key] for cell in cells if cell["member"] == name}
-        values = (format(found[s], form) if s in found else "" for s in steps)
-        lines.append(f"| {name} | " + " | ".join(values) + " |")
-    return lines
+    return pivot(cells, lambda cell: format(cell[key], form), row="member")
 
 
 def _versions() -> dict[str, str]:

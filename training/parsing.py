@@ -138,6 +138,11 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def read_file(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds.
+
+    Raises:
+        ValueError: it cannot be read, is not valid, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -186,7 +191,11 @@ def _converted(
 
 
 def nearest(name: str, names: list[str], prefix: str) -> str:
+    """The end of a message about an unknown `name`: the likeliest of `names`, or where they are."""
     name = name.replace("-", "_")
     close = [STOCK_NAMES[name]] if name in STOCK_NAMES else []
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else "; see --help for all names"
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    few = len(names) <= 30
+    return f"; allowed: {', '.join(names)}" if few else "; see --help for all names"

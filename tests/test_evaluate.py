@@ -1,0 +1,389 @@
+"""The evaluation: what is asked for, that it is measured on the right images, and by whom."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from ddim_schedulers.training import evaluation as library
+from ddim_schedulers.training import features as spaces
+from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.evaluation import Evaluation, run
+from ddim_schedulers.training.evaluation_config import load_evaluation, parse_evaluation
+from ddim_schedulers.training.evaluation_report import markdown, pivot
+from ddim_schedulers.training.metrics import frechet_distance
+
+STEPS = 12
+GRID = [
+    {"steps": [2, 3], "members": [0, "sigma-hat"], "repeats": 2},
+    {"steps": [2], "schedulers": [{"class": "DDIMScheduler"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=STEPS, beta_end=0.5)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def _settings(pipeline, output, **changes):
+    return {
+        "pipeline": str(pipeline),
+        "output_dir": str(output),
+        "data": {"data": "digits"},
+        "features": ["pixels"],
+        "batch_size": 4,
+        "tables": [{"name": "First", "n": 10, "grid": GRID}],
+        **changes,
+    }
+
+
+def _config(*arguments, **changes):
+    return parse_evaluation(_settings(*arguments, **changes))
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, tmp_path_factory):
+    """A finished evaluation with two feature spaces, its results and its folder."""
+    output = tmp_path_factory.mktemp("evaluation")
+    settings = _settings(
+        pipeline, output, features=["pixels", "classifier"], classifier_epochs=1, keep_images=True
+    )
+    (output / "e.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["evaluate", "--config", str(output / "e.yaml"), "--cpu"]) == 0
+    return output, json.loads((output / "metrics.json").read_text())
+
+
+def test_every_cell_is_there_with_its_n_and_its_cost(whole):
+    output, results = whole
+    (table,) = results["tables"]
+    assert table["n"] == 10 and not table["missing"]
+    cells = {(c["row"], c["steps"]): c for c in table["cells"]}
+    rows = {"eta 0, trailing", "sigma-hat, trailing"}
+    assert set(cells) == {(row, s) for row in rows for s in (2, 3)} | {("DDIM", 2)}
+    for (row, steps), cell in cells.items():
+        assert cell["n"] == 10 and cell["network_calls"] == steps and cell["seconds"] > 0
+        assert cell["repeats"] == (1 if row == "DDIM" else 2)
+        for name in ("pixels", "classifier"):
+            figures = cell["metrics"][name]
+            assert (figures["frechet"]["std"] is None) == (cell["repeats"] == 1)
+            assert ("inception_score" in figures) == (name == "classifier")
+    assert results["classifier"]["classes"] == 10
+
+
+def test_a_figure_is_that_of_the_stored_images_and_the_training_images(whole):
+    output, results = whole
+    folder = output / "cells" / "eta-0-trailing-S2-n10-r1"
+    shards = sorted((folder / "shards").iterdir())
+    images = np.concatenate([np.load(shard)["images"] for shard in shards])
+    seeds = np.concatenate([np.load(shard)["seeds"] for shard in shards])
+    assert images.dtype == np.uint8 and seeds.tolist() == list(range(10, 20))
+    from ddim_schedulers.training.data import digits
+
+    space = spaces.make_feature_space("pixels", (1, 8, 8))
+    # 17 grey levels through uint8, on both sides
+    real = ((digits("train").all() + 1) * 127.5).round() / 127.5 - 1
+    fake = torch.from_numpy(images).movedim(-1, 1) / 127.5 - 1
+    want = frechet_distance(space(real), space(fake))
+    cell = json.loads(folder.with_suffix(".json").read_text())
+    assert cell["metrics"]["pixels"]["frechet"] == pytest.approx(want, rel=1e-6)
+    (table,) = results["tables"]
+    row = next(c for c in table["cells"] if (c["row"], c["steps"]) == ("eta 0, trailing", 2))
+    other = json.loads((output / "cells" / "eta-0-trailing-S2-n10-r0.json").read_text())
+    pair = [want, other["metrics"]["pixels"]["frechet"]]
+    assert row["metrics"]["pixels"]["frechet"]["mean"] == pytest.approx(np.mean(pair), rel=1e-6)
+    assert row["metrics"]["pixels"]["frechet"]["std"] == pytest.approx(np.std(pair, ddof=1))
+
+
+def test_real_images_come_out_better_than_samples_of_an_untrained_network(whole):
+    _, results = whole
+    (table,) = results["tables"]
+    for name in results["features"]:
+        worst = min(c["metrics"][name]["frechet"]["mean"] for c in table["cells"])
+        assert table["real"][name]["n"] == 10 and table["real"][name]["frechet"] < worst
+
+
+def test_the_report_shows_the_figures_and_the_pictures_are_not_blank(whole):
+    output, results = whole
+    page = (output / "report.md").read_text()
+    assert page == markdown(results)
+    for cell in results["tables"][0]["cells"]:
+        for name in results["features"]:
+            assert format(cell["metrics"][name]["frechet"]["mean"], ".3f") in page
+    assert "n = 10" in page and "+-" in page and "held-out real images get" in page
+    for picture in ("first.png", "first-samples.png", "first-nearest.png"):
+        assert f"({picture})" in page
+        assert np.asarray(Image.open(output / picture).convert("L")).std() > 10
+
+
+def test_what_is_there_is_not_computed_again_and_another_space_needs_no_sampling(
+    whole, monkeypatch
+):
+    output, results = whole
+    config = load_evaluation(output / "e.yaml")
+
+    def never(*_, **__):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(library.Evaluation, "_sample", never)
+    again = run(Evaluation(config))
+    assert again["tables"] == results["tables"]
+    monkeypatch.undo()
+    monkeypatch.setattr("ddim_schedulers.pipelines.bulk._sample", never)
+    added = load_evaluation(output / "e.yaml", features=["pixels", f"{__name__}:Mean"])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _module())
+    found = run(Evaluation(added))
+    kept = found["tables"][0]["cells"][0]["metrics"]
+    assert kept["pixels"] == results["tables"][0]["cells"][0]["metrics"]["pixels"]
+    assert found["tables"][0]["cells"][0]["seconds"] == results["tables"][0]["cells"][0]["seconds"]
+    assert f"{__name__}:Mean" in kept
+
+
+class Mean(torch.nn.Module):
+    """A feature space of two numbers."""
+
+    def forward(self, images):
+        return torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1)
+
+
+def _module():
+    import types
+
+    module = types.ModuleType(__name__)
+    module.Mean = Mean
+    return module
+
+
+def test_an_interrupted_cell_goes_on_and_gives_the_same(pipeline, tmp_path, monkeypatch):
+    grid = [{"steps": [3], "members": [1]}]
+    tables = [{"name": "T", "n": 10, "grid": grid}]
+    alone = run(Evaluation(_config(pipeline, tmp_path / "a", tables=tables)))
+    real, calls = library.sample_to_directory, []
+
+    def stopped(pipe, output, job, **place):
+        real(pipe, output, job, rank=1, world_size=2)  # half of the shards
+        raise KeyboardInterrupt
+
+    config = _config(pipeline, tmp_path / "b", tables=tables)
+    monkeypatch.setattr(library, "sample_to_directory", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(Evaluation(config))
+    assert not (tmp_path / "b" / "metrics.json").exists()
+    monkeypatch.setattr(
+        library,
+        "sample_to_directory",
+        lambda *a, **k: calls.append(real(*a, **k)) or calls[-1],
+    )
+    resumed = run(Evaluation(config))
+    assert (calls[0].written, calls[0].present) == (2, 1)
+    figures = [r["tables"][0]["cells"][0]["metrics"] for r in (alone, resumed)]
+    assert figures[0] == figures[1]
+    assert not (tmp_path / "b" / "cells" / config.cells[0].label).exists()  # keep_images is off
+
+
+def test_a_cell_made_with_other_settings_is_refused(pipeline, tmp_path):
+    tables = [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": [0]}]}]
+    run(Evaluation(_config(pipeline, tmp_path, tables=tables)))
+    with pytest.raises(ValueError, match="other settings"):
+        run(Evaluation(_config(pipeline, tmp_path, tables=tables, dtype="float64")))
+
+
+def test_features_of_real_images_are_kept_under_what_they_depend_on(
+    pipeline, tmp_path, monkeypatch
+):
+    tables = [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": [0]}]}]
+    first = Evaluation(_config(pipeline, tmp_path, tables=tables))
+
+    def never(*_):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "_shared", never)
+        again = Evaluation(_config(pipeline, tmp_path, tables=tables))
+        assert torch.equal(again.real["pixels"].train, first.real["pixels"].train)
+        with pytest.raises(AssertionError, match="computed again"):  # other images
+            Evaluation(_config(pipeline, tmp_path, tables=tables, reference_images=50))
+    fewer = Evaluation(_config(pipeline, tmp_path, tables=tables, reference_images=50))
+    assert fewer.real["pixels"].train.shape == (50, 64)
+    assert len(list(tmp_path.glob("reference-*.safetensors"))) == 2
+
+
+def test_copies_of_training_images_are_noticed(pipeline, tmp_path, monkeypatch):
+    tables = [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": [0]}]}]
+    evaluation = Evaluation(_config(pipeline, tmp_path, tables=tables))
+    copied = library.to_uint8(evaluation.reference.batch([7, 100, 5, 1200])[0])
+    monkeypatch.setattr(evaluation, "preview", lambda cell: copied)
+    found = evaluation.memorisation(evaluation.config.cells[0])
+    assert found["nearest"] == [7, 100, 5, 1200]
+    assert found["samples_median"] < 0.01 < found["held_out_min"]
+    own = evaluation.held_out.batch([0])[0]
+    gap = (evaluation.reference.all() - own).square().mean((1, 2, 3)).sqrt().min() / 2
+    distance = evaluation._nearest(own)[0] / 2 / 8
+    assert float(distance) == pytest.approx(float(gap), rel=1e-5)
+
+
+def test_two_processes_share_the_work_and_get_the_same(pipeline, whole, tmp_path):
+    _, alone = whole
+    settings = _settings(
+        pipeline, tmp_path / "out", features=["pixels", "classifier"], classifier_epochs=1
+    )
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "ddim_schedulers.training.cli", "evaluate", "--cpu", "--config", "e.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 0: cell 9 of 9" in done.stderr and "process 1: cell 9 of 9" in done.stderr
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert results["processes"] == 2 and alone["processes"] == 1
+    for a, b in zip(alone["tables"][0]["cells"], results["tables"][0]["cells"], strict=True):
+        assert a["metrics"] == b["metrics"] and b["processes"] == 2
+    assert results["tables"][0]["real"] == alone["tables"][0]["real"]
+
+
+def test_a_table_puts_the_smallest_of_a_column_in_bold():
+    cells = [
+        {"row": r, "steps": s, "v": v} for r, s, v in (("a", 5, 2.0), ("b", 5, 1.0), ("a", 10, 3.0))
+    ]
+    lines = pivot(cells, lambda c: str(c["v"]), lambda c: c["v"])
+    assert lines[0] == "| | S = 5 | S = 10 |"
+    assert lines[2:] == ["| a | 2.0 | **3.0** |", "| b | **1.0** |  |"]
+
+
+def test_expected_figures_stand_beside_ours(whole):
+    _, results = whole
+    figure = results["tables"][0]["cells"][0]["metrics"]["pixels"]["frechet"]["mean"]
+    expected = {
+        "row": "eta 0, trailing",
+        "steps": 2,
+        "features": "pixels",
+        "metric": "frechet",
+        "value": round(figure, 2) + 1,
+        "tolerance": 2,
+        "source": "someone",
+    }
+    page = markdown({**results, "expected": [expected], "not_run": "Not run here."})
+    assert f"| someone | {figure:.2f} | true |" in page and "**Not run here.**" in page
+    page = markdown({**results, "expected": [{**expected, "tolerance": 0.1}]})
+    assert f"| someone | {figure:.2f} | false |" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tabels": []}, "'tabels'; did you mean tables"),
+        ({"tables": []}, "tables"),
+        ({"data": {"date": "x"}}, "did you mean data"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"pictured": ["eta 1"]}, "no row of a table"),
+        ({"tables": [{"name": "T", "n": 1, "grid": GRID}]}, "n >= 2"),
+        ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2]}]}]}, "members or schedulers"),
+        ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [0], "members": [0]}]}]}, ">= 1"),
+        (
+            {"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": ["ddim"]}]}]},
+            "sigma-hat, optimal",
+        ),
+        (
+            {
+                "tables": [
+                    {
+                        "name": "T",
+                        "n": 4,
+                        "grid": [{"steps": [2], "schedulers": [{"class": "Foo"}]}],
+                    }
+                ]
+            },
+            "'Foo' is no scheduler",
+        ),
+        (
+            {
+                "tables": [
+                    {
+                        "name": "T",
+                        "n": 4,
+                        "grid": [
+                            {"steps": [2], "schedulers": [{"class": "DDIMScheduler", "etta": 1}]}
+                        ],
+                    }
+                ]
+            },
+            "no setting 'etta'",
+        ),
+        (
+            {
+                "tables": [
+                    {
+                        "name": "T",
+                        "n": 4,
+                        "grid": [
+                            {"steps": [2], "members": [0]},
+                            {"steps": [2], "members": [0], "settings": {"clip_sample": False}},
+                        ],
+                    }
+                ]
+            },
+            "stands for",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(change, message):
+    with pytest.raises(ValueError) as caught:
+        parse_evaluation({**_settings("p", "o"), **change})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pipeline": "no/such"}, "cannot be loaded"),
+        ({"tables": [{"name": "T", "n": 400, "grid": GRID}]}, "360 images are held out"),
+        ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [13], "members": [0]}]}]}, "13"),
+        (
+            {"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": ["optimal"]}]}]},
+            "calibrat",
+        ),
+        ({"features": ["nowhere:X"]}, "feature_space"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_sampled(
+    pipeline, tmp_path, change, message
+):
+    with pytest.raises(ValueError, match=message):
+        Evaluation(parse_evaluation({**_settings(pipeline, tmp_path), **change}))
+    assert not (tmp_path / "cells").exists()
+
+
+def test_the_files_that_ship_are_valid():
+    folder = files("ddim_schedulers.training") / "configs"
+    names = [p.name for p in folder.iterdir() if p.name.endswith("-evaluate.yaml")]
+    assert {"digits-8-evaluate.yaml", "fashion-mnist-32-evaluate.yaml"} <= set(names)
+    for name in names:
+        config = load_evaluation(str(folder / name))
+        assert config.output_dir == f"runs/{name.removesuffix('-evaluate.yaml')}/evaluation"
+        recipe = name not in ("digits-8-evaluate.yaml", "fashion-mnist-32-evaluate.yaml")
+        assert bool(config.not_run) == recipe == bool(config.expected)

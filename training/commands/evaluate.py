@@ -1,0 +1,56 @@
+"""`ddim-schedulers evaluate`: which scheduler, how many steps, which eta, at what cost."""
+
+import argparse
+import sys
+
+HELP = "Measure samples of any scheduler, eta and number of steps against real images; resumable."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options; everything else stands in the file."""
+    parser.add_argument("--config", required=True, help="YAML or JSON file: what is to be compared")
+    parser.add_argument("--pipeline", help="folder or Hub name, in place of the file's")
+    parser.add_argument("--data", help="data set, in place of the file's")
+    parser.add_argument("--output_dir", help="folder for all that is written; goes on where it was")
+    parser.add_argument("--cache_dir", help="where features of the real images are kept")
+    parser.add_argument("--classifier", help="file of the classifier; trained if it is missing")
+    parser.add_argument("--batch_size", type=int, help="images in a network call")
+    parser.add_argument("--dtype", help="of the network: float32, bfloat16, ...")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="torch.compile the network"
+    )
+    parser.add_argument(
+        "--channels_last", action="store_true", default=None, help="memory format of the network"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="sample nothing: tables of the cells that are there"
+    )
+    parser.add_argument("--cpu", action="store_true", help="do not use an accelerator")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, and prints the report; 0 when it is done."""
+    from ddim_schedulers.training.evaluation_config import load_evaluation
+
+    names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
+    config = load_evaluation(args.config, **{name: getattr(args, name) for name in names.split()})
+    from ddim_schedulers.training.evaluation import Evaluation
+    from ddim_schedulers.training.evaluation import run as evaluate
+    from ddim_schedulers.training.evaluation_report import markdown, write_report
+    from ddim_schedulers.training.passes import AccelerateTeam
+
+    team = AccelerateTeam(args.cpu)
+
+    def progress(line: str) -> None:
+        # one write for the whole line: processes share the terminal
+        sys.stderr.write(f"process {team.index}: {line}\n")
+        sys.stderr.flush()
+
+    evaluation = Evaluation(config, team, team.state.device, progress)
+    results = evaluate(evaluation, sample=not args.report)
+    if team.index == 0:
+        written = write_report(evaluation, results)
+        print(markdown(results))
+        print("Written:", *written)
+    team.wait()
+    return 0

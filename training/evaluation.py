@@ -1,0 +1,598 @@
+"""The evaluation of a trained model: which scheduler, how many steps, which eta, at what cost.
+
+    OUTPUT/cells/LABEL/        sample.json and the samples of a cell (with `keep_images`)
+    OUTPUT/cells/LABEL.json    its figures, written when they are all there
+    OUTPUT/cells/LABEL.npz     its first images
+    OUTPUT/reference-*.safetensors   features of the real images, by fingerprint (or in cache_dir)
+    OUTPUT/metrics.json        everything; report.md and the pictures are made of it
+
+Both sides are uint8. Processes share the samples of a cell and their features; the features are
+then put in the order of the samples, so the figures do not depend on the number of processes.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddim_schedulers.pipelines import GenerationPipeline
+from ddim_schedulers.pipelines.base import chunks
+from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory, settings_of
+from ddim_schedulers.pipelines.files import write_json, write_npz
+from ddim_schedulers.pipelines.images import to_uint8
+from ddim_schedulers.pipelines.sampling import predict
+from ddim_schedulers.training import features as spaces
+from ddim_schedulers.training.checkpoints import pack, unpack, write_file
+from ddim_schedulers.training.data import ImageData, load_data
+from ddim_schedulers.training.evaluation_config import (
+    CLASSIFIER,
+    Cell,
+    EvaluationConfig,
+    scheduler_class,
+)
+from ddim_schedulers.training.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    neighbour_metrics,
+)
+from ddim_schedulers.training.passes import Team
+
+PREVIEW = 16
+READ_BATCH = 500
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images of one feature space.
+
+    Attributes:
+        train: features of the training part, (m, F).
+        held_out: features of the held-out part, (k, F).
+        fingerprint: of the images, as they went in, and of the feature space.
+    """
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    fingerprint: str
+
+
+class Evaluation:
+    """A model, real images and feature spaces, ready to measure cells.
+
+    Args:
+        config: what is asked for.
+        team: the processes that share the work.
+        device: of the network and the feature spaces.
+        progress: called with a line of text now and then.
+
+    Raises:
+        ValueError: whatever does not fit together: channels, sizes, pixels that are not 8-bit, too
+            few real images, a scheduler that refuses its settings or steps. Nothing was sampled
+            then.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        team: Team | None = None,
+        device: torch.device | str = "cpu",
+        progress: Progress = lambda line: None,
+    ) -> None:
+        self.config, self.team, self.progress = config, team or Team(), progress
+        self.device = torch.device(device)
+        self.folder = Path(config.output_dir)
+        self.warm = False
+        self.pipe = self._load_pipeline()
+        self.reference, self.held_out = self._load_data()
+        for cell in config.cells:  # what a scheduler refuses is found before anything is sampled
+            self._pipe_of(cell).scheduler.set_timesteps(cell.steps)
+        self.networks = {name: self._network(name) for name in config.features}
+        self.order = self._order()
+        self.real = {name: self._real(name) for name in config.features}
+
+    def _load_pipeline(self) -> GenerationPipeline:
+        try:
+            pipe = GenerationPipeline.from_pretrained(self.config.pipeline)
+        except OSError as error:
+            raise ValueError(
+                f"pipeline {self.config.pipeline!r} cannot be loaded: {error}"
+            ) from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device).speed_up(
+            compile=self.config.compile,
+            channels_last=self.config.channels_last,
+            dtype=getattr(torch, self.config.dtype),
+        )
+
+    def _load_data(self) -> tuple[ImageData, ImageData]:
+        reference, held_out = load_data(self.config.data)
+        if reference.shape != self.pipe.image_shape:
+            raise ValueError(
+                f"data: the images are {reference.shape}, the network's {self.pipe.image_shape} "
+                "(C, H, W)"
+            )
+        if reference.levels is None or reference.levels > 256:
+            raise ValueError(
+                "data: the images are not 8-bit, as both sides of a comparison must be"
+            )
+        most = max(table.n for table in self.config.tables)
+        have = 0 if held_out is None else len(held_out)
+        if held_out is None or have < most:
+            raise ValueError(
+                f"data: {have} images are held out, and real images are measured like the {most} "
+                "samples of a table; raise validation_fraction or lower n"
+            )
+        return reference, held_out
+
+    def _order(self) -> np.ndarray:
+        """Positions of the reference images: all, or the first of a fixed random order, sorted."""
+        count = min(len(self.reference), self.config.reference_images or len(self.reference))
+        return np.sort(
+            np.random.default_rng(self.config.seed).permutation(len(self.reference))[:count]
+        )
+
+    # -- feature spaces and real images -----------------------------------------------------------
+
+    def _network(self, name: str) -> torch.nn.Module:
+        if name == CLASSIFIER:
+            name = str(self._classifier())
+        return spaces.make_feature_space(name, self.reference.shape).to(self.device)
+
+    def classifier_path(self) -> Path:
+        """Where the classifier is, or will be."""
+        return Path(self.config.classifier or self.folder / "classifier.safetensors")
+
+    def _classifier(self) -> Path:
+        path = self.classifier_path()
+        self.team.wait()  # nobody looks after one has begun to write
+        if not path.exists() and self.team.index == 0:
+            labels = labels_of(self.reference, self.config)
+            network, record = spaces.train_classifier(
+                lambda rows: as_uint8_sees(self.reference.batch(rows)[0]),
+                labels,
+                self.reference.shape,
+                epochs=self.config.classifier_epochs,
+                seed=self.config.seed,
+                progress=self.progress,
+            )
+            spaces.save_classifier(network, record, path)
+        self.team.wait()
+        return path
+
+    def _real(self, name: str) -> Reference:
+        """Features of the real images, from the cache where they are in it."""
+        parts = {"train": (self.reference, self.order)}
+        parts["held_out"] = (self.held_out, np.arange(len(self.held_out)))
+        digest = hashlib.sha256(spaces.fingerprint(name, self.networks[name]).encode())
+        for part, (data, rows) in parts.items():
+            digest.update(f"{part} {len(rows)} {data.shape}".encode())
+            for images in _batches(data, rows):
+                digest.update(to_uint8(images).tobytes())
+        fingerprint = digest.hexdigest()
+        path = (
+            Path(self.config.cache_dir or self.folder) / f"reference-{fingerprint[:16]}.safetensors"
+        )
+        self.team.wait()
+        if not path.exists():
+            self.progress(f"features of the real images: {name}")
+            values = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
+            if self.team.index == 0:
+                temporary = path.with_name(f".{path.name}.tmp")
+                write_file(temporary, pack(values))
+                temporary.replace(path)
+            self.team.wait()
+        kept = unpack(path)
+        return Reference(kept["train"], kept["held_out"], fingerprint)
+
+    def _shared(self, name: str, data: ImageData, rows: np.ndarray) -> torch.Tensor:
+        parts = chunks(len(rows), READ_BATCH)
+        mine = [
+            (start, self._features(name, to_uint8(data.batch(rows[start:stop])[0])))
+            for start, stop in parts[self.team.index :: self.team.count]
+        ]
+        return self._joined(mine)
+
+    def _features(self, name: str, images: np.ndarray) -> torch.Tensor:
+        """Features of uint8 images (B, H, W, C)."""
+        return spaces.extract(self.networks[name], from_uint8(images))
+
+    def _joined(self, mine: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """The rows of all processes, in the order of their positions."""
+        found = self.team.gather([(start, value.numpy()) for start, value in mine])
+        return torch.cat(
+            [torch.from_numpy(value) for _, value in sorted(found, key=lambda f: f[0])]
+        )
+
+    # -- one cell ---------------------------------------------------------------------------------
+
+    def _pipe_of(self, cell: Cell) -> GenerationPipeline:
+        cls: Any = scheduler_class(cell.row.scheduler)
+        scheduler = cls.from_config(self.pipe.scheduler.config, **copy.deepcopy(cell.row.settings))
+        return self.pipe.sibling(GenerationPipeline, scheduler=scheduler)
+
+    def _job(self, cell: Cell) -> SamplingJob:
+        return SamplingJob(
+            num_images=cell.n,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed + cell.repeat * cell.n,
+            file_format="npz",
+            num_inference_steps=cell.steps,
+            use_clipped_model_output=cell.row.use_clipped_model_output,
+        )
+
+    def path_of(self, cell: Cell) -> Path:
+        """The file of a cell's figures."""
+        return self.folder / "cells" / f"{cell.label}.json"
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """The figures of a cell: from its file, or by sampling what is missing.
+
+        Raises:
+            ValueError: if the folder holds the cell with other settings, naming what differs.
+        """
+        pipe, job = self._pipe_of(cell), self._job(cell)
+        path, images = self.path_of(cell), self.folder / "cells" / cell.label
+        settings = digest_of(settings_of(pipe, job))
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.team.wait()  # nobody writes before all have looked
+        if kept and kept["settings"] != settings:
+            raise ValueError(
+                f"output_dir: {path} was made with other settings (network, scheduler or seeds); "
+                "delete it or choose another output_dir"
+            )
+        have = kept.get("metrics", {})
+        missing = [
+            name
+            for name in self.config.features
+            if have.get(name, {}).get("reference") != self._reference_note(name)
+        ]
+        if not missing:
+            return kept
+        cost = self._sample(pipe, job, images)
+        parts = chunks(cell.n, job.batch_size)
+        shards = [images / "shards" / f"{a:06d}-{b - 1:06d}.npz" for a, b in parts]
+        found = {name: value for name, value in have.items() if name not in missing}
+        for name in missing:
+            mine = [
+                (a, self._features(name, _read(shards[i])))
+                for i, (a, _) in list(enumerate(parts))[self.team.index :: self.team.count]
+            ]
+            fake = self._joined(mine)
+            if self.team.index == 0:
+                found[name] = self.figures(name, fake)
+        result = {
+            "row": cell.row.name,
+            "steps": cell.steps,
+            "n": cell.n,
+            "repeat": cell.repeat,
+            "seeds": [job.seed, job.seed + cell.n - 1],
+            "network_calls": len(pipe.scheduler.timesteps),
+            **(cost if cost["sampled"] or not kept else {k: kept[k] for k in cost}),
+            "processes": self.team.count,
+            "metrics": found,
+            "settings": settings,
+        }
+        if self.team.index == 0:
+            first = np.concatenate(
+                [_read(shard) for shard in shards[: -(-PREVIEW // job.batch_size)]]
+            )
+            write_npz(path.with_suffix(".npz"), {"images": first[:PREVIEW]})
+            write_json(path, result)
+        self.team.wait()
+        if not self.config.keep_images and self.team.index == 0:
+            shutil.rmtree(images)
+        return json.loads(path.read_text())  # the same on every process
+
+    def _sample(self, pipe: GenerationPipeline, job: SamplingJob, images: Path) -> dict[str, Any]:
+        """Sample what is missing of a cell; the cost of what was sampled now."""
+        if not self.warm:  # compiling and first touches are no part of what sampling costs
+            zeros = torch.zeros(job.batch_size, *self.pipe.image_shape, device=self.device)
+            with torch.no_grad():
+                predict(pipe.unet, zeros, torch.zeros((), dtype=torch.long, device=self.device))
+            self.warm = True
+        self.team.wait()
+        begun = time.perf_counter()
+        report = sample_to_directory(
+            pipe, images, job, rank=self.team.index, world_size=self.team.count
+        )
+        self.team.wait()
+        seconds = time.perf_counter() - begun
+        files = sum(self.team.gather([report.written]))
+        written = min(job.num_images, files * job.batch_size)
+        rate = written / seconds if written else None
+        return {
+            "sampled": written,
+            "seconds": None if rate is None else job.num_images / rate,
+            "images_per_second": rate,
+        }
+
+    def _reference_note(self, name: str) -> dict[str, Any]:
+        real = self.real[name]
+        return {"fingerprint": real.fingerprint, "n": len(real.train)}
+
+    def figures(self, name: str, fake: torch.Tensor) -> dict[str, Any]:
+        """All figures of features (n, F) in a feature space, each with what it was compared to."""
+        real = self.real[name]
+        k = min(self.config.neighbours, len(fake) - 1)
+        shuffled = np.random.default_rng(self.config.seed).permutation(len(real.train))
+        equal = real.train[
+            shuffled[: len(fake)]
+        ]  # as many as samples: neither side's balls are larger
+        kernel, spread = kernel_distance(real.train, fake, seed=self.config.seed)
+        found: dict[str, Any] = {
+            "n": len(fake),
+            "reference": self._reference_note(name),
+            "frechet": frechet_distance(real.train, fake),
+            "kernel": kernel,
+            "kernel_std": spread,
+            **neighbour_metrics(equal, fake, k),
+            "k": k,
+            "neighbour_reference_n": len(equal),
+        }
+        network: Any = self.networks[name]
+        if hasattr(network, "head"):
+            with torch.no_grad():
+                found["inception_score"] = inception_score(network.head(fake.to(self.device)).cpu())
+        return found
+
+    def real_images(self, n: int) -> dict[str, Any]:
+        """Figures of n held-out images, in each feature space: what a perfect sampler would get."""
+        rows = np.random.default_rng(self.config.seed).permutation(len(self.held_out))[:n]
+        return {name: self.figures(name, self.real[name].held_out[rows]) for name in self.real}
+
+    # -- memorisation -----------------------------------------------------------------------------
+
+    def memorisation(self, cell: Cell) -> dict[str, Any]:
+        """Distance of a cell's first samples to their nearest training images, in pixels.
+
+        Held-out images are measured in the same way: samples that were copied would lie nearer.
+        Root mean squared distance of pixels on [0, 1].
+        """
+        fake = from_uint8(self.preview(cell))
+        real = self.held_out.batch(range(min(200, len(self.held_out))))[0]
+        distance, nearest = self._nearest(torch.cat([fake, real]))
+        count = len(fake)
+        pixels = fake[0].numel()
+        rms = distance / 2 / pixels**0.5
+        return {
+            "row": cell.row.name,
+            "steps": cell.steps,
+            "n": count,
+            "held_out_n": len(real),
+            "samples_median": float(rms[:count].median()),
+            "samples_min": float(rms[:count].min()),
+            "held_out_median": float(rms[count:].median()),
+            "held_out_min": float(rms[count:].min()),
+            "nearest": [int(i) for i in nearest[:count]],
+        }
+
+    def _nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distance (n,) to the nearest training image of all, and its position."""
+        best = torch.full((len(images),), torch.inf)
+        where = torch.zeros(len(images), dtype=torch.int64)
+        start = 0
+        flat = images.flatten(1).double()
+        for batch in _batches(self.reference, np.arange(len(self.reference))):
+            value, index = torch.cdist(flat, batch.flatten(1).double()).min(1)
+            closer = value.float() < best
+            best, where = (
+                torch.where(closer, value.float(), best),
+                torch.where(closer, index + start, where),
+            )
+            start += len(batch)
+        return best, where
+
+    def preview(self, cell: Cell) -> np.ndarray:
+        """The first images of a measured cell, uint8 (n, H, W, C)."""
+        return _read(self.path_of(cell).with_suffix(".npz"))
+
+
+def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
+    """Measure every cell and return everything; process 0 writes it to metrics.json.
+
+    Args:
+        evaluation: the model and the data.
+        sample: else only the cells that are there are gathered.
+    """
+    config, team = evaluation.config, evaluation.team
+    done: dict[str, dict[str, Any]] = {}
+    for number, cell in enumerate(config.cells):
+        if sample or evaluation.path_of(cell).exists():
+            evaluation.progress(f"cell {number + 1} of {len(config.cells)}: {cell.label}")
+            done[cell.label] = evaluation.measure(cell)
+    tables = []
+    for table in config.tables:
+        cells = [cell for cell in table.cells if cell.label in done]
+        entry: dict[str, Any] = {"name": table.name, "n": table.n}
+        entry["cells"] = summarise([done[cell.label] for cell in cells], config.features)
+        entry["missing"] = [cell.label for cell in table.cells if cell.label not in done]
+        if team.index == 0:
+            entry["real"] = evaluation.real_images(table.n)
+        if cells and team.index == 0:
+            name = config.features[0]
+            first = [cell for cell in cells if cell.repeat == 0]
+            best = min(first, key=lambda c: done[c.label]["metrics"][name]["frechet"])
+            entry["memorisation"] = evaluation.memorisation(best)
+        tables.append(entry)
+    results = {**about(evaluation), "tables": tables}
+    if team.index == 0:
+        write_json(evaluation.folder / "metrics.json", results)
+    team.wait()
+    return results
+
+
+def summarise(cells: list[dict[str, Any]], features: list[str]) -> list[dict[str, Any]]:
+    """Cells of the same row and steps in one: means over the repetitions, with their spread."""
+    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for cell in cells:
+        grouped.setdefault((cell["row"], cell["steps"]), []).append(cell)
+    summary = []
+    for (row, steps), group in grouped.items():
+        first = group[0]
+        rates = [c["images_per_second"] for c in group if c["images_per_second"]]
+        entry: dict[str, Any] = {
+            "row": row,
+            "steps": steps,
+            "n": first["n"],
+            "repeats": len(group),
+            "network_calls": first["network_calls"],
+            "images_per_second": float(np.mean(rates)) if rates else None,
+            "seconds": first["n"] / float(np.mean(rates)) if rates else None,
+            "processes": first["processes"],
+            "metrics": {},
+        }
+        for name in features:
+            values = [c["metrics"][name] for c in group]
+            entry["metrics"][name] = {
+                key: _mean_and_std([v[key] for v in values])
+                for key in FIGURES
+                if all(key in v for v in values)
+            }
+        summary.append(entry)
+    return summary
+
+
+FIGURES = (
+    "frechet",
+    "kernel",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "inception_score",
+)
+
+
+def _mean_and_std(values: list[float]) -> dict[str, float | None]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std}
+
+
+def about(evaluation: Evaluation) -> dict[str, Any]:
+    """What the figures depend on besides the cells, as JSON types."""
+    config = evaluation.config
+    classifier = None
+    if CLASSIFIER in config.features:
+        classifier = spaces.classifier_record(evaluation.classifier_path())
+    network: Any = evaluation.pipe.unet
+    return {
+        "data": {
+            "name": Path(config.data.data).name,
+            "shape": list(evaluation.reference.shape),
+            "reference_n": len(evaluation.order),
+            "held_out_n": len(evaluation.held_out),
+        },
+        "features": config.features,
+        "reference_fingerprints": {
+            name: evaluation.real[name].fingerprint for name in config.features
+        },
+        "classifier": classifier,
+        "network": {
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "dtype": config.dtype,
+            "compiled": config.compile,
+            "channels_last": config.channels_last,
+            "batch_size": config.batch_size,
+        },
+        "scheduler_config": json.loads(
+            json.dumps(
+                {
+                    k: v
+                    for k, v in dict(evaluation.pipe.scheduler.config).items()
+                    if not k.startswith("_") and k != "calibration"
+                },
+                default=str,
+            )
+        ),
+        "seed": config.seed,
+        "device": _device_name(evaluation.device),
+        "threads": torch.get_num_threads(),
+        "processes": evaluation.team.count,
+        "expected": config.expected,
+        "not_run": config.not_run,
+        "versions": versions(),
+        "card": config.card,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the figures depend on."""
+    import platform
+
+    import diffusers
+    import torchmetrics
+
+    import ddim_schedulers
+
+    modules = (ddim_schedulers, diffusers, torch, torchmetrics, np)
+    found = {module.__name__.replace("_", "-"): str(module.__version__) for module in modules}
+    return {**found, "python": platform.python_version()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def digest_of(settings: dict[str, Any]) -> str:
+    """SHA-256 of everything that a cell's samples depend on."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
+    """Class numbers (n,) of the images of `data`, from where `config.labels` says.
+
+    Raises:
+        ValueError: nothing is said, or nothing there.
+    """
+    own = config.data
+    if own.data == "digits":
+        from sklearn.datasets import load_digits
+
+        values = load_digits().target
+    elif config.labels is None:
+        raise ValueError("labels: a classifier needs them; say where they are, or leave it out")
+    elif config.labels == "folders":
+        values = np.array([Path(data.source.name(i)).parent.name for i in range(len(data.source))])
+    elif Path(own.data).suffix == ".npz":
+        with np.load(own.data, allow_pickle=False) as file:
+            if config.labels not in file.files:
+                raise ValueError(f"labels is {config.labels!r}; {own.data} holds {file.files}")
+            values = file[config.labels]
+    else:
+        from ddim_schedulers.training.sources import load_table
+
+        table = load_table(own, streaming=False)
+        if config.labels not in table.column_names:
+            raise ValueError(f"labels is {config.labels!r}; the columns are {table.column_names}")
+        values = np.asarray(table[config.labels])
+    return spaces.class_names(values[data.ids])[1]
+
+
+def from_uint8(images: np.ndarray) -> torch.Tensor:
+    """Images uint8 (B, H, W, C) as (B, C, H, W) in [-1, 1], float32."""
+    return torch.from_numpy(images).movedim(-1, 1).float().div(127.5).sub(1)
+
+
+def as_uint8_sees(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] after a round trip through uint8."""
+    return from_uint8(to_uint8(images))
+
+
+def _batches(data: ImageData, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    for start, stop in chunks(len(rows), READ_BATCH):
+        yield data.batch(rows[start:stop])[0]
+
+
+def _read(path: Path) -> np.ndarray:
+    with np.load(path) as file:
+        return file["images"]
