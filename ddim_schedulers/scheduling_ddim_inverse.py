@@ -31,6 +31,11 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
     `sample` where x_s is x_0 itself (alpha_bar_s = 1). There x_s - m over 0 is no eps, so eps_hat =
     (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and x0_hat = x_s.
 
+    Only for `solver_order` 1. A step of higher order depends on predictions at two or more timesteps
+    above x_s, which encoding has not reached: neither a closed form nor a fixed point in x_t alone
+    gives them. A config that came from such a scheduler is refused by `set_timesteps`; pass `solver_order=1` to encode
+    along the same probability-flow ODE at first order.
+
     For an eps that does not depend on x, without clipping, it is the exact inverse of the forward
     scheduler; for a network it is the first-order one that both papers use.
 
@@ -46,8 +51,8 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         steps_offset: added to `leading` timesteps.
         prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean`.
         clip_sample_range: > 0.
-        timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic` or `optimal` (the forward
-            scheduler's; needs `calibration`).
+        timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic`, `optimal` or `calibrated`
+            (the forward scheduler's; the latter two need `calibration`).
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
         timesteps: explicit trajectory, strictly decreasing as for the forward scheduler.
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
@@ -78,6 +83,15 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
     ) -> None:
         self._make_tables()
         self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end, device="cpu")
+
+    def _check_solver_order(self) -> None:
+        order = self.config.get("solver_order", 1)
+        if order != 1:
+            raise ValueError(
+                f"`solver_order` is {order!r} in the config, but only order 1 has an inverse: a step "
+                "of higher order needs predictions above the point it starts from. Pass "
+                "`solver_order=1` to encode at first order."
+            )
 
     def _plan_tensor(self) -> torch.Tensor:
         return super()._plan_tensor().flip(0)
@@ -112,6 +126,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         Raises:
             ValueError: naming the argument, its value and what is allowed.
         """
+        self._check_solver_order()
         before = self._plan
         self._set_plan(self._resolve_timesteps(num_inference_steps, timesteps))
         try:

@@ -47,7 +47,8 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         clip_sample_range: > 0.
         sample_max_value: largest threshold of dynamic thresholding, >= 1.
         timestep_spacing: `leading`, `trailing`, `linspace`, `quadratic`, or `optimal`, the
-            trajectory with the smallest likelihood bound (needs `calibration`).
+            trajectory with the smallest likelihood bound, or `calibrated` (see
+            `GeneralizedDDIMScheduler`); both need `calibration`.
         steps_offset: added to `leading` timesteps.
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv:2305.08891).
         timesteps: explicit trajectory, strictly decreasing within 0 .. T - 1.
