@@ -1,10 +1,12 @@
 """Settings and fixtures that every test shares."""
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before torch, matplotlib or huggingface_hub are imported: they read these once.
@@ -204,6 +206,47 @@ sys.meta_path.insert(0, Hide())
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Runs Python in several processes that find each other, as torchrun's do.
+
+    `processes(words, count, cwd)` returns when all have ended: the text of their standard outputs
+    and errors, one after the other. They are forked from one process (tests/fork_server.py) that
+    has imported everything, because starting Python anew takes longer than most such tests.
+    """
+    server = None
+    root = tmp_path_factory.mktemp("processes")
+
+    def run(words, count, cwd):
+        nonlocal server
+        if server is None:
+            server = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=root,  # not the repo's root, where a folder shadows an installed wheel
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        log = Path(tempfile.mkdtemp(dir=root))
+        job = {"words": [str(w) for w in words], "count": count, "cwd": str(cwd), "log": str(log)}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        out, err = (
+            "".join((log / f"{rank}.{name}").read_text() for rank in range(count))
+            for name in ("out", "err")
+        )
+        assert codes == [0] * count, f"exit codes {codes}\n{out}\n{err}"
+        return out, err
+
+    yield run
+    if server is not None:
+        server.stdin.close()
+        server.stdout.close()
+        server.wait()
 
 
 @pytest.fixture(scope="session")

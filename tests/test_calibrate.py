@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -246,21 +243,16 @@ def test_learned_variance_and_subsets_of_t(tmp_path):
             library.plot(report, tmp_path / "no.png")
 
 
-def test_two_processes_really_share_the_work(pipeline, tmp_path):
+def test_two_processes_really_share_the_work(pipeline, tmp_path, processes):
     arguments = ["--pipeline", str(pipeline), "--data", "digits", "--num_images", "4", "--cpu"]
     arguments += ["--batch_size", "2"]
     assert main(["calibrate", *arguments]) == 0
     file = pipeline / "scheduler" / "scheduler_config.json"
     alone = json.loads(file.read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "ddim_schedulers.training.cli", "calibrate", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes" in done.stdout
-    assert "process 0: part" in done.stderr and "process 1: part" in done.stderr
+    command = ["-m", "ddim_schedulers.training.cli", "calibrate", *arguments]
+    out, err = processes(command, 2, tmp_path)
+    assert "2 processes" in out
+    assert "process 0: part" in err and "process 1: part" in err
     assert json.loads(file.read_text()) == alone
 
 

@@ -1,8 +1,5 @@
 """Two real processes make the images that one makes, for every member of the family."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -66,19 +63,10 @@ def whole(found):
     }
 
 
-def test_two_processes_make_the_images_of_one(tmp_path):
+def test_two_processes_make_the_images_of_one(tmp_path, processes):
     script = tmp_path / "share.py"
     script.write_text(SCRIPT)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*run, "--master_port", "0", str(script), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    processes([script, tmp_path], 2, tmp_path)
     saved = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
     assert [s["size"] for s in saved] == [2, 2] and saved[0]["pid"] != saved[1]["pid"]
     assert all(s["images"] for s in saved)

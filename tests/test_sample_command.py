@@ -173,7 +173,7 @@ def command(model, output, *extra):
     return ["sample", *options, "--batch_size", "3", "--device", "cpu", *extra]
 
 
-def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_path):
+def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_path, processes):
     extra = ["--num_images", "30", "--num_inference_steps", "20"]
     assert cli.main(command(model, tmp_path / "alone", *extra)) == 0
     target = tmp_path / "killed"
@@ -188,17 +188,8 @@ def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_p
     process.wait()
     finished = {p: p.stat().st_mtime_ns for p in target.glob("images/*.png")}
     assert 4 <= len(finished) < 30
-    run = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    second = subprocess.run(
-        [sys.executable, *run, *module],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert second.returncode == 0, second.stderr
-    lines = sorted(x for x in second.stdout.splitlines() if x.startswith("process "))
+    out, _ = processes(module, 2, tmp_path)
+    lines = sorted(x for x in out.splitlines() if x.startswith("process "))
     assert [x[:14] for x in lines] == ["process 1 of 2", "process 2 of 2"]
     assert all(int(x.split()[4]) > 0 for x in lines), lines  # both wrote files
     assert content(target) == content(tmp_path / "alone")

@@ -1,7 +1,7 @@
 """Training on two processes: the same batch gives the same run, and a resumed run the same bits.
 
-Everything runs in one `torchrun` (its start costs more than the training) and is looked at by
-several tests. Both sides of each comparison run with one thread.
+All that needs two runs in one `torchrun` (its start costs more than the training) and is looked at
+by several tests. Both sides of each comparison run with one thread.
 """
 
 import json
@@ -67,21 +67,24 @@ accelerator.end_training()
 '''
 
 
-def run_child(folder: Path, processes: int, runs: list) -> None:
+def write_jobs(folder: Path, processes: int, runs: list) -> list[str]:
+    """Returns the words for a process that does `runs`."""
     (folder / "child.py").write_text(CHILD)
     jobs = folder / f"jobs-{processes}.json"
     jobs.write_text(json.dumps({"processes": processes, "runs": runs}))
+    return [str(folder / "child.py"), str(jobs)]
+
+
+def torchrun(folder: Path, words: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(folder / "child.py"), str(jobs)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += words
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, processes):
     """A folder in which all runs have happened, on one and on two processes."""
     root = tmp_path_factory.mktemp("distributed")
     unet = {
@@ -155,8 +158,8 @@ def folder(tmp_path_factory):
     # A loss that is not finite on the second process alone.
     two.append(["count", settings("count", on_nonfinite="count", max_train_steps=6), 1])
     two.append(["stop", settings("stop", max_train_steps=6), 1])
-    run_child(root, 1, one)
-    run_child(root, 2, two)
+    processes(write_jobs(root, 1, one), 1, root)
+    torchrun(root, write_jobs(root, 2, two))
     return root
 
 
