@@ -175,7 +175,9 @@ class FamilySchedulerMixin:
                 flow.
         """
         if isinstance(config, dict):
-            config = _with_own_process(restore_settings(config))
+            own = cls._get_init_keys(cls)  # type: ignore[attr-defined]
+            hidden = {k: kwargs.pop(k) for k in FAMILY_KEYS if k in kwargs and k not in own}
+            config = _with_own_process({**restore_settings(config), **hidden})
             _check_discrete_vp(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 

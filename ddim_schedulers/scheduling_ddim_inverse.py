@@ -31,10 +31,10 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
     `sample` where x_s is x_0 itself (alpha_bar_s = 1). There x_s - m over 0 is no eps, so eps_hat =
     (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and x0_hat = x_s.
 
-    Only for `solver_order` 1. A step of higher order depends on predictions at two or more timesteps
-    above x_s, which encoding has not reached: neither a closed form nor a fixed point in x_t alone
-    gives them. A config that came from such a scheduler is refused by `set_timesteps`; pass `solver_order=1` to encode
-    along the same probability-flow ODE at first order.
+    Only for `solver_order` 1. A step of higher order uses predictions above x_s, which encoding has
+    not reached: neither a closed form nor a fixed point in x_t alone gives them. `set_timesteps`
+    refuses the config of such a scheduler; `from_config(config, solver_order=1)` encodes along the
+    same probability-flow ODE at first order.
 
     For an eps that does not depend on x, without clipping, it is the exact inverse of the forward
     scheduler; for a network it is the first-order one that both papers use.
@@ -88,9 +88,9 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         order = self.config.get("solver_order", 1)
         if order != 1:
             raise ValueError(
-                f"`solver_order` is {order!r} in the config, but only order 1 has an inverse: a step "
-                "of higher order needs predictions above the point it starts from. Pass "
-                "`solver_order=1` to encode at first order."
+                f"`solver_order` is {order!r} in the config, but only order 1 has an inverse: a "
+                "step of higher order needs predictions above the point it starts from. Pass "
+                "`solver_order=1` to `from_config` to encode at first order."
             )
 
     def _plan_tensor(self) -> torch.Tensor:
