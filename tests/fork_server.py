@@ -8,6 +8,7 @@ each with one line, the list of their exit codes.
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import traceback
@@ -29,6 +30,7 @@ def free_port():
 
 def work(job, rank, port):
     """Becomes process `rank` of a job; never returns."""
+    signal.alarm(600)  # ends a process that waits for another for ever
     code = 1
     try:
         os.chdir(job["cwd"])
