@@ -76,8 +76,10 @@ class InversionPipeline(UnconditionalPipeline):
 
     The scheduler gives its config: noise schedule, prediction type and trajectory. Encoding runs
     `GeneralizedDDIMInverseScheduler` and decoding `GeneralizedDDIMScheduler` at eta = 0, both built
-    from it with clipping and thresholding **off**, because a clipped step has no inverse; a warning
-    says so when the config has them on. The component itself is neither used to step nor changed.
+    from it with clipping and thresholding **off**, because a clipped step has no inverse (a warning
+    says so when the config has them on), and of order 1 whatever its `solver_order`, because a step
+    that depends on the steps before it has no inverse of its own. The component itself is neither
+    used to step nor changed.
     """
 
     @torch.no_grad()
@@ -229,7 +231,7 @@ class InversionPipeline(UnconditionalPipeline):
         return ReconstructionOutput(buffer.result(), unit_error(again, x0), inversion)
 
     def inverse_scheduler(self) -> GeneralizedDDIMInverseScheduler:
-        """Return the encoding scheduler: the component's config with clipping off."""
+        """Return the encoding scheduler: the reverse of the decoding one."""
         config = self.scheduler.config
         clipping = [k for k in ("clip_sample", "thresholding") if config.get(k)]
         if clipping:
@@ -237,10 +239,11 @@ class InversionPipeline(UnconditionalPipeline):
                 f"{' and '.join(clipping)} is on in the scheduler's config; InversionPipeline "
                 "encodes and decodes with it off, because a clipped step has no inverse."
             )
-        return GeneralizedDDIMInverseScheduler.from_config(config, clip_sample=False)
+        # of the decoder's config: an optimal or calibrated trajectory depends on member and solver
+        return GeneralizedDDIMInverseScheduler.from_config(self.decoding_scheduler().config)
 
     def decoding_scheduler(self) -> GeneralizedDDIMScheduler:
-        """Return the decoding scheduler: the config with clipping off, the member eta = 0."""
+        """Return the decoding scheduler: clipping off, the member eta = 0, order 1."""
         return GeneralizedDDIMScheduler.from_config(
             self.scheduler.config,
             clip_sample=False,
@@ -248,6 +251,8 @@ class InversionPipeline(UnconditionalPipeline):
             eta=None,
             sigma=None,
             reverse_variance="sigma",
+            solver_order=1,
+            solver_corrector=False,
         )
 
 

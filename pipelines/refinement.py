@@ -23,6 +23,10 @@ class Refinement:
     It converges where |B| times the Lipschitz constant of eps(., t) is below 1, so for steps that
     are not too long. Each sample stops on its own when its change is within the tolerance.
 
+    For v_prediction the same step is x_s = cos(phi) x_t - sin(phi) v, phi the angle between the two
+    levels, and the iteration is in v: eps says little about v where alpha_bar_t is small, and
+    nothing at 0, where every x_t is its own eps_hat.
+
     Args:
         network: the denoiser.
         inverse: the encoding scheduler, with its trajectory set.
@@ -75,12 +79,18 @@ class Refinement:
             the refined x_t, and the root mean square change of each sample's last iteration, (B,).
         """
         a_t, a_s = self.levels.at(t), self.end if s < 0 else self.levels.at(s)
-        a = (a_t / a_s) ** 0.5
-        b = (1 - a_t) ** 0.5 - a * (1 - a_s) ** 0.5
+        in_v = self.levels.prediction_type == "v_prediction"
+        if in_v:
+            cos = (a_s * a_t) ** 0.5 + ((1 - a_s) * (1 - a_t)) ** 0.5
+            a, b = 1 / cos, ((a_s * (1 - a_t)) ** 0.5 - (a_t * (1 - a_s)) ** 0.5) / cos
+        else:
+            a = (a_t / a_s) ** 0.5
+            b = (1 - a_t) ** 0.5 - a * (1 - a_s) ** 0.5
         residual = torch.full((len(x_t),), torch.inf, dtype=x_t.dtype, device=x_t.device)
         for _ in range(self.refinements):
-            eps = self.levels.eps(predict(self.network, x_t, t, self.batch_size), x_t, t)
-            change = a * x_s + b * eps - x_t
+            m = predict(self.network, x_t, t, self.batch_size)
+            m = m[:, : x_t.shape[1]] if in_v else self.levels.eps(m, x_t, t)
+            change = a * x_s + b * m - x_t
             # ~(<=) rather than >: a NaN stays active, and is reported
             active = ~(residual <= self.tolerance)
             measured = change.square().flatten(1).mean(dim=1).sqrt()

@@ -170,6 +170,41 @@ def test_ddpm_repositories_serve_and_stay_as_they_are():
     assert torch.equal(pipe.scheduler.timesteps, before) and pipe.scheduler.config.clip_sample
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver_order": 2},
+        {"solver_order": 3, "solver_form": "epsilon", "solver_corrector": True},
+        {"eta": 1.0, "timestep_spacing": "optimal", "calibration": {"gamma": [0.5] * 1000}},
+    ],
+)
+def test_decoding_takes_the_steps_that_were_encoded(settings):
+    scheduler = GeneralizedDDIMScheduler(clip_sample=False, **settings)
+    pipe = InversionPipeline(unet=Oracle(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    images = some_images()
+    result = pipe.reconstruct(images, num_inference_steps=20, refinements=60, tolerance=1e-13)
+    assert result.inversion.converged
+    assert result.error.max() < 1e-20
+    assert scheduler.config.solver_order == settings.get("solver_order", 1)
+    decoder, encoder = pipe.decoding_scheduler(), pipe.inverse_scheduler()
+    for scheduler in (decoder, encoder):
+        scheduler.set_timesteps(20)
+    assert encoder.planned_pairs() == decoder.planned_pairs()[::-1]
+
+
+def test_refinement_inverts_the_step_from_zero_snr():
+    """At alpha_bar = 0 every x_t is a fixed point of an iteration in eps."""
+    pipe = pipeline("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    result = pipe.reconstruct(
+        some_images(), num_inference_steps=20, refinements=60, tolerance=1e-13
+    )
+    assert result.inversion.timesteps[-1] == 999
+    assert pipe.inverse_scheduler().alpha_bar[999] == 0
+    assert result.inversion.converged
+    assert result.error.max() < 1e-20
+
+
 def test_quadratic_trajectory_from_the_config():
     pipe = pipeline()
     pipe.scheduler = GeneralizedDDIMScheduler(timestep_spacing="quadratic", clip_sample=False)
