@@ -27,7 +27,7 @@ from .parameterization import Coefficients
 from .sigmas import sigma_eta, sigma_hat
 
 COST_VARIANCES = ("fixed_small", "fixed_large", "optimal")
-# The matrix of costs has T^2 entries, and some nine of its size are alive at once: 1.2 GB at this T.
+# The matrix of costs has T^2 entries, and nine of its size are alive at once: 1.2 GB at this T.
 MAX_TIMESTEPS = 4_000
 
 
