@@ -267,10 +267,11 @@ def _our_component(component: Any) -> Any:
         return None
     library = type(component).__module__
     library = "diffusers" if library.startswith("diffusers.") else library
-    class_name = _our_class([library, type(component).__name__], component.config)
+    config: Any = component.config  # type: ignore[attr-defined]
+    class_name = _our_class([library, type(component).__name__], config)
     if class_name not in STOCK_CLASSES:
         return None
-    return getattr(ddim_schedulers, class_name).from_config(component.config)
+    return getattr(ddim_schedulers, class_name).from_config(config)
 
 
 def _our_class(entry: list[Any], config: Mapping[str, Any]) -> str | None:

@@ -590,7 +590,8 @@ class FamilySchedulerMixin:
 def _cloned(table: Table) -> Table:
     multistep = table.multistep
     if multistep is not None:
-        multistep = Multistep(*(None if part is None else part.clone() for part in multistep))
+        copies: Any = (None if part is None else part.clone() for part in multistep)
+        multistep = Multistep(*copies)
     return table._replace(rows=table.rows.clone(), multistep=multistep)
 
 

@@ -100,6 +100,7 @@ class InceptionFeatures(torch.nn.Module):
     """
 
     num_features = 2048
+    network: Any
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -120,6 +121,10 @@ class DinoFeatures(torch.nn.Module):
     Args:
         network: a `Dinov2Model` of transformers.
     """
+
+    network: Any
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
