@@ -256,6 +256,37 @@ def test_two_processes_really_share_the_work(pipeline, tmp_path, processes):
     assert json.loads(file.read_text()) == alone
 
 
+def test_a_finished_pass_deletes_its_own_files_alone(pipeline, tmp_path):
+    work, own = tmp_path / "results", tmp_path / "parts"
+    work.mkdir()
+    (work / "mine.txt").write_text("kept")
+    arguments = ["calibrate", "--pipeline", str(pipeline), "--data", "digits", "--num_images", "2"]
+    for folder in (work, own):
+        assert main([*arguments, "--cpu", "--work_dir", str(folder)]) == 0
+    assert [path.name for path in work.iterdir()] == ["mine.txt"]
+    assert not own.exists()
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        {"eta": 1.0, "reverse_variance": "sigma_hat"},
+        {"solver_order": 3, "solver_form": "epsilon", "solver_corrector": True, "eta": 0.5},
+    ],
+)
+def test_the_fine_trajectory_is_the_ode_whatever_the_config_samples_with(member):
+    settings = {"num_train_timesteps": STEPS, "beta_end": 0.5}
+    plain, other = (
+        calibration.measure_trajectory(
+            subject_of(_unet(), dict(GeneralizedDDIMScheduler(**settings, **own).config)),
+            num_samples=2,
+            steps=6,
+        )[0]
+        for own in ({}, member)
+    )
+    assert other == plain
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -284,6 +315,10 @@ def test_what_cannot_be_measured_is_refused(make, message):
         (["likelihood", "--output_dir", "o", "--trajectories", "optimal"], "calibrat"),
         (["likelihood", "--output_dir", "o", "--variances", "learned_range"], "learned_range"),
         (["likelihood", "--output_dir", "o", "--steps", "13"], "num_inference_steps"),
+        (["likelihood", "--output_dir", "o", "--batch_size", "0"], "batch_size"),
+        (["likelihood", "--output_dir", "o", "--bins", "0"], "num_bins"),
+        (["likelihood", "--output_dir", "o", "--num_calls", "4"], "num_calls"),
+        (["calibrate", "--num_images", "2", "--batch_size", "-1"], "batch_size"),
     ],
 )
 def test_bad_flags_are_told_in_one_line(pipeline, tmp_path, capsys, monkeypatch, command, message):

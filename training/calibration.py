@@ -17,6 +17,7 @@ import torch
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.parameterization import eps_from
+from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.plugin import SETTINGS_KEY, STOCK_CLASSES
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.batches import generator
@@ -153,11 +154,24 @@ def measure_trajectory(
             "the chain has zero terminal SNR, where the trajectory starts at an infinite rho; "
             "timestep_spacing='calibrated' is not for it, use 'trailing'"
         )
+    check_batch_size(batch_size)
     begun = time.perf_counter()
     plan = make_timesteps("linspace", steps, big_t)
-    neutral = {"clip_sample": False, "thresholding": False, "calibration": None}
+    # the member, the noise and the solver of sampling, which the config may hold, are not the ODE's
     scheduler = GeneralizedDDIMScheduler.from_config(
-        subject.config, timesteps=plan, timestep_spacing="leading", solver_order=2, **neutral
+        subject.config,
+        timesteps=plan,
+        timestep_spacing="leading",
+        clip_sample=False,
+        thresholding=False,
+        calibration=None,
+        eta=0.0,
+        sigma=None,
+        reverse_variance="sigma",
+        solver_order=2,
+        solver_form="sample",
+        solver_corrector=False,
+        lower_order_final=False,
     )
     size = subject.unet.config.sample_size
     shape = (subject.channels, *((size, size) if isinstance(size, int) else size))

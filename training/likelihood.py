@@ -30,6 +30,7 @@ from ddim_schedulers.likelihood import (
     variational_bound,
 )
 from ddim_schedulers.optimal import Statistics, optimal_timesteps, statistics_of
+from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.passes import Team, run_pass
@@ -153,11 +154,18 @@ def evaluate(
         progress: called with a line of text, or None.
 
     Raises:
-        ValueError: as `make_rows`; for data off the grid; an unknown estimator.
+        ValueError: as `make_rows`; for data off the grid; an unknown estimator, or a number of
+            calls with one that evaluates all t.
     """
+    check_batch_size(settings.batch_size)
     team = Team() if team is None else team
     if settings.estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {settings.estimator!r}; it must be one of {ESTIMATORS}")
+    if settings.estimator == "all" and settings.num_calls is not None:
+        raise ValueError(
+            f"num_calls is {settings.num_calls}, but estimator 'all' evaluates every t; choose a "
+            f"subset: {ESTIMATORS[1:]}"
+        )
     if settings.num_bins is not None:
         grid_levels(images, settings.num_bins)
     rows, begun = make_rows(subject, settings), time.perf_counter()

@@ -8,7 +8,6 @@ computed again.
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from ddim_schedulers.betas import alpha_bar_before
 from ddim_schedulers.likelihood import predict_x0
+from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.checkpoints import pack, to_json, unpack, write_file
 from ddim_schedulers.training.subject import Subject
@@ -137,8 +137,9 @@ def run_pass(
         progress: called with a line of text after each part, or None.
 
     Raises:
-        ValueError: if `work_dir` holds parts of another pass.
+        ValueError: if `batch_size` is below 1, or `work_dir` holds parts of another pass.
     """
+    check_batch_size(batch_size)
     team = Team() if team is None else team
     asked = sorted(timesteps)
     blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
@@ -169,8 +170,12 @@ def run_pass(
 
 
 def discard(work_dir: Path) -> None:
-    """Delete the parts of a pass that is done."""
-    shutil.rmtree(work_dir, ignore_errors=True)
+    """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
+    for pattern in ("pass.json", "part-*.safetensors", ".pass.json.tmp", ".part-*.tmp"):
+        for path in work_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+    if work_dir.is_dir() and not any(work_dir.iterdir()):
+        work_dir.rmdir()
 
 
 def _file(work_dir: Path, part: tuple[int, int]) -> Path:

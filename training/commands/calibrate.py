@@ -122,7 +122,12 @@ def _run_trajectory(args: argparse.Namespace) -> int:
     )
     library.save_record(record, target)
     scheduler = GeneralizedDDIMScheduler.from_config(
-        subject.config, calibration=record, timestep_spacing="calibrated", solver_order=2
+        subject.config,
+        calibration=record,
+        timestep_spacing="calibrated",
+        solver_order=2,
+        reverse_variance="sigma",
+        sigma=None,
     )
     for steps in (5, 10, 20):
         if steps <= args.trajectory_steps:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     team = AccelerateTeam(args.cpu)
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)
-    bins = args.bins or data.levels
+    bins = data.levels if args.bins is None else args.bins
     if bins is None:
         raise ValueError(
             "bins: these data are continuous, so that bits per dimension have no meaning for them; "
