@@ -8,11 +8,12 @@ the top of `process`.
 """
 
 from .plugin import register, to_portable
-from .scheduling_ddim import GeneralizedDDIMScheduler
+from .scheduling_ddim import FEW_STEPS, GeneralizedDDIMScheduler
 from .scheduling_ddim_inverse import GeneralizedDDIMInverseScheduler
 from .scheduling_ddpm import MarkovianDDPMScheduler
 
 __all__ = [
+    "FEW_STEPS",
     "GeneralizedDDIMInverseScheduler",
     "GeneralizedDDIMScheduler",
     "MarkovianDDPMScheduler",

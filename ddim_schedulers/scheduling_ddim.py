@@ -18,6 +18,10 @@ from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
 REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range", "optimal")
 # The noises that go with any member; the others replace that of eta = 1.
 ANY_MEMBER = ("sigma", "optimal")
+# Settings for good pictures in 5 to 50 network calls:
+# `GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **FEW_STEPS)`. With a trajectory in
+# `calibration` and at most ten calls, add `timestep_spacing="calibrated"`.
+FEW_STEPS = {"solver_order": 2, "solver_corrector": True, "timestep_spacing": "trailing"}
 
 
 class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):

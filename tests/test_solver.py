@@ -9,6 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ddim_schedulers import (
+    FEW_STEPS,
     GeneralizedDDIMInverseScheduler,
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
@@ -371,3 +372,13 @@ def test_settings_travel_through_our_classes_and_the_portable_form():
         assert {name: again.config[name] for name in settings} == settings
         assert again.config.lower_order_final is True
     assert any("solver_order=3 has no effect" in note for note in notes)
+
+
+def test_the_preset_is_one_line(fine_betas):
+    theirs = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    ours = GeneralizedDDIMScheduler.from_config(theirs.config, **FEW_STEPS)
+    assert {name: ours.config[name] for name in FEW_STEPS} == FEW_STEPS
+    assert ours.config.beta_schedule == "scaled_linear"
+    settings = {k: v for k, v in FEW_STEPS.items() if k != "timestep_spacing"}
+    plan = _plan(16, False)
+    assert _error(fine_betas, plan, **settings) < 0.1 * _error(fine_betas, plan)
