@@ -240,3 +240,49 @@ def test_img2img(components, ours, stock):
         )
     assert images[0].shape == (1, 32, 32, 3)
     np.testing.assert_allclose(*images, atol=5e-4)
+
+
+SOLVERS = [
+    {"solver_order": 2},
+    {"solver_order": 3},
+    {"solver_order": 2, "solver_corrector": True},
+    {"solver_order": 2, "solver_form": "epsilon"},
+]
+
+
+def _solved(components, pipeline_class, steps, times=1, **arguments):
+    """Pictures with guidance; `times` > 1 makes them again with one scheduler."""
+    solver = {k: arguments.pop(k) for k in tuple(arguments) if k.startswith("solver_")}
+    scheduler = GeneralizedDDIMScheduler(
+        **SD_SETTINGS, steps_offset=1, timestep_spacing="trailing", **solver
+    )
+    pipeline = _stable_diffusion(pipeline_class, components, scheduler)
+    made = [
+        _images(pipeline, components, num_inference_steps=steps, **arguments) for _ in range(times)
+    ]
+    assert all(np.array_equal(made[0], again) for again in made)
+    return made[0]
+
+
+def test_a_higher_order_is_nearer_to_the_fine_solution(components):
+    size = {"height": 32, "width": 32}
+    fine = _solved(components, StableDiffusionPipeline, 100, solver_order=3, **size)
+    distance = {}
+    for i, solver in enumerate([{}, *SOLVERS]):
+        made = _solved(components, StableDiffusionPipeline, 25, 1 + (i == 1), **solver, **size)
+        distance[i] = np.abs(made - fine).mean()
+    assert max(distance[i] for i in range(1, len(distance))) < distance[0]
+
+
+def test_img2img_at_a_higher_order(components):
+    """It starts in the middle of the plan, where no history is, and has one from there on."""
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    arguments = {"image": picture, "strength": 0.6}
+    pipeline_class = StableDiffusionImg2ImgPipeline
+    euler = _solved(components, pipeline_class, 10, **arguments)
+    for solver in SOLVERS:
+        made = _solved(components, pipeline_class, 10, 2, **solver, **arguments)
+        assert 0 < np.abs(made - euler).mean() < 0.1, solver
+    last = {"image": picture, "strength": 0.1}  # one step, which is of order 1
+    made = _solved(components, pipeline_class, 10, **SOLVERS[1], **last)
+    assert np.array_equal(made, _solved(components, pipeline_class, 10, **last))
