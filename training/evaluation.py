@@ -14,6 +14,7 @@ import copy
 import hashlib
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,12 +126,13 @@ class Evaluation:
             raise ValueError(
                 "data: the images are not 8-bit, as both sides of a comparison must be"
             )
-        most = max(table.n for table in self.config.tables)
-        have = 0 if held_out is None else len(held_out)
-        if held_out is None or have < most:
+        if self.config.held_out is not None:
+            held_out = load_data(self.config.held_out)[0]
+        if held_out is None or len(held_out) < 2 or held_out.shape != reference.shape:
+            found = "none" if held_out is None else f"{len(held_out)} of {held_out.shape}"
             raise ValueError(
-                f"data: {have} images are held out, and real images are measured like the {most} "
-                "samples of a table; raise validation_fraction or lower n"
+                f"held-out images: {found}; real images are measured like samples, so there must "
+                f"be at least 2 of {reference.shape}: set validation_fraction or held_out"
             )
         return reference, held_out
 
@@ -346,7 +348,10 @@ class Evaluation:
         return found
 
     def real_images(self, n: int) -> dict[str, Any]:
-        """Figures of n held-out images, in each feature space: what a perfect sampler would get."""
+        """Figures of n held-out images, in each feature space: what a perfect sampler would get.
+
+        If fewer are held out, all of them; their figures then have an n of their own.
+        """
         rows = np.random.default_rng(self.config.seed).permutation(len(self.held_out))[:n]
         return {name: self.figures(name, self.real[name].held_out[rows]) for name in self.real}
 
@@ -518,6 +523,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
         "device": _device_name(evaluation.device),
         "threads": torch.get_num_threads(),
         "processes": evaluation.team.count,
+        "commit": commit(),
         "expected": config.expected,
         "not_run": config.not_run,
         "versions": versions(),
@@ -537,6 +543,25 @@ def versions() -> dict[str, str]:
     modules = (ddim_schedulers, diffusers, torch, torchmetrics, np)
     found = {module.__name__.replace("_", "-"): str(module.__version__) for module in modules}
     return {**found, "python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """The commit of this package's source, None where it is not in a git repository."""
+    folder = Path(__file__).parent
+    done = (
+        subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD", "--show-toplevel"],
+            capture_output=True,
+            text=True,
+        )
+        if shutil.which("git")
+        else None
+    )
+    if done is None or done.returncode:
+        return None
+    found, top = done.stdout.split("\n")[:2]
+    # an installed package may lie inside somebody else's repository
+    return found if (Path(top) / "training" / Path(__file__).name).exists() else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddim_schedulers.training.cards import check_card
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.parsing import load_config, nearest, read_file
 
@@ -105,6 +106,8 @@ class EvaluationConfig:
         data: settings of `ddim-schedulers train` that say which images, `validation_fraction`
             included. The training part is the reference; the held-out part is measured like
             samples, which shows what a perfect sampler would get.
+        held_out: settings of `data` that are different for the held-out part, e.g. `split: test`;
+            None takes the part that `data` leaves out.
         tables: what is to be compared.
         features: names of feature spaces (see `features.py`), or `classifier` for the one below.
         labels: for the classifier: the array of the .npz file or the column of the data set;
@@ -132,6 +135,7 @@ class EvaluationConfig:
     output_dir: str
     data: TrainingConfig
     tables: list[Table]
+    held_out: TrainingConfig | None = None
     features: list[str] = field(default_factory=lambda: ["pixels"])
     labels: str | None = None
     classifier: str | None = None
@@ -205,12 +209,22 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
             raise ValueError(f"{where}: {name} is missing")
     data = _mapping(values["data"], "data")
     _known(data, _DATA_KEYS, f"{where}: data")
-    settings = load_config(**data, seed=values.get("seed", 0))
+    common = {"seed": values.get("seed", 0)}
+    settings = load_config(**{**common, **data})
+    held_out = None
+    if values.get("held_out") is not None:
+        other = _mapping(values["held_out"], "held_out")
+        _known(other, _DATA_KEYS, f"{where}: held_out")
+        held_out = load_config(**{**common, **data, **other, "validation_fraction": 0.0})
     tables = [_table(_mapping(t, "tables"), where) for t in _list(values["tables"], "tables")]
     names = [table.name for table in tables]
     if len({slug(name) for name in names}) < len(names) or not tables:
         raise ValueError(f"{where}: tables are called {names}; each needs a name of its own")
-    config = EvaluationConfig(**{**values, "data": settings, "tables": tables})
+    if values.get("card") is not None:
+        check_card(dict(_mapping(values["card"], "card")))
+    config = EvaluationConfig(
+        **{**values, "data": settings, "held_out": held_out, "tables": tables}
+    )
     _one_meaning(config.cells, [c for table in tables for c in table.cells])
     return config
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ddim_schedulers.pipelines.files import write_atomically
+from ddim_schedulers.training.cards import render_example
 from ddim_schedulers.training.evaluation import Evaluation, from_uint8
 from ddim_schedulers.training.evaluation_config import slug
 from ddim_schedulers.training.figures import panels_figure, rows_figure, save_figure, tiles
@@ -76,8 +77,8 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
     for name in results["features"]:
         real = table["real"][name]
         lines += [
-            f"Frechet distance in `{name}`, n = {table['n']} samples in every cell; {table['n']} "
-            f"held-out real images get {real['frechet']:.3f}.",
+            f"Frechet distance in `{name}`, n = {table['n']} samples in every cell; "
+            f"{real['n']} held-out real images get {real['frechet']:.3f}{_own_n(real, table)}.",
             "",
             *pivot(
                 table["cells"],
@@ -99,14 +100,19 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:
+    return "" if real["n"] == table["n"] else " (another n: not to be compared with the table)"
+
+
 def everything(table: dict[str, Any], name: str) -> list[str]:
     """All figures of a table in one feature space, a line for each cell."""
     columns = [c for c in COLUMNS if any(c[1] in cell["metrics"][name] for cell in table["cells"])]
     head = ["", "S", "seeds", *(c[0] for c in columns), "network calls", "seconds", "images/s"]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
-    own = [_value({"mean": real[key], "std": None}, form, key) for _, key, form in columns]
-    lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
+    if real["n"] == table["n"]:  # figures of another n stand in no table with these
+        own = [_value({"mean": real[key], "std": None}, form, key) for _, key, form in columns]
+        lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
     for cell in table["cells"]:
         figures = cell["metrics"][name]
         values = [_value(figures[key], form, key) for _, key, form in columns]
@@ -228,9 +234,12 @@ def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:
         for name, figure in pictures.items():
             save_figure(figure, folder / name)
             written.append(folder / name)
-    text = markdown(results).encode()
-    write_atomically(folder / "report.md", lambda file: file.write(text))
-    return [folder / "report.md", *written]
+    texts = {"report.md": markdown(results)}
+    if results["card"]:
+        texts["README.md"] = render_example(results)
+    for name, text in texts.items():
+        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+    return [*(folder / name for name in texts), *written]
 
 
 def curves(table: dict[str, Any], features: Sequence[str]) -> Any:
@@ -263,9 +272,10 @@ def curves(table: dict[str, Any], features: Sequence[str]) -> Any:
             ]
             if timed:
                 right.plot(*zip(*timed, strict=True), **style)
-        real = table["real"][name]["frechet"]
+        real = table["real"][name]
         for axis, label in ((left, "network calls"), (right, "seconds for an image")):
-            axis.axhline(real, color="0.5", linestyle=":", linewidth=1)
+            if real["n"] == table["n"]:
+                axis.axhline(real["frechet"], color="0.5", linestyle=":", linewidth=1)
             axis.set(xlabel=label, xscale="log", yscale="log")
             axis.grid(alpha=0.3, which="both")
         left.set_ylabel(f"Frechet distance, {name}")
