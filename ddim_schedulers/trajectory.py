@@ -22,7 +22,7 @@ from .multistep import multistep_weights, step_moments, variable
 from .timesteps import check_timesteps
 
 # What an embedding leaves out, as a share of the mean squared norm.
-TOLERANCE = 1e-6
+EMBEDDING_TOLERANCE = 1e-6
 # The costs of all pairs of jumps have N^3 entries.
 MAX_FINE_STEPS = 256
 
@@ -41,12 +41,12 @@ class Trajectory(NamedTuple):
 def embed(gram: torch.Tensor) -> torch.Tensor:
     """Return points (N, r) with the inner products `gram`, (N, N), in as few dimensions as needed.
 
-    What is left out is at most `TOLERANCE` of the trace.
+    What is left out is at most `EMBEDDING_TOLERANCE` of the trace.
     """
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     left = values.sum() - values.cumsum(0)
-    rank = int((left > TOLERANCE * values.sum()).sum()) + 1
+    rank = int((left > EMBEDDING_TOLERANCE * values.sum()).sum()) + 1
     return vectors[:, :rank] * values[:rank].sqrt()
 
 
