@@ -22,7 +22,7 @@ from ddim_schedulers.pipelines.fitness import (
     is_deterministic,
 )
 from ddim_schedulers.pipelines.images import OutputBuffer
-from ddim_schedulers.pipelines.noise import Generators, Noise, draw, make_noise
+from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
 from ddim_schedulers.pipelines.records import ClipCounter, PathRecorder, SamplingPath
 from ddim_schedulers.pipelines.sampling import Levels, Step, denoise, plan, step_arguments
 
@@ -118,7 +118,7 @@ class GenerationPipeline(UnconditionalPipeline):
                 keeps one, else 50.
             timesteps: explicit trajectory instead, strictly decreasing.
             start_timestep: a timestep of the trajectory to start at: `latents` is then x_t at it.
-                Not for multistep schedulers.
+                Not for stock multistep schedulers; a `solver_order` of ours begins anew there.
             eta: DDIM's eta, passed to schedulers that take one; None leaves theirs.
             use_clipped_model_output: passed to schedulers that take it; None leaves theirs.
             return_path: also return x_t and x0_hat along tau: (2 S + 1) times the memory of the
@@ -260,13 +260,16 @@ class GenerationPipeline(UnconditionalPipeline):
             "batch_size": batch_size,
             "output_type": output_type,
         }
+        check_scheduler(self.scheduler, SINGLE_STEP, "`variations`")
+        device = self._execution_device
+        planned = plan(self.scheduler, num_inference_steps, timesteps, device).tolist()
+        missing = [t for t in share_at if t not in planned]
+        if missing:
+            raise ValueError(f"`share_at` has {missing}; allowed are the timesteps {planned}.")
+        if not check_seeds(variation_seeds):
+            raise ValueError("`variation_seeds` is empty; it must have one for each variation.")
         original = self(seeds=[seed], return_path=True, **common)
         assert isinstance(original, GenerationOutput) and original.path is not None
-        planned, missing = original.path.timesteps, set(share_at) - set(original.path.timesteps)
-        if missing:
-            raise ValueError(
-                f"`share_at` has {sorted(missing)}; allowed are the timesteps {planned}."
-            )
         images = []
         for t in share_at:
             x_t = original.path.x_t[planned.index(t)].expand(len(variation_seeds), -1, -1, -1)
@@ -305,5 +308,16 @@ class _Watch:
         tensors = {name: available[name] for name in self.run.callback_inputs}
         assert self.run.callback is not None
         answer = self.run.callback(self.pipe, step.index, step.timestep, tensors)
-        if answer:
-            step.x_s = answer.get("latents", step.x_s)
+        if answer is None:
+            return
+        if set(answer) - {"latents"}:
+            raise ValueError(
+                f"`callback_on_step_end` returned {sorted(answer)}; it may return 'latents' alone."
+            )
+        latents = answer.get("latents", step.x_s)
+        if latents.shape != step.x_s.shape:
+            raise ValueError(
+                f"`callback_on_step_end` returned `latents` of shape {tuple(latents.shape)}; it "
+                f"must be {tuple(step.x_s.shape)}."
+            )
+        step.x_s = latents

@@ -32,7 +32,7 @@ def to_model_space(
         images = [images]
     if isinstance(images, torch.Tensor):
         batch = images.detach().cpu()
-    elif isinstance(images, np.ndarray):
+    elif isinstance(images, np.ndarray) and images.dtype.kind in "fiubc":
         batch = _channels_first(torch.from_numpy(np.ascontiguousarray(images)))
     elif (
         isinstance(images, Sequence) and images and all(isinstance(i, Image.Image) for i in images)

@@ -14,7 +14,6 @@ from ddim_schedulers.pipelines.fitness import (
     MULTISTEP,
     SINGLE_STEP,
     check_scheduler,
-    has_argument,
     is_deterministic,
 )
 from ddim_schedulers.pipelines.generation import GenerationPipeline
@@ -277,12 +276,10 @@ class InterpolationPipeline(UnconditionalPipeline):
         output_type: str,
         common: dict[str, Any],
     ) -> InterpolationOutput:
-        eta = 0.0 if has_argument(ends.decoder.scheduler.step, "eta") else None
         # the seeds serve nothing: the decoder is deterministic
         output = ends.decoder(
             latents=mixed,
             seeds=[0] * len(mixed),
-            eta=eta,
             batch_size=batch_size,
             output_type=output_type,
             **common,

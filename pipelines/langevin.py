@@ -17,6 +17,7 @@ import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
 
+from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines.base import (
     DEFAULT_BATCH_SIZE,
     UnconditionalPipeline,
@@ -143,6 +144,12 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         """
         self.check()
         corrector = self._corrector(inner_steps, snr, step_rule, predictor)
+        order = self.scheduler.config.get("solver_order", 1)
+        if predictor and isinstance(self.scheduler, GeneralizedDDIMScheduler) and order > 1:
+            raise ValueError(
+                f"`predictor` is True with solver_order={order}: corrections come between its "
+                "steps, whose predictions then belong to no one trajectory; use solver_order=1."
+            )
         if eta is not None and not predictor:
             raise ValueError(f"`eta` is {eta!r} without `predictor`; it is the predictor's.")
         latents = None if latents is None else self.check_latents(latents)
@@ -176,8 +183,8 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         least = 0 if predictor else 1
         if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < least:
             raise ValueError(f"`inner_steps` is {inner_steps!r}; it must be an integer >= {least}.")
-        if not 0 < snr < float("inf"):
-            raise ValueError(f"`snr` is {snr!r}; it must be > 0.")
+        if not isinstance(snr, int | float) or not 0 < snr < float("inf"):
+            raise ValueError(f"`snr` is {snr!r}; it must be a finite number > 0.")
         if rule not in STEP_RULES:
             raise ValueError(f"`step_rule` is {rule!r}; it must be one of {STEP_RULES}.")
         return Corrector(Levels(self.scheduler), self.unet, inner_steps, snr, rule)

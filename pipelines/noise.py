@@ -58,6 +58,13 @@ def make_noise(
     """
     if seeds is not None and generator is not None:
         raise ValueError("`seeds` and `generator` are both given; pass one of the two.")
+    if seeds is not None and not hasattr(seeds, "__len__"):
+        raise ValueError(f"`seeds` is {seeds!r}; it must be a list with one for each image.")
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"`generator` is {generator!r}; it must be a torch.Generator or a list of them."
+            )
     counts = {"num_images": num_images}
     counts["seeds"] = None if seeds is None else len(seeds)
     counts["generator"] = len(generator) if isinstance(generator, list) else None

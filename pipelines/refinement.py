@@ -48,8 +48,8 @@ class Refinement:
     ) -> None:
         if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
             raise ValueError(f"`refinements` is {refinements!r}; it must be an integer >= 0.")
-        if not tolerance > 0:
-            raise ValueError(f"`tolerance` is {tolerance!r}; it must be > 0.")
+        if not isinstance(tolerance, int | float) or not tolerance > 0:
+            raise ValueError(f"`tolerance` is {tolerance!r}; it must be a number > 0.")
         self.network, self.refinements, self.tolerance = network, refinements, float(tolerance)
         self.batch_size = batch_size
         self.levels = Levels(inverse)

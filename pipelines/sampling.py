@@ -4,14 +4,18 @@ The sample x_t is kept in float64 for a float64 network and in float32 otherwise
 half-precision network does not round the state at every step; only the network's input is cast.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ddim_schedulers import parameterization
-from ddim_schedulers.pipelines.fitness import has_argument
+from ddim_schedulers import (
+    GeneralizedDDIMInverseScheduler,
+    GeneralizedDDIMScheduler,
+    parameterization,
+)
+from ddim_schedulers.pipelines.fitness import has_argument, is_deterministic
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators
 from ddim_schedulers.scheduling_base import FamilySchedulerMixin
@@ -91,7 +95,7 @@ def plan(
         ValueError: if both are given, or the scheduler cannot take explicit timesteps.
     """
     if timesteps is None:
-        if num_inference_steps is None and scheduler.config.get("timesteps") is None:
+        if num_inference_steps is None and not _keeps_trajectory(scheduler):
             num_inference_steps = DEFAULT_STEPS
         scheduler.set_timesteps(num_inference_steps, device=device)
         return scheduler.timesteps
@@ -99,6 +103,8 @@ def plan(
         raise ValueError(
             "`num_inference_steps` and `timesteps` are both given; pass one of the two."
         )
+    if not isinstance(timesteps, Iterable):
+        raise ValueError(f"`timesteps` is {timesteps!r}; it must be a decreasing list of integers.")
     if not has_argument(scheduler.set_timesteps, "timesteps"):
         raise ValueError(
             f"`timesteps` was given, but {type(scheduler).__name__}.set_timesteps takes none; use "
@@ -106,6 +112,14 @@ def plan(
         )
     scheduler.set_timesteps(timesteps=list(timesteps), device=device)
     return scheduler.timesteps
+
+
+def _keeps_trajectory(scheduler: Scheduler) -> bool:
+    """Tell whether the scheduler's config says how many steps there are."""
+    if not isinstance(scheduler, FamilySchedulerMixin):
+        return False
+    has_sigma = isinstance(scheduler, GeneralizedDDIMScheduler) and scheduler.config.sigma
+    return scheduler.config.get("timesteps") is not None or bool(has_sigma)
 
 
 def step_arguments(
@@ -119,6 +133,7 @@ def step_arguments(
     Raises:
         ValueError: if an argument was set that the scheduler would ignore.
     """
+    _check_eta(scheduler, eta)
     arguments: dict[str, Any] = {}
     for name, value in (("eta", eta), ("use_clipped_model_output", use_clipped_model_output)):
         if value is None:
@@ -132,6 +147,19 @@ def step_arguments(
     if has_argument(scheduler.step, "generator"):
         arguments["generator"] = generator
     return arguments
+
+
+def _check_eta(scheduler: Scheduler, eta: float | None) -> None:
+    if eta is None or not isinstance(scheduler, GeneralizedDDIMScheduler):
+        return
+    config = scheduler.config
+    for name in ("eta", "sigma"):
+        own = config[name]
+        if own is not None and own != eta:
+            raise ValueError(
+                f"`eta` is {eta!r}, but the scheduler's config says {name}={own!r}, which counts; "
+                "leave it None, or set it there."
+            )
 
 
 def denoise(
@@ -157,8 +185,13 @@ def denoise(
     Returns:
         the sample at the end of the plan, (B, C, H, W).
     """
+    inverse = isinstance(scheduler, GeneralizedDDIMInverseScheduler)
+    # a sampler without noise has no use for the variance that a network may have learned
+    mean_alone = inverse or (is_deterministic(scheduler) and not arguments.get("eta"))
     for index, t in enumerate(timesteps):
         model_output = predict(network, x_t, t, batch_size)
+        if mean_alone:
+            model_output = model_output[:, : x_t.shape[1]]
         output = scheduler.step(model_output, t, x_t, **arguments)
         x0 = output.get("pred_original_sample")
         step = Step(index, t, x_t, model_output, x0, output.prev_sample)

@@ -357,6 +357,12 @@ def test_a_half_precision_network_keeps_the_sample_in_float32():
         ({"latents": torch.zeros(1, 1, 4, 4)}, "latents"),
         ({"latents": torch.full((1, 1, SIZE, SIZE), torch.nan)}, "finite"),
         ({"start_timestep": 3, "timesteps": [3, 1]}, "start_timestep"),
+        ({"seeds": 5}, "seeds"),
+        ({"generator": 5}, "generator"),
+        ({"generator": [5]}, "generator"),
+        ({"timesteps": 5}, "timesteps"),
+        ({"callback_on_step_end": lambda *_: {"latent": 0}}, "latent"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 1, 4, 4)}}, "shape"),
     ],
 )
 def test_bad_arguments_raise(kwargs, message):
@@ -372,6 +378,55 @@ def test_arguments_that_the_scheduler_would_ignore_raise():
     x = torch.zeros(1, 1, SIZE, SIZE)
     with pytest.raises(ValueError, match="DEISMultistepScheduler"):
         pipeline(DEISMultistepScheduler())(latents=x, start_timestep=1, num_inference_steps=3)
+
+
+def test_an_eta_that_the_config_overrules_raises():
+    for config, eta in (({"eta": 1.0}, 0.5), ({"eta": 1.0}, 0.0), ({"sigma": [0.0, 0.0]}, 1.0)):
+        pipe = pipeline(GeneralizedDDIMScheduler(**config))
+        with pytest.raises(ValueError, match="config says"):
+            pipe(eta=eta, num_inference_steps=2)
+    frozen = pipeline(GeneralizedDDIMScheduler(eta=0.0))
+    with pytest.raises(ValueError, match="config says"):
+        frozen.variations(1, [500], [5, 6], eta=1.0, num_inference_steps=2)
+    same = pipeline(GeneralizedDDIMScheduler(eta=1.0))(seeds=[0], eta=1.0, num_inference_steps=2)
+    assert len(same.images) == 1
+
+
+def test_an_explicit_sigma_says_how_many_steps_there_are():
+    pipe = pipeline(GeneralizedDDIMScheduler(sigma=[0.3, 0.0, 0.0]))
+    assert len(pipe(seeds=[0], return_path=True).path.timesteps) == 3
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"solver_order": 2},
+        {"solver_order": 3, "solver_corrector": True},
+        {"solver_order": 2, "eta": 1.0},
+    ],
+)
+def test_higher_orders_carry_no_history_from_chunk_to_chunk(solver):
+    pipe = pipeline(GeneralizedDDIMScheduler(**solver), tiny_unet().double())
+    kwargs = {"num_inference_steps": 6, "output_type": "latent"}
+    together = pipe(seeds=range(5), **kwargs).images
+    for size in (1, 3):
+        apart = pipe(seeds=range(5), batch_size=size, **kwargs).images
+        assert (apart - together).abs().max() < 1e-10
+
+
+def test_a_sampler_without_noise_takes_a_network_with_a_learned_variance():
+    unet = tiny_unet()
+    wide = UNet2DModel.from_config({**unet.config, "out_channels": 2}).eval()
+    weights = wide.state_dict()
+    for name, value in unet.state_dict().items():
+        weights[name][: len(value)] = value
+    wide.load_state_dict(weights)
+    kwargs = {"seeds": [0, 1]}
+    for scheduler in (GeneralizedDDIMScheduler, DDIMScheduler):
+        expected = latents_of(pipeline(scheduler(), unet), **kwargs)
+        assert torch.allclose(latents_of(pipeline(scheduler(), wide), **kwargs), expected)
+    with pytest.raises(ValueError, match="model_output"):
+        latents_of(pipeline(GeneralizedDDIMScheduler(), wide), eta=1.0, **kwargs)
 
 
 def test_unet_with_odd_channels_needs_arrays():

@@ -150,6 +150,7 @@ def test_without_corrections_the_predictor_is_the_plain_sampler():
     [
         ({"inner_steps": 0}, "inner_steps"),
         ({"snr": 0.0}, "snr"),
+        ({"snr": "0.1"}, "snr"),
         ({"step_rule": "batch"}, "step_rule"),
         ({"eta": 0.5}, "eta"),
     ],
@@ -178,3 +179,5 @@ def test_what_does_not_fit_raises():
     )
     with pytest.raises(ValueError, match="alpha_bar = 0"):
         pipeline(zero_snr)(num_inference_steps=2)
+    with pytest.raises(ValueError, match="solver_order=2"):
+        pipeline(GeneralizedDDIMScheduler(solver_order=2))(predictor=True, num_inference_steps=2)
