@@ -111,7 +111,7 @@ class UnconditionalPipeline(DiffusionPipeline):
             the pipeline.
         """
         network = cast(Any, self.unet)
-        if dtype is not None:
+        if dtype is not None and dtype != network.dtype:
             network.to(dtype)
         if channels_last:
             network.to(memory_format=torch.channels_last)

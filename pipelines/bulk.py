@@ -28,7 +28,7 @@ from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, to_pil, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.pictures import make_grid
-from ddim_schedulers.pipelines.sampling import is_compiled
+from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
 
 FORMATS = ("png", "npz")
 SETTINGS = "sample.json"
@@ -124,11 +124,14 @@ def sample_to_directory(
         world_size: number of processes.
 
     Raises:
-        ValueError: if the folder holds a job with other settings, naming what differs, or if the
-            network's channels do not fit PNG.
+        ValueError: if the folder holds a job with other settings, naming what differs, if the
+            network's channels do not fit PNG, or for steps or an eta that the scheduler refuses.
     """
     if job.file_format == "png":
         check_pil_channels(pipe.image_shape[0])
+    # before the settings are written, with which a corrected call would have to agree
+    plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
+    step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     folder = Path(output)
     files = _Files(folder, job, rank)
     files.folder.mkdir(parents=True, exist_ok=True)

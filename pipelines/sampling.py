@@ -6,6 +6,7 @@ half-precision network does not round the state at every step; only the network'
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -94,6 +95,9 @@ def plan(
     Raises:
         ValueError: if both are given, or the scheduler cannot take explicit timesteps.
     """
+    steps = num_inference_steps
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1):  # stock divides by it
+        raise ValueError(f"`num_inference_steps` is {steps!r}; it must be an integer >= 1.")
     if timesteps is None:
         if num_inference_steps is None and not _keeps_trajectory(scheduler):
             num_inference_steps = DEFAULT_STEPS

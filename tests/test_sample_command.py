@@ -211,10 +211,13 @@ def test_sample_options(model, tmp_path, capsys):
     for extra, message in (
         (["--timestep_spacing", "trailing"], "--scheduler"),
         (["--eta", "0.5"], "eta"),
+        (["--num_inference_steps", "0"], "num_inference_steps"),
+        (["--device", "nowhere"], "--device"),
         (["--scheduler", "ddpm", "--reverse_variance", "sigma"], "--reverse_variance"),
     ):
         assert cli.main(["sample", *common, *extra, "--output", str(tmp_path / "bad")]) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()  # no settings that a corrected call would contradict
     missing = ["--pipeline", str(tmp_path / "none"), *common[2:], "--output", str(tmp_path / "n")]
     assert cli.main(["sample", *missing]) == 2
     assert "neither a valid local path" in capsys.readouterr().err
@@ -253,3 +256,7 @@ def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):
     assert cli.main(["interpolate", *bad]) == 2
     assert cli.main(["reconstruct", *common, "--images", "none", "--output", "x"]) == 2
     assert "does not exist" in capsys.readouterr().err
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((source / "0.png").read_bytes()[:60])
+    assert cli.main(["reconstruct", *common, "--images", str(cut), "--output", "x"]) == 2
+    assert "cannot be read" in capsys.readouterr().err

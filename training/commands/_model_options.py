@@ -72,7 +72,11 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     if scheduler is not pipe.scheduler:
         pipe = cls(**{**pipe.components, "scheduler": scheduler})
     # the name of from_pretrained's own argument for the dtype differs between versions of diffusers
-    return pipe.to(_device(args.device)).speed_up(
+    try:
+        pipe = pipe.to(_device(args.device))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {args.device!r} cannot be used: {error}") from error
+    return pipe.speed_up(
         compile=args.compile,
         channels_last=args.channels_last,
         dtype=getattr(torch, args.dtype),

@@ -50,6 +50,8 @@ def read(paths: Sequence[Path]) -> "list[Image.Image]":
                 images.append(image)
         except UnidentifiedImageError as error:
             raise ValueError(f"--images: {str(path)!r} is not an image.") from error
+        except OSError as error:
+            raise ValueError(f"--images: {str(path)!r} cannot be read: {error}") from error
     return images
 
 
