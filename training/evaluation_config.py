@@ -22,7 +22,7 @@ import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ class EvaluationConfig:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer >= 0")
         if not self.features or not all(isinstance(name, str) for name in self.features):
             raise ValueError(f"features is {self.features!r}; it must be a list of names")
-        names = {cell.row.name for table in self.tables for cell in table.cells}
+        names = {cell.row.name for cell in self.cells}
         asked = list(self.pictured or []) + [str(e.get("row")) for e in self.expected]
         for name in asked:
             if name not in names:
@@ -179,7 +179,7 @@ class EvaluationConfig:
     @property
     def cells(self) -> list[Cell]:
         """The cells of all tables in order, each once."""
-        return list({c.label: c for table in self.tables for c in table.cells}.values())
+        return _unique(cell for table in self.tables for cell in table.cells)
 
 
 def load_evaluation(path: str | Path, **overrides: Any) -> EvaluationConfig:
@@ -225,7 +225,6 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
     config = EvaluationConfig(
         **{**values, "data": settings, "held_out": held_out, "tables": tables}
     )
-    _one_meaning(config.cells, [c for table in tables for c in table.cells])
     return config
 
 
@@ -234,11 +233,9 @@ def _table(values: Mapping[str, Any], where: str) -> Table:
     name, n = str(values.get("name", "")), values.get("n")
     if not name or type(n) is not int or n < 2:
         raise ValueError(f"{where}: table {name!r} has n = {n!r}; it needs a name and n >= 2")
-    cells: dict[str, Cell] = {}
-    for block in _list(values.get("grid"), f"table {name!r}: grid"):
-        for cell in _cells(_mapping(block, "grid"), n, f"{where}: table {name!r}"):
-            cells.setdefault(cell.label, cell)
-    return Table(name, n, list(cells.values()))
+    blocks = [_mapping(b, "grid") for b in _list(values.get("grid"), f"table {name!r}: grid")]
+    cells = (cell for block in blocks for cell in _cells(block, n, f"{where}: table {name!r}"))
+    return Table(name, n, _unique(cells))
 
 
 _BLOCK = (
@@ -322,15 +319,17 @@ def scheduler_class(name: str) -> type | None:
     return None
 
 
-def _one_meaning(unique: list[Cell], everything: list[Cell]) -> None:
-    """Raises `ValueError` if one name stands for two schedulers."""
-    kept = {cell.label: cell.row for cell in unique}
-    for cell in everything:
-        if cell.row != kept[cell.label]:
+def _unique(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, each once; raises `ValueError` if one name stands for two schedulers."""
+    kept: dict[str, Cell] = {}
+    for cell in cells:
+        first = kept.setdefault(cell.label, cell)
+        if first.row != cell.row:
             raise ValueError(
-                f"the name {cell.row.name!r} stands for {kept[cell.label].settings} and for "
-                f"{cell.row.settings}; give one of them another name"
+                f"the name {cell.row.name!r} stands for {first.row} and for {cell.row}; "
+                "give one of them another name"
             )
+    return list(kept.values())
 
 
 def slug(text: str) -> str:
