@@ -133,6 +133,8 @@ def sample_to_directory(
     plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output` is {str(output)!r}, which is a file; it must be a folder.")
     files = _Files(folder, job, rank)
     files.folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.folder):

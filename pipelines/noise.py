@@ -9,6 +9,7 @@ processes. Draws are made in the dtype of the sample: float64 for a float64 netw
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -86,10 +87,11 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: naming the first that is not.
     """
-    for i, seed in enumerate(seeds):
+    plain = [seed.item() if isinstance(seed, np.integer) else seed for seed in seeds]
+    for i, seed in enumerate(plain):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"`seeds[{i}]` is {seed!r}; a seed is an integer in 0 .. 2**63 - 1.")
-    return tuple(seeds)
+    return tuple(plain)
 
 
 def draw(

@@ -440,3 +440,11 @@ def test_samples_of_the_exact_network_have_its_moments():
     pipe = pipeline(MarkovianDDPMScheduler(clip_sample=False), Oracle(mean=0.3, std=0.5))
     x = pipe(seeds=range(64), num_inference_steps=100, output_type="latent").images
     assert abs(float(x.mean()) - 0.3) < 0.03 and abs(float(x.std()) - 0.5) < 0.03
+
+
+def test_seeds_may_come_from_numpy():
+    pipe = GenerationPipeline(tiny_unet(), GeneralizedDDIMScheduler())
+    settings = dict(num_inference_steps=2, output_type="latent")
+    got = pipe(seeds=np.arange(2), **settings)
+    assert torch.equal(got.images, pipe(seeds=[0, 1], **settings).images)
+    assert [type(seed) for seed in got.seeds] == [int, int]

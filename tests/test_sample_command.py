@@ -260,3 +260,11 @@ def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):
     cut.write_bytes((source / "0.png").read_bytes()[:60])
     assert cli.main(["reconstruct", *common, "--images", str(cut), "--output", "x"]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    pipe = GenerationPipeline(tiny_unet(), GeneralizedDDIMScheduler())
+    with pytest.raises(ValueError, match="`output` is .*taken.*a file"):
+        sample_to_directory(pipe, tmp_path / "taken", SamplingJob(1, num_inference_steps=2))
+    assert (tmp_path / "taken").read_text() == "mine"

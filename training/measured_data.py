@@ -52,7 +52,7 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
     from ddim_schedulers.training.data import digits, load_data
 
     size = subject.unet.config.sample_size
-    own = args.image_size or (size if isinstance(size, int) else None)
+    own = args.image_size if args.image_size is not None else size if type(size) is int else None
     if args.data == "digits" and own in (None, 8):
         data = digits(args.part)
     else:

@@ -104,11 +104,18 @@ def _run_trajectory(args: argparse.Namespace) -> int:
     import torch
 
     from ddim_schedulers import GeneralizedDDIMScheduler
+    from ddim_schedulers.pipelines.bulk import process_of
     from ddim_schedulers.training import calibration as library
     from ddim_schedulers.training.subject import load_subject
 
     if args.data is not None:
         raise ValueError(f"--data is {args.data!r}; --objective trajectory starts from noise alone")
+    _, processes = process_of()
+    if processes > 1:
+        raise ValueError(
+            f"{processes} processes are started; --objective trajectory is one short run, start it "
+            "alone."
+        )
     target = config_file(args.output, args.pipeline)
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     subject = load_subject(args.pipeline, device)
