@@ -297,7 +297,7 @@ def _checked_row(row: Row, where: str) -> Row:
         raise ValueError(
             f"{where}: class {row.scheduler!r} is no scheduler of this package or of diffusers"
         )
-    known = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
+    known = [p for p in inspect.signature(cls).parameters]
     for key in row.settings:
         if key not in known:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Tables and figures of an evaluation, from its metrics.json alone (and the first images)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
             "",
             *pivot(
                 table["cells"],
-                lambda cell, name=name: _value(cell["metrics"][name]["frechet"], ".3f"),
-                lambda cell, name=name: cell["metrics"][name]["frechet"]["mean"],
+                partial(_frechet_text, name),
+                partial(_frechet_mean, name),
             ),
             "",
         ]
@@ -210,6 +211,14 @@ def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
+def _frechet_text(name: str, cell: dict[str, Any]) -> str:
+    return _value(cell["metrics"][name]["frechet"], ".3f")
+
+
+def _frechet_mean(name: str, cell: dict[str, Any]) -> float:
+    return float(cell["metrics"][name]["frechet"]["mean"])
+
+
 def _value(figure: dict[str, Any], form: str, key: str = "") -> str:
     scale = SCALE.get(key, 1.0)
     text = format(figure["mean"] * scale, form)
@@ -250,7 +259,8 @@ def curves(table: dict[str, Any], features: Sequence[str]) -> Any:
     figure = Figure(figsize=(11, 3.6 * len(features) + 1.6), layout="constrained")
     axes = figure.subplots(len(features), 2, squeeze=False, sharey="row")
     rows = list(dict.fromkeys(cell["row"] for cell in table["cells"]))
-    colours, markers = colormaps["tab10"].colors, "osD^v<>P"
+    ten: Any = colormaps["tab10"]
+    colours, markers = ten.colors, "osD^v<>P"
     for name, (left, right) in zip(features, axes, strict=True):
         for number, row in enumerate(rows):
             cells = sorted(
