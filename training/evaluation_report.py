@@ -207,6 +207,10 @@ def pivot(
     return lines
 
 
+def _write_text(text: str, file: Any) -> None:
+    file.write(text.encode())
+
+
 def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
@@ -247,7 +251,7 @@ def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:
     if results["card"]:
         texts["README.md"] = render_example(results)
     for name, text in texts.items():
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+        write_atomically(folder / name, partial(_write_text, text))
     return [*(folder / name for name in texts), *written]
 
 

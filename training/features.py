@@ -126,7 +126,7 @@ class DinoFeatures(torch.nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
         self.num_features = int(network.config.hidden_size)
