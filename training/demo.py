@@ -49,7 +49,7 @@ class DemoSettings:
     output: Path
     seed: int = 0
     num_images: int = 256
-    train_steps: int = 1400
+    train_steps: int = 1250
     batch_size: int = 64
     steps: tuple[int, ...] = (10, 20, 50, 100)
     long_steps: int = 1000
