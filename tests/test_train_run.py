@@ -482,6 +482,12 @@ def test_sharded_engines_are_refused(settings, monkeypatch, name):
         Trainer(settings("a"))
 
 
+def test_a_compiler_that_loses_gradients_is_refused(settings):
+    """Its output is right, so nothing else would show: whole layers stay as they were drawn."""
+    with pytest.raises(ValueError, match="compile is true on the CPU, where torch's inductor"):
+        Trainer(settings("a", compile=True))
+
+
 def test_fp16_is_refused_where_it_would_do_nothing(settings):
     with pytest.raises(ValueError, match="mixed_precision is 'fp16', which does nothing on the CP"):
         Trainer(settings("a", mixed_precision="fp16"))
