@@ -93,6 +93,7 @@ def multistep_weights(
     predictor = usable.clamp(max=order - 1)
     if lower_order_final:
         predictor = torch.minimum(predictor, n - 1 - step)
+    carried = _carry(form, alpha_bar_t, alpha_bar_s, sigma)
     weights = torch.zeros(memory + 1, n, memory, dtype=torch.float64, device="cpu")
     for known in range(1, memory + 1):
         for nodes in range(1, min(known, order - 1) + 1):
@@ -100,7 +101,6 @@ def multistep_weights(
             for j, weight in enumerate(_extrapolation(moments, past[1 : nodes + 1])):
                 weights[known, :, j] = torch.where(here, weight, weights[known, :, j])
         if corrector:
-            carried = _carry(form, alpha_bar_t, alpha_bar_s, sigma)
             made_with = _earlier(predictor.double(), 1).clamp(max=known - 1)
             for nodes in range(min(known, order)):
                 here = (made_with == nodes) & (usable > 0)

@@ -27,11 +27,11 @@ import torch
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory, settings_of
-from ddim_schedulers.pipelines.files import write_json, write_npz
+from ddim_schedulers.pipelines.files import write_atomically, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict
 from ddim_schedulers.training import features as spaces
-from ddim_schedulers.training.checkpoints import pack, unpack, write_file
+from ddim_schedulers.training.checkpoints import pack, unpack
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.evaluation_config import (
     CLASSIFIER,
@@ -189,9 +189,8 @@ class Evaluation:
             self.progress(f"features of the real images: {name}")
             values = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
             if self.team.index == 0:
-                temporary = path.with_name(f".{path.name}.tmp")
-                write_file(temporary, pack(values))
-                temporary.replace(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, lambda file: file.write(pack(values)))
             self.team.wait()
         kept = unpack(path)
         return Reference(kept["train"], kept["held_out"], fingerprint)

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.training.batches import generator
-from ddim_schedulers.training.checkpoints import write_file
 
 CLASSIFIER_KIND = "ddim_schedulers.small_classifier"
 DINOV2 = "facebook/dinov2-base"
@@ -332,9 +332,7 @@ def save_classifier(network: SmallClassifier, record: dict[str, Any], path: Path
         "record": json.dumps(record),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, save(network.state_dict(), metadata))
-    temporary.replace(path)
+    write_atomically(path, lambda file: file.write(save(network.state_dict(), metadata)))
 
 
 def load_classifier(path: str | Path) -> SmallClassifier:
