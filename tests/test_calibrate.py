@@ -122,6 +122,24 @@ def test_any_number_of_processes_and_any_interruption_give_the_same(tmp_path, mo
             go("one", **change)
 
 
+def test_nobody_may_delete_the_parts_before_all_have_read_them(tmp_path, monkeypatch):
+    events, real = [], passes.unpack
+    monkeypatch.setattr(passes, "unpack", lambda path: events.append("read") or real(path))
+    team = Team()
+    monkeypatch.setattr(team, "wait", lambda: events.append("wait"))
+    run_pass(
+        subject_of(_unet(), dict(_stock().config)),
+        _images(2),
+        [0, 3],
+        clip=1.0,
+        seed=0,
+        batch_size=1,
+        work_dir=tmp_path,
+        team=team,
+    )
+    assert events[-3:] == ["read", "read", "wait"]
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -165,6 +165,7 @@ def run_pass(
     read = [[unpack(_file(work_dir, (c, b))) for b in range(len(blocks))] for c in range(chunks)]
     statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)
     first = torch.cat([row[0]["x0_hat"] for row in read])
+    team.wait()  # nobody deletes the parts before all have read them
     calls = sum(len(blocks[b]) for _, b in todo)
     return Pass(asked, statistics, first, calls)
 
