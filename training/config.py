@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "posterior_mean")
+# Of a network that samples, by the names in torch.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def option(default: Any, help_text: str) -> Any:

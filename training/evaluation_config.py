@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ddim_schedulers.training.cards import check_card
-from ddim_schedulers.training.config import DataConfig, TrainingConfig
+from ddim_schedulers.training.config import DTYPES, DataConfig, TrainingConfig
 from ddim_schedulers.training.parsing import load_config, nearest, read_file
 
 CLASSIFIER = "classifier"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 FAMILY = "GeneralizedDDIMScheduler"
 # Names of the members that have one; the others are given by a number, eta, or by their settings.
 MEMBERS: dict[str, dict[str, Any]] = {

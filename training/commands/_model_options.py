@@ -4,12 +4,13 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ddim_schedulers.training.config import DTYPES
+
 if TYPE_CHECKING:
     from ddim_schedulers.pipelines.base import UnconditionalPipeline
 
 P = TypeVar("P", bound="UnconditionalPipeline")
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Options that set something in a scheduler of ours, by the config key.
 SCHEDULER_OPTIONS = ("timestep_spacing", "reverse_variance", "variance_type", "clip_sample")
 
