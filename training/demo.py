@@ -6,7 +6,6 @@ result is a folder of pictures, a table and a pipeline that anyone loads with
 """
 
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, __version__
+from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.pipelines import (
     GenerationPipeline,
@@ -26,6 +25,7 @@ from ddim_schedulers.pipelines import (
 )
 from ddim_schedulers.training.evaluation_report import pivot
 from ddim_schedulers.training.figures import panels_figure, rows_figure, save_figure, tiles
+from ddim_schedulers.training.versions import versions
 
 GREY_LEVELS = 17
 SURE = 0.9
@@ -117,7 +117,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         "reconstruction": _reconstruct(settings, unet, process, data),
         "notes": notes,
         "seconds": round(time.perf_counter() - started, 1),
-        "versions": _versions(),
+        "versions": versions(
+            "ddim-schedulers", "diffusers", "torch", "accelerate", "scikit-learn", "python"
+        ),
     }
     _write(settings.output / "results.json", json.dumps(results, indent=2) + "\n")
     _write(settings.output / "results.md", render(results))
@@ -412,21 +414,6 @@ def render(results: dict[str, Any]) -> str:
 
 def _pivot(cells: list[dict[str, Any]], key: str, form: str) -> list[str]:
     return pivot(cells, lambda cell: format(cell[key], form), row="member")
-
-
-def _versions() -> dict[str, str]:
-    import accelerate
-    import diffusers
-    import sklearn
-
-    return {
-        "ddim-schedulers": __version__,
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "scikit-learn": sklearn.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _write(path: Path, text: str) -> None:

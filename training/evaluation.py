@@ -46,6 +46,7 @@ from ddim_schedulers.training.metrics import (
     neighbour_metrics,
 )
 from ddim_schedulers.training.passes import Team
+from ddim_schedulers.training.versions import versions
 
 PREVIEW = 16
 READ_BATCH = 500
@@ -525,23 +526,11 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
         "commit": commit(),
         "expected": config.expected,
         "not_run": config.not_run,
-        "versions": versions(),
+        "versions": versions(
+            "ddim-schedulers", "diffusers", "torch", "torchmetrics", "numpy", "python"
+        ),
         "card": config.card,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of everything that the figures depend on."""
-    import platform
-
-    import diffusers
-    import torchmetrics
-
-    import ddim_schedulers
-
-    modules = (ddim_schedulers, diffusers, torch, torchmetrics, np)
-    found = {module.__name__.replace("_", "-"): str(module.__version__) for module in modules}
-    return {**found, "python": platform.python_version()}
 
 
 def commit() -> str | None:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import DDPMPipeline
 from diffusers.utils import logging
@@ -17,6 +16,7 @@ from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training.averaging import copy_into
 from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
 from ddim_schedulers.training.streams import held_out_of_stream
+from ddim_schedulers.training.versions import versions
 from ddim_schedulers.training.watch import plot_losses
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
         "scaler": None
         if trainer.accelerator.scaler is None
         else trainer.accelerator.scaler.state_dict(),
-        "versions": versions(),
+        "versions": versions("torch", "diffusers", "accelerate", "ddim_schedulers"),
     }
     files = {"state.json": checkpoints.to_json(state)}
     networks = {"unet": trainer.unet}
@@ -181,14 +181,3 @@ def push(trainer: "Trainer", pipeline_dir: Path | None) -> None:
         private=config.hub_private,
         revision=config.hub_revision,
     )
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    import accelerate
-    import diffusers
-
-    import ddim_schedulers
-
-    modules = (torch, diffusers, accelerate, ddim_schedulers)
-    return {module.__name__: str(module.__version__) for module in modules}

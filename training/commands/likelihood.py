@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.measured_data import load_measured_data
     from ddim_schedulers.training.passes import AccelerateTeam, discard
     from ddim_schedulers.training.subject import clip_limit, load_subject
+    from ddim_schedulers.training.versions import versions
 
     team = AccelerateTeam(args.cpu)
     subject = load_subject(args.pipeline, team.state.device)
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda line: print(f"process {team.index}: {line}", file=sys.stderr, flush=True),
     )
     if team.index == 0:
-        report |= {"data": args.data, "pipeline": args.pipeline, "versions": versions()}
+        made_with = versions("ddim_schedulers", "diffusers", "torch")
+        report |= {"data": args.data, "pipeline": args.pipeline, "versions": made_with}
         lines = library.table(report)
         for name, content in (
             ("likelihood.json", to_json(report)),
@@ -114,13 +116,3 @@ def run(args: argparse.Namespace) -> int:
         )
     team.wait()
     return 0
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    import diffusers
-    import torch
-
-    import ddim_schedulers
-
-    return {m.__name__: str(m.__version__) for m in (ddim_schedulers, diffusers, torch)}
