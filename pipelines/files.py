@@ -43,12 +43,17 @@ def remove_leftovers(folder: Path, owner: int, owners: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, data: bytes, owner: int = 0) -> None:
+    """Write `data`, whole or not at all."""
+    write_atomically(path, lambda file: file.write(data), owner)
+
+
 def write_png(path: Path, image: Image.Image, owner: int = 0) -> None:
     """Write a PNG, whole or not at all."""
     # PIL wants a seekable file of its own; encoding in memory also keeps the file's life short
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")
-    write_atomically(path, lambda file: file.write(encoded.getvalue()), owner)
+    write_bytes(path, encoded.getvalue(), owner)
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray], owner: int = 0) -> None:
@@ -60,4 +65,4 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray], owner: int = 0) -> None
 def write_json(path: Path, content: object, owner: int = 0) -> None:
     """Write `content` as indented JSON, whole or not at all."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()), owner)
+    write_bytes(path, text.encode(), owner)

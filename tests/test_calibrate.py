@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.likelihood import make_plan, variational_bound
+from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.training import calibration, passes
 from ddim_schedulers.training import likelihood as library
 from ddim_schedulers.training.calibration import calibrate, save_calibration
@@ -190,7 +191,7 @@ def test_commands_from_end_to_end(pipeline, tmp_path, capsys):
             "likelihood",
             *arguments,
             *("--part", "held_out", "--output_dir", str(tmp_path / "out"), "--steps", "3", "12"),
-            *("--trajectories", "even", "optimal"),
+            *("--trajectories", "even", "optimal", "--work_dir", str(tmp_path / "elsewhere")),
         ]
     )
     assert code == 0
@@ -274,10 +275,16 @@ def test_two_processes_really_share_the_work(pipeline, tmp_path, processes):
     assert json.loads(file.read_text()) == alone
 
 
+def _die(file):
+    raise RuntimeError
+
+
 def test_a_finished_pass_deletes_its_own_files_alone(pipeline, tmp_path):
     work, own = tmp_path / "results", tmp_path / "parts"
     work.mkdir()
     (work / "mine.txt").write_text("kept")
+    with pytest.raises(RuntimeError):  # a run that died while it was writing
+        write_atomically(work / "part-00007-00000.safetensors", _die)
     arguments = ["calibrate", "--pipeline", str(pipeline), "--data", "digits", "--num_images", "2"]
     for folder in (work, own):
         assert main([*arguments, "--cpu", "--work_dir", str(folder)]) == 0

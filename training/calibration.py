@@ -18,10 +18,11 @@ import torch
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.parameterization import eps_from
 from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY, STOCK_CLASSES
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.batches import generator
-from ddim_schedulers.training.checkpoints import to_json, write_file
+from ddim_schedulers.training.checkpoints import to_json
 from ddim_schedulers.training.passes import STATISTICS, Pass, Team, run_pass
 from ddim_schedulers.training.subject import Subject
 from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
@@ -221,9 +222,7 @@ def save_record(values: dict[str, Any], config_file: Path) -> None:
         )
         settings = record["settings"]
     settings["calibration"] = {**(settings.get("calibration") or {}), **values}
-    temporary = config_file.with_name(f".{config_file.name}.tmp")
-    write_file(temporary, to_json(config))
-    temporary.replace(config_file)
+    write_bytes(config_file, to_json(config))
 
 
 def summary(calibration: Calibration, timesteps: Sequence[int]) -> list[str]:

@@ -23,6 +23,7 @@ from ddim_schedulers.pipelines import (
     InversionPipeline,
     SamplingPath,
 )
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.evaluation_report import pivot
 from ddim_schedulers.training.figures import panels_figure, rows_figure, save_figure, tiles
 from ddim_schedulers.training.versions import versions
@@ -121,8 +122,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
             "ddim-schedulers", "diffusers", "torch", "accelerate", "scikit-learn", "python"
         ),
     }
-    _write(settings.output / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(settings.output / "results.md", render(results))
+    text = json.dumps(results, indent=2) + "\n"
+    write_bytes(settings.output / "results.json", text.encode())
+    write_bytes(settings.output / "results.md", render(results).encode())
     return results
 
 
@@ -414,9 +416,3 @@ def render(results: dict[str, Any]) -> str:
 
 def _pivot(cells: list[dict[str, Any]], key: str, form: str) -> list[str]:
     return pivot(cells, lambda cell: format(cell[key], form), row="member")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

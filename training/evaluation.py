@@ -27,7 +27,7 @@ import torch
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory, settings_of
-from ddim_schedulers.pipelines.files import write_atomically, write_json, write_npz
+from ddim_schedulers.pipelines.files import write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict
 from ddim_schedulers.training import features as spaces
@@ -191,7 +191,7 @@ class Evaluation:
             values = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
             if self.team.index == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda file: file.write(pack(values)))
+                write_bytes(path, pack(values))
             self.team.wait()
         kept = unpack(path)
         return Reference(kept["train"], kept["held_out"], fingerprint)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddim_schedulers.pipelines.files import write_atomically
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.cards import render_example
 from ddim_schedulers.training.evaluation import Evaluation, from_uint8
 from ddim_schedulers.training.evaluation_config import slug
@@ -207,10 +207,6 @@ def pivot(
     return lines
 
 
-def _write_text(text: str, file: Any) -> None:
-    file.write(text.encode())
-
-
 def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
@@ -251,7 +247,7 @@ def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:
     if results["card"]:
         texts["README.md"] = render_example(results)
     for name, text in texts.items():
-        write_atomically(folder / name, partial(_write_text, text))
+        write_bytes(folder / name, text.encode())
     return [*(folder / name for name in texts), *written]
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddim_schedulers.pipelines.files import write_atomically
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.batches import generator
 
 CLASSIFIER_KIND = "ddim_schedulers.small_classifier"
@@ -332,7 +332,7 @@ def save_classifier(network: SmallClassifier, record: dict[str, Any], path: Path
         "record": json.dumps(record),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(save(network.state_dict(), metadata)))
+    write_bytes(path, save(network.state_dict(), metadata))
 
 
 def load_classifier(path: str | Path) -> SmallClassifier:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddim_schedulers.pipelines.files import write_atomically
+from ddim_schedulers.pipelines.files import write_bytes
 
 
 def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
@@ -53,8 +53,8 @@ def rows_figure(rows: Sequence[tuple[str, torch.Tensor]]) -> Any:
     return panels_figure([(title, tiles(images, len(images))) for title, images in rows], 1, 7.0)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a figure as PNG, whole or not at all."""
     encoded = io.BytesIO()
-    figure.savefig(encoded, dpi=150, format="png")
-    write_atomically(path, lambda file: file.write(encoded.getvalue()))
+    figure.savefig(encoded, dpi=dpi, format="png")
+    write_bytes(path, encoded.getvalue())

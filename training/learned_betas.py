@@ -15,8 +15,9 @@ import torch
 
 from ddim_schedulers.betas import alpha_bar_before, explicit_betas
 from ddim_schedulers.likelihood import Predict, make_plan, variational_bound
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY
-from ddim_schedulers.training.checkpoints import to_json, write_file
+from ddim_schedulers.training.checkpoints import to_json
 
 # 1 - alpha_bar_0 >= 1e-5 and alpha_bar_{T-1} >= 1e-5
 LOG_SNR_MAX = 11.5
@@ -182,6 +183,4 @@ def save_betas(schedule: LearnedBetas, config_file: Path) -> None:
     for name in ("calibration", "trained_betas", "rescale_betas_zero_snr"):
         private.get("settings", {}).pop(name, None)
         private.get("stand_ins", {}).pop(name, None)
-    temporary = config_file.with_name(f".{config_file.name}.tmp")
-    write_file(temporary, to_json(config))
-    temporary.replace(config_file)
+    write_bytes(config_file, to_json(config))

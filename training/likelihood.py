@@ -33,6 +33,7 @@ from ddim_schedulers.optimal import Statistics, optimal_timesteps, statistics_of
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.batches import generator
+from ddim_schedulers.training.figures import save_figure
 from ddim_schedulers.training.passes import Team, run_pass
 from ddim_schedulers.training.subject import Subject
 
@@ -347,6 +348,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=120)

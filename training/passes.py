@@ -18,8 +18,9 @@ import torch
 from ddim_schedulers.betas import alpha_bar_before
 from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.batches import generator
-from ddim_schedulers.training.checkpoints import pack, to_json, unpack, write_file
+from ddim_schedulers.training.checkpoints import pack, to_json, unpack
 from ddim_schedulers.training.subject import Subject
 
 STATISTICS = ("gamma", "eps_error", "x0_error")
@@ -145,6 +146,7 @@ def run_pass(
     blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
     chunks = math.ceil(len(images) / batch_size)
     parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
+    work_dir.mkdir(parents=True, exist_ok=True)  # on each machine: what is not shared is said below
     if team.index == 0:
         _claim(work_dir, subject, images, asked, clip, seed, batch_size)
     team.wait()
@@ -153,7 +155,8 @@ def run_pass(
     team.wait()  # nobody writes before all have seen what is left
     for number, (c, b) in enumerate(mine):
         batch = images[c * batch_size : (c + 1) * batch_size]
-        _write(_file(work_dir, (c, b)), pack(measure(subject, batch, blocks[b], clip, seed, c)))
+        values = measure(subject, batch, blocks[b], clip, seed, c)
+        write_bytes(_file(work_dir, (c, b)), pack(values))
         if progress is not None:
             progress(f"part {number + 1} of {len(mine)}")
     team.wait()
@@ -172,7 +175,7 @@ def run_pass(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
-    for pattern in ("pass.json", "part-*.safetensors", ".pass.json.tmp", ".part-*.tmp"):
+    for pattern in ("pass.json", "part-*.safetensors", ".part-*.tmp"):
         for path in work_dir.glob(pattern):
             path.unlink(missing_ok=True)
     if work_dir.is_dir() and not any(work_dir.iterdir()):
@@ -181,12 +184,6 @@ def discard(work_dir: Path) -> None:
 
 def _file(work_dir: Path, part: tuple[int, int]) -> Path:
     return work_dir / f"part-{part[0]:05d}-{part[1]:05d}.safetensors"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, data)
-    temporary.replace(path)
 
 
 def _claim(
@@ -217,5 +214,4 @@ def _claim(
                 "or name another folder"
             )
         return
-    work_dir.mkdir(parents=True, exist_ok=True)
-    _write(path, to_json(own))
+    write_bytes(path, to_json(own))

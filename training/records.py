@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddim_schedulers.pipelines.files import write_atomically
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.batches import Share
 from ddim_schedulers.training.config import TrainingConfig
 
@@ -209,7 +209,7 @@ class Records:
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_in(line) <= step]
             text = "".join(f"{line}\n" for line in kept)
-            write_atomically(self.path, lambda file: file.write(text.encode()))
+            write_bytes(self.path, text.encode())
 
 
 def _step_in(line: str) -> float:

@@ -75,7 +75,6 @@ def write_latents(path: Path, latents: "torch.Tensor") -> None:
     """Writes latents (N, C, H, W) as safetensors, whole or not at all."""
     from safetensors.torch import save
 
-    from ddim_schedulers.pipelines.files import write_atomically
+    from ddim_schedulers.pipelines.files import write_bytes
 
-    data = save({"latents": latents.contiguous()})
-    write_atomically(path, lambda file: file.write(data))
+    write_bytes(path, save({"latents": latents.contiguous()}))

@@ -52,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, and writes likelihood.json, .md and .png."""
+    from ddim_schedulers.pipelines.files import write_bytes
     from ddim_schedulers.training import likelihood as library
     from ddim_schedulers.training.calibration import choose_images
-    from ddim_schedulers.training.checkpoints import to_json, write_file
+    from ddim_schedulers.training.checkpoints import to_json
     from ddim_schedulers.training.measured_data import load_measured_data
     from ddim_schedulers.training.passes import AccelerateTeam, discard
     from ddim_schedulers.training.subject import clip_limit, load_subject
@@ -99,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
         made_with = versions("ddim_schedulers", "diffusers", "torch")
         report |= {"data": args.data, "pipeline": args.pipeline, "versions": made_with}
         lines = library.table(report)
+        output.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("likelihood.json", to_json(report)),
             ("likelihood.md", ("\n".join(lines) + "\n").encode()),
         ):
-            write_file(output / f".{name}.tmp", content)
-            (output / f".{name}.tmp").replace(output / name)
+            write_bytes(output / name, content)
         if args.estimator == "all":
             library.plot(report, output / "likelihood.png")
         discard(work_dir)
