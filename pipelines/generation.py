@@ -266,7 +266,7 @@ class GenerationPipeline(UnconditionalPipeline):
         missing = [t for t in share_at if t not in planned]
         if missing:
             raise ValueError(f"`share_at` has {missing}; allowed are the timesteps {planned}.")
-        if not check_seeds(variation_seeds):
+        if not check_seeds(variation_seeds, "variation_seeds"):
             raise ValueError("`variation_seeds` is empty; it must have one for each variation.")
         original = self(seeds=[seed], return_path=True, **common)
         assert isinstance(original, GenerationOutput) and original.path is not None

@@ -226,9 +226,10 @@ class InterpolationPipeline(UnconditionalPipeline):
     def _two_draws(self, noise: str, noise_seeds: Sequence[int]) -> torch.Tensor:
         if noise not in ("separate", "same"):
             raise ValueError(f"`noise` is {noise!r}; it must be 'separate' or 'same'.")
-        if len(noise_seeds) != 2:
-            raise ValueError(f"`noise_seeds` has {len(noise_seeds)} seeds; it must have two.")
-        first, second = check_seeds(noise_seeds)
+        checked = check_seeds(noise_seeds, "noise_seeds")
+        if len(checked) != 2:
+            raise ValueError(f"`noise_seeds` has {len(checked)} seeds; it must have two.")
+        first, second = checked
         return self._noise_of([first, first if noise == "same" else second])
 
     def _noise_of(self, seeds: Sequence[int]) -> torch.Tensor:

@@ -54,13 +54,12 @@ def make_noise(
         latents: (N, C, H, W) starting points.
 
     Raises:
-        ValueError: for counts that contradict each other, both seeds and generator, or a seed out
-            of range.
+        ValueError: for counts that contradict each other, both seeds and generator, seeds without
+            an order, or a seed out of range.
     """
     if seeds is not None and generator is not None:
         raise ValueError("`seeds` and `generator` are both given; pass one of the two.")
-    if seeds is not None and not hasattr(seeds, "__len__"):
-        raise ValueError(f"`seeds` is {seeds!r}; it must be a list with one for each image.")
+    seeds = None if seeds is None else check_seeds(seeds)
     for one in generator if isinstance(generator, list) else [generator]:
         if one is not None and not isinstance(one, torch.Generator):
             raise ValueError(
@@ -77,20 +76,25 @@ def make_noise(
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"`num_images` is {n!r}; it must be an integer >= 1.")
     if seeds is None and generator is None:
-        seeds = torch.randint(0, MAX_SEED, (n,)).tolist()
-    return Noise(n, None if seeds is None else check_seeds(seeds), generator)
+        seeds = tuple(torch.randint(0, MAX_SEED, (n,)).tolist())
+    return Noise(n, seeds, generator)
 
 
-def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """Return `seeds` as a tuple if each is an integer in 0 .. 2^63 - 1.
+def check_seeds(seeds: Sequence[int], name: str = "seeds") -> tuple[int, ...]:
+    """Return `seeds` as a tuple if they have an order and each is an integer in 0 .. 2^63 - 1.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: for a set, a mapping or no sequence at all; naming the first that is no seed.
     """
+    if not isinstance(seeds, Sequence | np.ndarray):
+        raise ValueError(
+            f"`{name}` is {seeds!r}; it must be a list, tuple, range or NumPy array of integers, "
+            "one for each image in their order."
+        )
     plain = [seed.item() if isinstance(seed, np.integer) else seed for seed in seeds]
     for i, seed in enumerate(plain):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"`seeds[{i}]` is {seed!r}; a seed is an integer in 0 .. 2**63 - 1.")
+            raise ValueError(f"`{name}[{i}]` is {seed!r}; a seed is an integer in 0 .. 2**63 - 1.")
     return tuple(plain)
 
 

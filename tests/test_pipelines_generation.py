@@ -266,6 +266,8 @@ def test_variations_share_x_t():
     assert np.abs(output.images[0][0] - output.images[0][1]).max() > 0.01
     with pytest.raises(ValueError, match="share_at"):
         pipe.variations(1, [899], [5], timesteps=tau)
+    with pytest.raises(ValueError, match="`variation_seeds` is {5, 6}; it must be a list"):
+        pipe.variations(1, [900], {5, 6}, timesteps=tau)
     with pytest.raises(ValueError, match="eta"):
         pipeline(GeneralizedDDIMScheduler()).variations(1, [900], [5], timesteps=tau)
 
@@ -357,7 +359,9 @@ def test_a_half_precision_network_keeps_the_sample_in_float32():
         ({"latents": torch.zeros(1, 1, 4, 4)}, "latents"),
         ({"latents": torch.full((1, 1, SIZE, SIZE), torch.nan)}, "finite"),
         ({"start_timestep": 3, "timesteps": [3, 1]}, "start_timestep"),
-        ({"seeds": 5}, "seeds"),
+        ({"seeds": 5}, "`seeds` is 5; it must be a list"),
+        ({"seeds": {3: "a", 1: "b"}}, "`seeds` is {3: 'a', 1: 'b'}; it must be a list"),
+        ({"seeds": {3, 1}}, "`seeds` is {1, 3}; it must be a list"),
         ({"generator": 5}, "generator"),
         ({"generator": [5]}, "generator"),
         ({"timesteps": 5}, "timesteps"),

@@ -189,6 +189,8 @@ def test_what_does_not_fit_raises():
         pipe(seeds=[1, 2], latents=gaussian(2, 1, SIZE, SIZE))
     with pytest.raises(ValueError, match="at least two"):
         pipe(seeds=[1])
+    with pytest.raises(ValueError, match="`seeds` is {1: 2}; it must be a list"):
+        pipe(seeds={1: 2})
     with pytest.raises(ValueError, match="four"):
         pipe.grid(seeds=[1, 2])
     with pytest.raises(ValueError, match="num_points"):
