@@ -262,6 +262,26 @@ def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_images_of_another_run_are_not_mixed_with_those_of_this_one(model, tmp_path, capsys):
+    common = ["--pipeline", model, "--device", "cpu", "--num_inference_steps", "2"]
+    photos = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for photo in photos:
+        Image.new("L", (SIZE, SIZE), 80).save(photo)
+    chain = ["interpolate", "--scheduler", "ddim", "--num_points", "3", "--seeds", "1", "2"]
+    for first, other in (
+        (["reconstruct", "--images", *photos], ["reconstruct", "--images", photos[0]]),
+        ([*chain, "3"], chain),
+    ):
+        out = tmp_path / first[0]
+        where = [*common, "--output", str(out)]
+        assert cli.main([*first, *where]) == 0
+        before = content(out)
+        assert cli.main([*other, *where]) == 2
+        assert "holds images of another run" in capsys.readouterr().err
+        assert content(out) == before
+        assert cli.main([*first, *where]) == 0  # the same run again is no other
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "taken").write_text("mine")
     pipe = GenerationPipeline(tiny_unet(), GeneralizedDDIMScheduler())

@@ -55,6 +55,24 @@ def read(paths: Sequence[Path]) -> "list[Image.Image]":
     return images
 
 
+def check_output(folder: Path, names: Sequence[str]) -> None:
+    """Refuse an output folder whose images would stand beside those of this run.
+
+    Args:
+        folder: the output; may be missing.
+        names: of the images that this run writes, which may be there from the same run before.
+
+    Raises:
+        ValueError: naming one of the others.
+    """
+    others = {path.name for path in (folder / "images").glob("*.png")} - set(names)
+    if others:
+        raise ValueError(
+            f"--output {str(folder)!r} holds images of another run ({len(others)}, e.g. "
+            f"{min(others)}); choose another folder, or delete them."
+        )
+
+
 def write(folder: Path, names: Sequence[str], images: "Sequence[Image.Image]") -> None:
     """Writes PNGs into `folder/images`."""
     from ddim_schedulers.pipelines.files import write_png

@@ -47,16 +47,24 @@ def run(args: argparse.Namespace) -> int:
     images = None
     if args.images is not None:
         images = _picture_files.read(_picture_files.find(args.images, None))
+    folder = Path(args.output)
+    names = _names(args, len(args.seeds or images or ()))
+    _picture_files.check_output(folder, names)
     pipe = _model_options.load(InterpolationPipeline, args)
     output = _interpolate(pipe, args, images)
-    folder = Path(args.output)
-    names = [f"{i:06d}.png" for i in range(len(output.images))]
     _picture_files.write(folder, names, output.images)
     _picture_files.write_latents(folder / "latents.safetensors", output.latents)
     columns = len(output.images) // output.rows
     _picture_files.write_grid(folder, make_grid(output.images, columns))
     print(f"{len(output.images)} images written to {folder}")
     return 0
+
+
+def _names(args: argparse.Namespace, ends: int) -> list[str]:
+    """The files of the pictures, known before the first network call."""
+    points = args.num_points
+    counts = {"chain": (ends - 1) * (points - 1) + 1, "grid": points**2, "diffuse": points}
+    return [f"{i:06d}.png" for i in range(counts[args.mode])]
 
 
 def _interpolate(pipe: Any, args: argparse.Namespace, images: list | None) -> Any:  # noqa: ANN401

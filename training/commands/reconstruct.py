@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
             f"--eta {args.eta} does not fit: reconstruction is deterministic, eta = 0."
         )
     paths = _picture_files.find(args.images, args.num_images)
+    folder = Path(args.output)
+    names = [f"{i:06d}-{path.stem}.png" for i, path in enumerate(paths)]
+    _picture_files.check_output(folder, names)
     images = _picture_files.read(paths)
     pipe = _model_options.load(InversionPipeline, args)
     output: Any = pipe.reconstruct(
@@ -44,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
         tolerance=args.tolerance,
         batch_size=args.batch_size,
     )
-    folder = Path(args.output)
-    names = [f"{i:06d}-{path.stem}.png" for i, path in enumerate(paths)]
     _picture_files.write(folder, names, output.images)
     _picture_files.write_latents(folder / "latents.safetensors", output.inversion.latents)
     pairs = [image for pair in zip(images, output.images, strict=True) for image in pair]
