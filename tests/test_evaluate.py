@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from ddim_schedulers.training import evaluation as library
@@ -29,22 +29,10 @@ GRID = [
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+def pipeline(tiny_ddpm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "pipeline"
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=STEPS, beta_end=0.5)).save_pretrained(
-        folder
-    )
+    scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_end=0.5)
+    tiny_ddpm(scheduler).save_pretrained(folder)
     return folder
 
 

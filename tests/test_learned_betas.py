@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from scipy.optimize import minimize
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, to_portable
@@ -153,18 +153,8 @@ def test_gradient_of_the_estimate_is_that_of_the_expectation():
         _check_gradient(lambda alpha_bar, tau: make_plan(alpha_bar.detach(), tau))
 
 
-def test_network_and_schedule_learn_together_on_pixels():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).float()
+def test_network_and_schedule_learn_together_on_pixels(tiny_ddpm):
+    unet = tiny_ddpm(DDPMScheduler()).unet.float()
     schedule = LearnedBetas(LINEAR, *BOUNDS)
     before, weights = schedule.alpha_bar().detach(), [p.clone() for p in unet.parameters()]
     images = (torch.randint(0, 17, (4, 1, 8, 8)) / 8 - 1).float()

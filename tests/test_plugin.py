@@ -10,7 +10,7 @@ import textwrap
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 
 from ddim_schedulers import (
@@ -32,23 +32,9 @@ def _plain(config):
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
-def _unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-
-
 @pytest.fixture(scope="module")
-def pipeline():
-    return DDPMPipeline(unet=_unet(), scheduler=MarkovianDDPMScheduler())
+def pipeline(tiny_ddpm):
+    return tiny_ddpm(MarkovianDDPMScheduler())
 
 
 def _sample(pipeline, steps=3):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler
 
 from ddim_schedulers import GeneralizedDDIMInverseScheduler, GeneralizedDDIMScheduler
 from ddim_schedulers import trajectory as library
@@ -163,20 +163,9 @@ def test_bad_records(gaussian):
         calibrated_timesteps(flat, zero, 1.0, 5)
 
 
-def test_the_command_measures_and_writes_what_a_scheduler_reads(tmp_path, capsys):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+def test_the_command_measures_and_writes_what_a_scheduler_reads(tiny_ddpm, tmp_path, capsys):
     folder = tmp_path / "pipeline"
-    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    tiny_ddpm(DDIMScheduler()).save_pretrained(folder)
     config = folder / "scheduler" / "scheduler_config.json"
     command = ["calibrate", "--objective", "trajectory", "--pipeline", str(folder), "--cpu"]
     assert main([*command, "--num_images", "3", "--trajectory_steps", "24"]) == 0
