@@ -445,7 +445,7 @@ class FamilySchedulerMixin:
         config = self.config
         if config.thresholding:
             return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        return clip(x0, config.clip_sample_range)
+        return x0.clamp_(-config.clip_sample_range, config.clip_sample_range)
 
     def _look_up(
         self, rows: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
