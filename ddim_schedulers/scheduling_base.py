@@ -40,7 +40,6 @@ from .optimal import (
 from .parameterization import (
     Coefficients,
     check_prediction_type,
-    clip,
     dynamic_threshold,
     eps_coefficients,
     x0_coefficients,
@@ -643,7 +642,7 @@ def _plain(value: Any) -> Any:
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Return float64 if one of the tensors has it, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def _noise_like(
@@ -673,10 +672,10 @@ def _split_learned(
     for name, tensor in (("sample", sample), ("model_output", model_output)):
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
-    expected = list(sample.shape)
+    expected = sample.shape
     if learned is not None:
-        expected[1] *= 2
-    if list(model_output.shape) != expected:
+        expected = torch.Size((expected[0], 2 * expected[1], *expected[2:]))
+    if model_output.shape != expected:
         why = f", twice the channels because the variance is {learned!r}" if learned else ""
         raise ValueError(
             f"`model_output` has shape {tuple(model_output.shape)}; for a `sample` of shape "

@@ -1,10 +1,10 @@
-"""Throughput of two processes against one: sampling and training, each process on one thread.
+"""Throughput of two processes against one: sampling, evaluation, training; a thread for each.
 
 python tests/benchmarks/bench_scaling.py --json scaling.json
 
 Run it on an installed package. The time of a short run is taken off that of a long one, so that
-starting up does not count. Sampling halves the work; training keeps the batch of each process, so
-that two of them see twice the images. Wall-clock time: the machine must be idle.
+starting up does not count. Sampling and evaluation halve the work; training keeps the batch of each
+process, so that two of them see twice the images. Wall-clock time: the machine must be idle.
 """
 
 import argparse
@@ -43,6 +43,22 @@ def sample(processes, images, folder):
     return launch(processes, "ddim_schedulers.training.cli", arguments, folder)
 
 
+def evaluate(processes, images, folder):
+    """Samples one cell of a table and measures it."""
+    output = Path(tempfile.mkdtemp(dir=folder))
+    config = {
+        "pipeline": str(folder / "model"),
+        "output_dir": str(output / "out"),
+        "data": {"data": str(folder / "images.npy"), "validation_fraction": 0.5},
+        "features": ["pixels"],
+        "batch_size": BATCH,
+        "tables": [{"name": "One", "n": images, "grid": [{"steps": [5], "members": [0]}]}],
+    }
+    (output / "evaluation.json").write_text(json.dumps(config))
+    arguments = ["evaluate", "--config", output / "evaluation.json", "--cpu"]
+    return launch(processes, "ddim_schedulers.training.cli", arguments, folder)
+
+
 def train(processes, steps, folder):
     """Trains the same network from the start."""
     output = tempfile.mkdtemp(dir=folder)
@@ -55,12 +71,13 @@ def train(processes, steps, folder):
 # verb, amounts of a short and a long run, images in one unit of them for each process
 CASES = {
     "sampling": (sample, (64, 256), lambda processes: 1),
+    "evaluation": (evaluate, (64, 256), lambda processes: 1),
     "training": (train, (5, 25), lambda processes: BATCH * processes),
 }
 
 
 def main():
-    """Runs both cases with one and two processes."""
+    """Runs every case with one and two processes."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--json", type=Path, help="write the figures here as well")
     options.add_argument("--repeats", type=int, default=3)
