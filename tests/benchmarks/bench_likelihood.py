@@ -1,6 +1,7 @@
 """Costs and figures of the likelihood, as docs/likelihood.md reports them.
 
 python tests/benchmarks/bench_likelihood.py planning
+python tests/benchmarks/bench_likelihood.py calls
 python tests/benchmarks/bench_likelihood.py estimators --pipeline PATH --data digits --part held_out
 python tests/benchmarks/bench_likelihood.py sampling --pipeline PATH --data digits --num_images 500
 """
@@ -12,6 +13,9 @@ import time
 from pathlib import Path
 
 import torch
+from bench_sampling import bare, network
+from diffusers import DDIMScheduler
+from pairing import paired, report
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.likelihood import default_proposal, draw_steps, make_plan
@@ -39,6 +43,37 @@ def planning():
                 scheduler.set_timesteps(steps)
                 seconds.append(time.perf_counter() - begun)
             print(f"| {big_t} | {steps} | {seconds[0]:.2f} | {seconds[1] * 1e3:.1f} |")
+
+
+def calls():
+    """Time of a calibration and of a likelihood against their bare network calls."""
+    from ddim_schedulers.training.calibration import calibrate
+    from ddim_schedulers.training.likelihood import LikelihoodSettings, evaluate
+    from ddim_schedulers.training.subject import subject_of
+
+    big_t, batch = 20, 16
+    unet = network(None)
+    subject = subject_of(unet, dict(DDIMScheduler(num_train_timesteps=big_t).config))
+    images = torch.randint(0, 256, (batch, 1, 32, 32)) / 127.5 - 1
+    settings = LikelihoodSettings(steps=(5, 10, big_t), batch_size=batch)
+
+    def in_new_folder(run):
+        with tempfile.TemporaryDirectory() as folder:
+            run(Path(folder) / "parts")
+
+    def calibration(work):
+        calibrate(subject, images, clip=1.0, batch_size=batch, work_dir=work)
+
+    def likelihood(work):
+        evaluate(subject, images, settings, work)
+
+    for run in (calibration, likelihood):
+        figures = paired(
+            lambda run=run: in_new_folder(run),
+            lambda: bare(unet, images, torch.arange(big_t)),
+            repeats=9,
+        )
+        report([{"of": run.__name__, "labels": ["of"], **figures}], None)
 
 
 def estimators(args):
@@ -146,6 +181,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("planning")
+    verbs.add_parser("calls")
     for name in ("estimators", "sampling"):
         verb = verbs.add_parser(name)
         verb.add_argument("--pipeline", required=True)
@@ -157,7 +193,7 @@ def main():
         verb.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"planning": planning}.get(args.verb, lambda: globals()[args.verb](args))()
+    {"planning": planning, "calls": calls}.get(args.verb, lambda: globals()[args.verb](args))()
 
 
 if __name__ == "__main__":
