@@ -102,7 +102,7 @@ def folder(tmp_path_factory, processes):
         return {
             "output_dir": str(root / name),
             "model": str(root / "unet.json"),
-            "cpu": True,
+            "cpu": torch.accelerator.is_available(),  # nobody needs to say so without one
             "batch_size": 8,
             "max_train_steps": 20,
             "lr": 1e-3,

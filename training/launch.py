@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
+from ddim_schedulers.training.processes import check_joined, on_cpu
 
 _REFUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -23,8 +24,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """DDP, mixed precision and trackers as the settings and `accelerate launch` say.
 
     Raises:
-        ValueError: launched with FSDP, DeepSpeed or Megatron-LM, a tracker that is not installed,
-            fp16 on the CPU, or torch's own compiler there.
+        ValueError: launched with FSDP, DeepSpeed or Megatron-LM, several processes that do not see
+            each other, a tracker that is not installed, fp16 on the CPU, or torch's own compiler
+            there.
     """
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -38,10 +40,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        cpu=config.cpu,
+        cpu=on_cpu(config.cpu),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(Path(config.output_dir) / "logs"),
     )
+    check_joined(accelerator.num_processes)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(_refusal(accelerator.distributed_type.value))
     if config.tracker != "none" and not accelerator.log_with:

@@ -21,6 +21,7 @@ from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.checkpoints import pack, to_json, unpack
+from ddim_schedulers.training.processes import check_joined, on_cpu
 from ddim_schedulers.training.subject import Subject
 
 STATISTICS = ("gamma", "eps_error", "x0_error")
@@ -47,7 +48,8 @@ class AccelerateTeam(Team):
     def __init__(self, cpu: bool = False) -> None:
         from accelerate import PartialState
 
-        self.state = PartialState(cpu=cpu)
+        self.state = PartialState(cpu=on_cpu(cpu))
+        check_joined(self.state.num_processes)
         self.index = self.state.process_index
         self.count = self.state.num_processes
 

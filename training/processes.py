@@ -1,0 +1,31 @@
+"""How the processes that were started together come to know of each other."""
+
+import torch
+
+from ddim_schedulers.pipelines.bulk import process_of
+
+
+def on_cpu(cpu: bool) -> bool:
+    """Tell Accelerate to use the CPU: because it was asked for, or because there is nothing else.
+
+    Without an accelerator it joins processes only if it is told so; otherwise each believes to be
+    alone, and all do the whole work over each other's files.
+    """
+    return cpu or not torch.accelerator.is_available()
+
+
+def check_joined(count: int) -> None:
+    """Refuse processes that were started together and that Accelerate has not joined.
+
+    Args:
+        count: processes that Accelerate knows of.
+
+    Raises:
+        ValueError: if there is one, and more were started.
+    """
+    _, started = process_of()
+    if count == 1 < started:
+        raise ValueError(
+            f"WORLD_SIZE is {started}, but Accelerate sees one process on this kind of device; "
+            "start one, or use --cpu"
+        )
