@@ -10,6 +10,7 @@ The rows of all T timesteps are computed in float64 on the CPU once per (traject
 on the device of the sample; `step` looks its row up and reads nothing back.
 """
 
+import json
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -100,6 +101,10 @@ PROCESS_KEYS = (
     "trained_betas",
 )
 
+# Settings that stock multistep solvers have too, with another default. Ours is left out of configs,
+# so that those keep theirs: UniPC without `lower_order_final` ends in NaN.
+SHARED_WITH_SOLVERS = {"solver_order": 1, "lower_order_final": False}
+
 # The variance of a step whose lower bound is 0 needs a logarithm; diffusers and OpenAI's code floor
 # it so.
 MIN_STD = 1e-10
@@ -179,6 +184,11 @@ class FamilySchedulerMixin:
             config = _with_own_process({**restore_settings(config), **hidden})
             _check_discrete_vp(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """Return the config as diffusers writes it, without the defaults of shared settings."""
+        written = json.loads(super().to_json_string())  # type: ignore[misc]
+        return json.dumps(_without_shared_defaults(written), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def extract_init_dict(
@@ -744,17 +754,24 @@ def _with_own_process(config: dict[str, Any]) -> dict[str, Any]:
     diffusers drops every key that its scheduler was not given, and lets the defaults of the new
     class stand in. For betas that is another process: those of Heun's or KDPM2's scheduler end at
     0.012, ours at 0.02. A `variance_type` of None (DPM-Solver's "not learned") is no name of DDPM,
-    and a `solver_order` that came with another solver is not ours: a swap gives DDIM.
+    and a `solver_order` that came with another solver is not ours: a swap gives DDIM, unless a
+    setting that goes with a higher order of ours has travelled along.
     """
     kept = {k: v for k, v in config.items() if not (k == "variance_type" and v is None)}
-    if "solver_type" in kept and "solver_form" not in kept:  # the order of DPM-Solver, UniPC, ...
-        kept = {k: v for k, v in kept.items() if k not in ("solver_order", "lower_order_final")}
-    if kept.get("solver_order") == 1:  # stays a default, so that a swap to those keeps their order
-        del kept["solver_order"]
+    if "solver_type" in kept:  # of DPM-Solver, UniPC, ...
+        higher = kept.get("solver_corrector") or kept.get("solver_form") == "epsilon"
+        theirs = ("solver_type", "lower_order_final", *(() if higher else ("solver_order",)))
+        kept = {k: v for k, v in kept.items() if k not in theirs}
+    kept = _without_shared_defaults(kept)
     if "_use_default_values" in kept:
         defaults = kept["_use_default_values"]
         kept["_use_default_values"] = [k for k in defaults if k not in PROCESS_KEYS]
     return kept
+
+
+def _without_shared_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    ours = SHARED_WITH_SOLVERS  # by type, too: True is no order, and must be refused
+    return {k: v for k, v in config.items() if k not in ours or repr(v) != repr(ours[k])}
 
 
 def _check_discrete_vp(config: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
                 f"`solver_form` is {config.solver_form!r}; it must be one of {SOLVER_FORMS}."
             )
         orders = range(1, MAX_ORDER + 1)
-        if isinstance(config.solver_order, bool) or config.solver_order not in orders:
+        if type(config.solver_order) is not int or config.solver_order not in orders:
             raise ValueError(
                 f"`solver_order` is {config.solver_order!r}; it must be one of {[*orders]}."
             )

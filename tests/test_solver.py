@@ -325,6 +325,7 @@ def test_steps_compile_once_for_the_plan():
         ({"solver_order": 4}, r"`solver_order` is 4; .*\[1, 2, 3\]"),
         ({"solver_order": True}, "`solver_order` is True"),
         ({"solver_order": "2"}, "`solver_order` is '2'"),
+        ({"solver_order": 2.0}, r"`solver_order` is 2\.0"),
         ({"solver_form": "v"}, r"`solver_form` is 'v'; .*'epsilon', 'sample'"),
         ({"solver_corrector": True}, "`solver_corrector` is True, but `solver_order` is 1"),
         ({"solver_corrector": "yes"}, "`solver_corrector` is 'yes'"),
@@ -359,6 +360,34 @@ def test_the_order_of_another_solver_is_not_taken_over(stock, tmp_path):
     assert (
         GeneralizedDDIMScheduler.from_config(theirs.config, solver_order=2).config.solver_order == 2
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"solver_order": 2}, FEW_STEPS], ids=str)
+def test_their_own_defaults_are_kept_by_solvers_that_read_our_file(settings, tmp_path):
+    """UniPC at our order is DDIM, and without its `lower_order_final` it ends in NaN."""
+    GeneralizedDDIMScheduler(**settings).save_pretrained(tmp_path)
+    read = GeneralizedDDIMScheduler.from_pretrained(tmp_path)
+    for unipc in (
+        UniPCMultistepScheduler.from_pretrained(tmp_path),
+        UniPCMultistepScheduler.from_config(read.config),
+    ):
+        assert (unipc.config.solver_order, unipc.config.lower_order_final) == (2, True)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_detour_over_another_solver_and_back(saved, tmp_path):
+    """In memory and through a file; what UniPC was built with explicitly stays its own."""
+    for settings, order in (({}, 1), (FEW_STEPS, 2)):
+        ours = GeneralizedDDIMScheduler(**settings)
+        theirs = UniPCMultistepScheduler.from_config(ours.config, solver_type="bh1")
+        if saved:
+            theirs.save_pretrained(tmp_path)
+            theirs = UniPCMultistepScheduler.from_pretrained(tmp_path)
+        back = GeneralizedDDIMScheduler.from_config(theirs.config)
+        for again in (back, GeneralizedDDIMScheduler.from_config(back.config, eta=0.5)):
+            assert again.config.solver_order == order
+            assert again.config.solver_corrector == settings.get("solver_corrector", False)
+            assert again.config.lower_order_final is False
 
 
 def test_settings_travel_through_our_classes_and_the_portable_form():
