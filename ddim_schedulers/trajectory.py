@@ -42,7 +42,15 @@ def embed(gram: torch.Tensor) -> torch.Tensor:
     """Return points (N, r) with the inner products `gram`, (N, N), in as few dimensions as needed.
 
     What is left out is at most `EMBEDDING_TOLERANCE` of the trace.
+
+    Raises:
+        ValueError: if an inner product is not finite.
     """
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError(
+            "The fine trajectory is not finite: without clipping this network's samples diverge, "
+            "and timestep_spacing='calibrated' has nothing to follow."
+        )
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     left = values.sum() - values.cumsum(0)

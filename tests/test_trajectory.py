@@ -52,6 +52,11 @@ def test_the_curve_keeps_inner_products(gaussian):
     torch.testing.assert_close(points @ points.T, eps @ eps.T)
 
 
+def test_a_network_that_diverges_has_no_curve():
+    with pytest.raises(ValueError, match="trajectory is not finite"):
+        embed(torch.tensor([[1.0, torch.inf], [torch.inf, torch.nan]], dtype=torch.float64))
+
+
 def test_the_fine_path_is_the_solution(gaussian):
     scheduler, plan, eps = gaussian
     a = scheduler.alpha_bar[plan]
