@@ -107,6 +107,33 @@ def test_any_module_is_a_feature_space_and_its_weights_are_its_name(monkeypatch)
             make_feature_space(name, SHAPE)
 
 
+def test_an_imported_space_is_its_code_too(tmp_path, monkeypatch):
+    source = tmp_path / "space_without_weights.py"
+    text = "import torch\nclass Space(torch.nn.Module):\n    def forward(self, x): return x{}\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for change in ("", " * 2", ""):
+        source.write_text(text.format(change))
+        monkeypatch.delitem(sys.modules, source.stem, raising=False)
+        name = f"{source.stem}:Space"
+        found.append(fingerprint(name, make_feature_space(name, SHAPE)))
+    assert found[0] == found[2] != found[1]
+
+
+def test_images_go_where_the_weights_are_buffers_or_not():
+    class Projection(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("matrix", torch.ones(64, 2, device="meta"))
+
+        def forward(self, images):
+            assert images.device == self.matrix.device
+            return torch.ones(len(images), 2)
+
+    assert extract(Projection(), torch.zeros(3, *SHAPE)).shape == (3, 2)
+
+
 def test_a_file_of_other_weights_is_no_classifier(tmp_path):
     from safetensors.torch import save_file
 

@@ -15,7 +15,9 @@ computed from it as well.
 
 import hashlib
 import importlib
+import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,11 +219,14 @@ def _unavailable(name: str, package: str, error: OSError) -> str:
 
 
 def fingerprint(name: str, network: torch.nn.Module) -> str:
-    """Hash of a feature space: its name and class, and every weight."""
+    """Hash of a feature space: its name and class, every weight, and an imported one's code."""
     from ddim_schedulers.pipelines.bulk import fingerprint as of_weights
 
     # a classifier is its weights, wherever its file lies
     label = "" if isinstance(network, SmallClassifier) else name
+    module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
+    if source := getattr(module, "__file__", None):  # what a module without weights consists of
+        label += hashlib.sha256(Path(source).read_bytes()).hexdigest()
     text = f"{label}/{type(network).__qualname__}/{of_weights(network)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -234,9 +239,21 @@ def extract(network: torch.nn.Module, images: Tensor, batch_size: int = 250) -> 
         network: of `make_feature_space`, on any device.
         images: (n, C, H, W) in [-1, 1].
         batch_size: images in a call. Features of an image may depend on it in the last bit.
+
+    Raises:
+        ValueError: the network gives something else than (B, F).
     """
-    first = next(network.parameters(), torch.empty(0))
-    parts = [network(part.to(first.device)).cpu() for part in images.split(batch_size)]
+    first = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
+    parts = []
+    for part in images.split(batch_size):
+        features = network(part.to(first.device))
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
+            found = getattr(features, "shape", type(features).__name__)
+            raise ValueError(
+                f"feature_space {type(network).__name__} gives {found} for {len(part)} images; it "
+                "must give a tensor (B, F)"
+            )
+        parts.append(features.cpu())
     return torch.cat(parts)
 
 
