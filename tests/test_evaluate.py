@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.resources import files
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,6 +23,15 @@ from ddim_schedulers.training.evaluation_report import markdown, pivot
 from ddim_schedulers.training.metrics import frechet_distance
 
 STEPS = 12
+EXPECTED = {
+    "row": "eta 0, trailing",
+    "steps": 2,
+    "features": "pixels",
+    "metric": "frechet",
+    "value": 1.0,
+    "tolerance": 0.1,
+    "source": "someone",
+}
 GRID = [
     {"steps": [2, 3], "members": [0, "sigma-hat"], "repeats": 2},
     {"steps": [2], "schedulers": [{"class": "DDIMScheduler"}]},
@@ -186,13 +196,69 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same(pipeline, tmp_path, monk
     )
     resumed = run(Evaluation(config))
     assert (calls[0].written, calls[0].present) == (2, 1)
+    kept = json.loads((tmp_path / "b" / "cells" / f"{config.cells[0].label}.json").read_text())
+    assert kept["sampled"] == 6  # 0 .. 3 and the short last shard, 8 and 9
     figures = [r["tables"][0]["cells"][0]["metrics"] for r in (alone, resumed)]
     assert figures[0] == figures[1]
     assert not (tmp_path / "b" / "cells" / config.cells[0].label).exists()  # keep_images is off
 
 
+def test_a_report_samples_nothing_and_leaves_out_what_is_not_measured(
+    pipeline, tmp_path, monkeypatch
+):
+    grid = [{"steps": [2], "members": [0]}]
+    tables = [{"name": "T", "n": 10, "grid": grid}]
+    run(Evaluation(_config(pipeline, tmp_path, tables=tables)))
+
+    def never(*_, **__):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(library, "sample_to_directory", never)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _module())
+    config = _config(pipeline, tmp_path, tables=tables, features=["pixels", f"{__name__}:Mean"])
+    table = run(Evaluation(config), sample=False)["tables"][0]
+    assert table["cells"] == [] and table["missing"] == [config.cells[0].label]
+    with pytest.raises(AssertionError, match="sampled"):
+        run(Evaluation(config))
+
+
+def test_another_number_of_neighbours_is_measured_anew(pipeline, tmp_path, monkeypatch):
+    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
+    own = {"tables": tables, "keep_images": True}
+    run(Evaluation(_config(pipeline, tmp_path, **own)))
+    monkeypatch.setattr("ddim_schedulers.pipelines.bulk._sample", None)  # the images are there
+    config = _config(pipeline, tmp_path, **own, neighbours=2)
+    run(Evaluation(config))
+    cell = json.loads((tmp_path / "cells" / f"{config.cells[0].label}.json").read_text())
+    assert cell["metrics"]["pixels"]["k"] == 2
+
+
+def test_damaged_files_are_named_and_a_lost_preview_is_made_again(pipeline, tmp_path):
+    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
+    config = _config(pipeline, tmp_path, tables=tables, keep_images=True)
+    before = run(Evaluation(config))
+    label = config.cells[0].label
+    own, preview = (tmp_path / "cells" / f"{label}{suffix}" for suffix in (".json", ".npz"))
+    preview.unlink()
+    assert run(Evaluation(config))["tables"] == before["tables"] and preview.exists()
+    reference = next(tmp_path.glob("reference-*"))
+    shard = tmp_path / "cells" / label / "shards" / "000000-000003.npz"
+    for path in (own, reference, shard):
+        content = path.read_bytes()
+        path.write_bytes(content[:40])
+        if path == shard:  # which is not looked at while the cell's figures are there
+            own.unlink()
+        with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+            run(Evaluation(config))
+        path.write_bytes(content)
+    assert (
+        run(Evaluation(config))["tables"][0]["cells"][0]["metrics"]
+        == (before["tables"][0]["cells"][0]["metrics"])
+    )
+
+
 def test_a_cell_made_with_other_settings_is_refused(pipeline, tmp_path):
-    tables = [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": [0]}]}]
+    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
     run(Evaluation(_config(pipeline, tmp_path, tables=tables)))
     with pytest.raises(ValueError, match="other settings"):
         run(Evaluation(_config(pipeline, tmp_path, tables=tables, dtype="float64")))
@@ -201,7 +267,7 @@ def test_a_cell_made_with_other_settings_is_refused(pipeline, tmp_path):
 def test_features_of_real_images_are_kept_under_what_they_depend_on(
     pipeline, tmp_path, monkeypatch
 ):
-    tables = [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": [0]}]}]
+    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
     first = Evaluation(_config(pipeline, tmp_path, tables=tables))
 
     def never(*_):
@@ -219,7 +285,7 @@ def test_features_of_real_images_are_kept_under_what_they_depend_on(
 
 
 def test_copies_of_training_images_are_noticed(pipeline, tmp_path, monkeypatch):
-    tables = [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": [0]}]}]
+    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
     evaluation = Evaluation(_config(pipeline, tmp_path, tables=tables))
     copied = library.to_uint8(evaluation.reference.batch([7, 100, 5, 1200])[0])
     monkeypatch.setattr(evaluation, "preview", lambda cell: copied)
@@ -289,6 +355,36 @@ def test_expected_figures_stand_beside_ours(whole):
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"pictured": ["eta 1"]}, "no row of a table"),
+        ({"pictured": "eta 1"}, "pictured: 'eta 1' must be a list"),
+        ({"features": "pixels"}, "features: 'pixels' must be a list"),
+        ({"features": ["pixels", "pixels"]}, "each once"),
+        ({"compile": "false"}, "compile is 'false'; it must be true or false"),
+        ({"keep_images": "no"}, "keep_images is 'no'"),
+        ({"expected": {"row": "eta 0, trailing"}}, "must be a list"),
+        ({"expected": [{**EXPECTED, "tolerence": 1}]}, "did you mean tolerance"),
+        ({"expected": [{k: EXPECTED[k] for k in EXPECTED if k != "source"}]}, "nothing of source"),
+        ({"expected": [{**EXPECTED, "metric": "fid"}]}, "metric is 'fid'"),
+        ({"expected": [{**EXPECTED, "features": "inception"}]}, "measured are pixels"),
+        ({"expected": [{**EXPECTED, "steps": 9}]}, "steps is 9"),
+        ({"tables": [{"name": "T", "n": 8, "grid": [{"steps": [], "members": [0]}]}]}, "empty"),
+        (
+            {
+                "tables": [
+                    {
+                        "name": "T",
+                        "n": 8,
+                        "grid": [
+                            {
+                                "steps": [2],
+                                "spacing": ["trailing"],
+                                "schedulers": [{"class": "DDIMScheduler"}],
+                            }
+                        ],
+                    }
+                ]
+            },
+            "spacing stands in a block without members",
+        ),
         ({"tables": [{"name": "T", "n": 1, "grid": GRID}]}, "n >= 2"),
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2]}]}]}, "members or schedulers"),
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [0], "members": [0]}]}]}, ">= 1"),
@@ -353,17 +449,69 @@ def test_what_cannot_be_meant_is_refused(change, message):
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [13], "members": [0]}]}]}, "13"),
         (
             {"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": ["optimal"]}]}]},
-            "calibrat",
+            "'optimal, trailing', S = 2: .*calibrat",
         ),
+        (
+            {
+                "tables": [
+                    {
+                        "name": "T",
+                        "n": 8,
+                        "grid": [
+                            {
+                                "steps": [2],
+                                "schedulers": [
+                                    {
+                                        "class": "DDPMScheduler",
+                                        "use_clipped_model_output": True,
+                                    }
+                                ],
+                            }
+                        ],
+                    }
+                ]
+            },
+            "has no use_clipped_model_output",
+        ),
+        ({"neighbours": 10}, "neighbours is 10; it must be below"),
+        ({"reference_images": 5}, "neighbours is 5; it must be below"),
+        ({"output_dir": __file__}, "a file, not a folder"),
         ({"features": ["nowhere:X"]}, "feature_space"),
+        ({"features": ["spaces_of_a_user:maps"]}, "must give a tensor"),
+        ({"features": ["spaces_of_a_user:pair"]}, "must give a tensor"),
+        ({"features": ["spaces_of_a_user:nan"]}, "not finite"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(
-    pipeline, tmp_path, change, message
+    pipeline, tmp_path, monkeypatch, change, message
 ):
+    user = ModuleType("spaces_of_a_user")
+    user.maps = torch.nn.Identity
+    user.pair = lambda: _Function(lambda x: (x.flatten(1),))
+    user.nan = lambda: _Function(lambda x: x.flatten(1) / 0 * 0)
+    monkeypatch.setitem(sys.modules, user.__name__, user)
     with pytest.raises(ValueError, match=message):
         Evaluation(parse_evaluation({**_settings(pipeline, tmp_path), **change}))
     assert not (tmp_path / "cells").exists()
+
+
+class _Function(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function(images)
+
+
+def test_too_few_labels_are_refused(pipeline, tmp_path):
+    path = tmp_path / "images.npz"
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(path, images=images, labels=np.arange(20) % 2)
+    data = {"data": str(path), "array_key": "images", "validation_fraction": 0.2}
+    config = _config(pipeline, tmp_path, data=data, features=["classifier"], labels="labels")
+    with pytest.raises(ValueError, match="labels: there are 20"):
+        Evaluation(config)
 
 
 def test_the_files_that_ship_are_valid():

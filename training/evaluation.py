@@ -16,6 +16,8 @@ import json
 import shutil
 import subprocess
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +25,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory, settings_of
 from ddim_schedulers.pipelines.files import write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
-from ddim_schedulers.pipelines.sampling import predict
+from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.checkpoints import pack, unpack
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.evaluation_config import (
     CLASSIFIER,
+    FIGURES,
     Cell,
     EvaluationConfig,
     scheduler_class,
@@ -79,8 +83,8 @@ class Evaluation:
 
     Raises:
         ValueError: whatever does not fit together: channels, sizes, pixels that are not 8-bit, too
-            few real images, a scheduler that refuses its settings or steps. Nothing was sampled
-            then.
+            few images, a scheduler that refuses its settings or steps, a feature space that gives
+            something else than features. Nothing was sampled then.
     """
 
     def __init__(
@@ -93,14 +97,20 @@ class Evaluation:
         self.config, self.team, self.progress = config, team or Team(), progress
         self.device = torch.device(device)
         self.folder = Path(config.output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir is {config.output_dir!r}, which is a file, not a folder")
         self.warm = False
         self.pipe = self._load_pipeline()
         self.reference, self.held_out = self._load_data()
         for cell in config.cells:  # what a scheduler refuses is found before anything is sampled
-            self._pipe_of(cell).scheduler.set_timesteps(cell.steps)
+            self._check_scheduler(cell)
         self.networks = {name: self._network(name) for name in config.features}
         self.order = self._order()
         self.real = {name: self._real(name) for name in config.features}
+        # the self-check: what a perfect sampler would get, by the n of the tables
+        self.self_check: dict[int, dict[str, Any]] = {}
+        if self.team.index == 0:
+            self.self_check = {t.n: self.real_images(t.n) for t in config.tables}
 
     def _load_pipeline(self) -> GenerationPipeline:
         try:
@@ -137,9 +147,23 @@ class Evaluation:
             )
         return reference, held_out
 
+    def _check_scheduler(self, cell: Cell) -> None:
+        try:
+            scheduler = self._pipe_of(cell).scheduler
+            scheduler.set_timesteps(cell.steps)
+            step_arguments(scheduler, None, None, cell.row.use_clipped_model_output)
+        except ValueError as error:
+            raise ValueError(f"row {cell.row.name!r}, S = {cell.steps}: {error}") from error
+
     def _order(self) -> np.ndarray:
         """Positions of the reference images: all, or the first of a fixed random order, sorted."""
         count = min(len(self.reference), self.config.reference_images or len(self.reference))
+        fewest = min([count, *(table.n for table in self.config.tables)])
+        if self.config.neighbours >= fewest:
+            raise ValueError(
+                f"neighbours is {self.config.neighbours}; it must be below the number of samples "
+                f"and of reference images, here {fewest}"
+            )
         return np.sort(
             np.random.default_rng(self.config.seed).permutation(len(self.reference))[:count]
         )
@@ -189,11 +213,20 @@ class Evaluation:
         if not path.exists():
             self.progress(f"features of the real images: {name}")
             values = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
+            for part, value in values.items():
+                if not bool(value.isfinite().all()):
+                    raise ValueError(
+                        f"feature_space {name!r} gives values that are not finite for real images "
+                        f"({part})"
+                    )
             if self.team.index == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, pack(values))
             self.team.wait()
-        kept = unpack(path)
+        try:
+            kept = unpack(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
         return Reference(kept["train"], kept["held_out"], fingerprint)
 
     def _shared(self, name: str, data: ImageData, rows: np.ndarray) -> torch.Tensor:
@@ -236,6 +269,29 @@ class Evaluation:
         """The file of a cell's figures."""
         return self.folder / "cells" / f"{cell.label}.json"
 
+    def _kept(self, cell: Cell) -> dict[str, Any]:
+        """What a cell's file holds; nothing if there is none."""
+        path = self.path_of(cell)
+        if not path.exists():
+            return {}
+        try:
+            kept = json.loads(path.read_text())
+            return {**kept, "settings": kept["settings"], "metrics": dict(kept["metrics"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); delete it") from error
+
+    def missing(self, cell: Cell) -> list[str]:
+        """The feature spaces in which a cell is still to be measured."""
+        if not self.path_of(cell).with_suffix(".npz").exists():
+            return list(self.config.features)
+        have = self._kept(cell).get("metrics", {})
+        return [
+            name
+            for name in self.config.features
+            if have.get(name, {}).get("reference") != self._reference_note(name)
+            or have[name].get("k") != self.config.neighbours
+        ]
+
     def measure(self, cell: Cell) -> dict[str, Any]:
         """The figures of a cell: from its file, or by sampling what is missing.
 
@@ -245,25 +301,20 @@ class Evaluation:
         pipe, job = self._pipe_of(cell), self._job(cell)
         path, images = self.path_of(cell), self.folder / "cells" / cell.label
         settings = digest_of(settings_of(pipe, job))
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept, missing = self._kept(cell), self.missing(cell)
         self.team.wait()  # nobody writes before all have looked
         if kept and kept["settings"] != settings:
             raise ValueError(
                 f"output_dir: {path} was made with other settings (network, scheduler or seeds); "
                 "delete it or choose another output_dir"
             )
-        have = kept.get("metrics", {})
-        missing = [
-            name
-            for name in self.config.features
-            if have.get(name, {}).get("reference") != self._reference_note(name)
-        ]
         if not missing:
             return kept
-        cost = self._sample(pipe, job, images)
         parts = chunks(cell.n, job.batch_size)
         shards = [images / "shards" / f"{a:06d}-{b - 1:06d}.npz" for a, b in parts]
-        found = {name: value for name, value in have.items() if name not in missing}
+        left = sum(b - a for (a, b), shard in zip(parts, shards, strict=True) if not shard.exists())
+        cost = self._sample(pipe, job, images, left)
+        found = {k: value for k, value in kept.get("metrics", {}).items() if k not in missing}
         for name in missing:
             mine = [
                 (a, self._features(name, _read(shards[i])))
@@ -295,8 +346,10 @@ class Evaluation:
             shutil.rmtree(images)
         return json.loads(path.read_text())  # the same on every process
 
-    def _sample(self, pipe: GenerationPipeline, job: SamplingJob, images: Path) -> dict[str, Any]:
-        """Sample what is missing of a cell; the cost of what was sampled now."""
+    def _sample(
+        self, pipe: GenerationPipeline, job: SamplingJob, images: Path, left: int
+    ) -> dict[str, Any]:
+        """Sample the `left` images that are missing of a cell; the cost of these."""
         if not self.warm:  # compiling and first touches are no part of what sampling costs
             zeros = torch.zeros(job.batch_size, *self.pipe.image_shape, device=self.device)
             with torch.no_grad():
@@ -304,16 +357,12 @@ class Evaluation:
             self.warm = True
         self.team.wait()
         begun = time.perf_counter()
-        report = sample_to_directory(
-            pipe, images, job, rank=self.team.index, world_size=self.team.count
-        )
+        sample_to_directory(pipe, images, job, rank=self.team.index, world_size=self.team.count)
         self.team.wait()
         seconds = time.perf_counter() - begun
-        files = sum(self.team.gather([report.written]))
-        written = min(job.num_images, files * job.batch_size)
-        rate = written / seconds if written else None
+        rate = left / seconds if left else None
         return {
-            "sampled": written,
+            "sampled": left,
             "seconds": None if rate is None else job.num_images / rate,
             "images_per_second": rate,
         }
@@ -412,7 +461,7 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
     config, team = evaluation.config, evaluation.team
     done: dict[str, dict[str, Any]] = {}
     for number, cell in enumerate(config.cells):
-        if sample or evaluation.path_of(cell).exists():
+        if sample or not evaluation.missing(cell):
             evaluation.progress(f"cell {number + 1} of {len(config.cells)}: {cell.label}")
             done[cell.label] = evaluation.measure(cell)
     tables = []
@@ -422,7 +471,7 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
         entry["cells"] = summarise([done[cell.label] for cell in cells], config.features)
         entry["missing"] = [cell.label for cell in table.cells if cell.label not in done]
         if team.index == 0:
-            entry["real"] = evaluation.real_images(table.n)
+            entry["real"] = evaluation.self_check[table.n]
         if cells and team.index == 0:
             name = config.features[0]
             first = [cell for cell in cells if cell.repeat == 0]
@@ -465,17 +514,6 @@ def summarise(cells: list[dict[str, Any]], features: list[str]) -> list[dict[str
             }
         summary.append(entry)
     return summary
-
-
-FIGURES = (
-    "frechet",
-    "kernel",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "inception_score",
-)
 
 
 def _mean_and_std(values: list[float]) -> dict[str, float | None]:
@@ -588,6 +626,8 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
         if config.labels not in table.column_names:
             raise ValueError(f"labels is {config.labels!r}; the columns are {table.column_names}")
         values = np.asarray(table[config.labels])
+    if len(values) <= (last := int(data.ids.max())):
+        raise ValueError(f"labels: there are {len(values)}, but the images go on to number {last}")
     return spaces.class_names(values[data.ids])[1]
 
 
@@ -607,5 +647,9 @@ def _batches(data: ImageData, rows: np.ndarray) -> Iterator[torch.Tensor]:
 
 
 def _read(path: Path) -> np.ndarray:
-    with np.load(path) as file:
-        return file["images"]
+    try:
+        # np.load leaves a damaged file open
+        with open(path, "rb") as opened, np.load(opened) as file:
+            return file["images"]
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from error

@@ -38,6 +38,17 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "sigma-hat": {"eta": 1.0, "reverse_variance": "sigma_hat"},
     "optimal": {"eta": 1.0, "reverse_variance": "optimal"},
 }
+# What is measured in every feature space, the last one where it has a classifier.
+FIGURES = (
+    "frechet",
+    "kernel",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "inception_score",
+)
+_EXPECTED = ("row", "steps", "features", "metric", "value", "tolerance", "source")
 _DATA_KEYS = frozenset(f.name for f in dataclasses.fields(DataConfig)) | {"validation_fraction"}
 
 
@@ -167,13 +178,37 @@ class EvaluationConfig:
                 raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer >= 0")
-        if not self.features or not all(isinstance(name, str) for name in self.features):
-            raise ValueError(f"features is {self.features!r}; it must be a list of names")
+        for name in ("compile", "channels_last", "keep_images"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        names = _list(self.features, "features")
+        if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+            raise ValueError(f"features is {names!r}; it must be a list of names, each once")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Check that the rows that are pictured and expected are there."""
         names = {cell.row.name for cell in self.cells}
-        asked = list(self.pictured or []) + [str(e.get("row")) for e in self.expected]
-        for name in asked:
+        expected = [_mapping(e, "expected") for e in _list(self.expected, "expected")]
+        for e in expected:
+            _known(e, _EXPECTED, "expected")
+            if missing := [key for key in _EXPECTED if key not in e]:
+                raise ValueError(f"expected: {dict(e)!r} says nothing of {', '.join(missing)}")
+        for name in [*_list(self.pictured or [], "pictured"), *(str(e["row"]) for e in expected)]:
             if name not in names:
                 raise ValueError(f"{name!r} is no row of a table{nearest(name, sorted(names), '')}")
+        measured = {(cell.row.name, cell.steps) for cell in self.cells}
+        for e in expected:
+            for key, value, allowed in (
+                ("steps", e["steps"], sorted(s for row, s in measured if row == e["row"])),
+                ("features", e["features"], self.features),
+                ("metric", e["metric"], FIGURES),
+            ):
+                if value not in allowed:
+                    raise ValueError(
+                        f"expected: {key} is {value!r} for {e['row']!r}; measured are "
+                        f"{', '.join(map(str, allowed))}"
+                    )
 
     @property
     def cells(self) -> list[Cell]:
@@ -253,6 +288,8 @@ def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
     steps, repeats = _list(block.get("steps"), f"{where}: steps"), block.get("repeats", 1)
     if not all(type(s) is int and s >= 1 for s in steps) or type(repeats) is not int or repeats < 1:
         raise ValueError(f"{where}: steps is {steps}, repeats {repeats!r}; integers >= 1")
+    if not steps:
+        raise ValueError(f"{where}: steps is empty; it must be a list of integers >= 1")
     rows = list(_rows(block, where))
     if not rows:
         raise ValueError(f"{where}: a block of the grid needs members or schedulers")
@@ -264,6 +301,12 @@ def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
 def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
     common = _mapping(block.get("settings", {}), f"{where}: settings")
     clipped = block.get("use_clipped_model_output")
+    for key in ("spacing", "settings", "use_clipped_model_output"):
+        if key in block and "members" not in block:
+            raise ValueError(
+                f"{where}: {key} stands in a block without members; what is meant for one of "
+                "schedulers goes beside its class"
+            )
     for spacing in _list(block.get("spacing", ["trailing"]), f"{where}: spacing"):
         for member in _list(block.get("members", []), f"{where}: members"):
             name, settings = _member(member, where)
@@ -295,6 +338,11 @@ def _checked_row(row: Row, where: str) -> Row:
     if cls is None:
         raise ValueError(
             f"{where}: class {row.scheduler!r} is no scheduler of this package or of diffusers"
+        )
+    if row.use_clipped_model_output not in (None, True, False):
+        raise ValueError(
+            f"{where}: use_clipped_model_output is {row.use_clipped_model_output!r}; it must be "
+            "true, false or null"
         )
     known = [p for p in inspect.signature(cls).parameters]
     for key in row.settings:
