@@ -153,7 +153,9 @@ def render_example(results: dict[str, Any]) -> str:
         model_name=card["title"],
         eval_results=figures or None,
     )
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in sorted(results["versions"].items())
+    )
     made = f"Seed {results['seed']}. Versions: {versions}."
     if results["commit"]:
         made += f" Commit {results['commit']}."
