@@ -454,7 +454,11 @@ class FamilySchedulerMixin:
         config = self.config
         if config.thresholding:
             return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        return x0.clamp_(-config.clip_sample_range, config.clip_sample_range)
+        return self._clip(x0)
+
+    def _clip(self, x0: torch.Tensor) -> torch.Tensor:
+        """Clip x0_hat in place: a step has just made it, and nobody else holds it."""
+        return x0.clamp_(-self.config.clip_sample_range, self.config.clip_sample_range)
 
     def _look_up(
         self, rows: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor

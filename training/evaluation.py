@@ -110,7 +110,7 @@ class Evaluation:
         # the self-check: what a perfect sampler would get, by the n of the tables
         self.self_check: dict[int, dict[str, Any]] = {}
         if self.team.index == 0:
-            self.self_check = {t.n: self.real_images(t.n) for t in config.tables}
+            self.self_check = {n: self.real_images(n) for n in {t.n for t in config.tables}}
 
     def _load_pipeline(self) -> GenerationPipeline:
         try:

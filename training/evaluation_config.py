@@ -344,7 +344,7 @@ def _checked_row(row: Row, where: str) -> Row:
             f"{where}: use_clipped_model_output is {row.use_clipped_model_output!r}; it must be "
             "true, false or null"
         )
-    known = [p for p in inspect.signature(cls).parameters]
+    known = list(inspect.signature(cls).parameters)
     for key in row.settings:
         if key not in known:
             raise ValueError(
