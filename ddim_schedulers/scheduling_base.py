@@ -109,8 +109,10 @@ SHARED_WITH_SOLVERS = {"solver_order": 1, "lower_order_final": False}
 # it so.
 MIN_STD = 1e-10
 
-# A sweep over eta without a new plan makes a table for each value; more than these are not kept.
-MAX_TABLES = 64
+# A sweep over eta without a new plan makes a table for each value; more than these are not kept,
+# nor the columns of more single rows of each (2.4 kB a row).
+MAX_TABLES = 16
+MAX_SEEN = 1000
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -138,6 +140,7 @@ class Table(NamedTuple):
     rows: torch.Tensor
     uses_sample: bool  # is out_x needed beside a clipped x0_hat?
     uses_output: bool  # is out_m needed beside a clipped x0_hat?
+    seen: dict[int, tuple[torch.Tensor, ...]]  # columns of rows looked up by number, views of them
     multistep: Multistep | None = None
 
 
@@ -230,6 +233,10 @@ class FamilySchedulerMixin:
         self._planned = False  # compiled code would recompile for each `num_inference_steps`
         self._set_plan(list(range(big_t - 1, -1, -1)))
         self.timesteps = self._plan_tensor()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tables out: they are made anew, and their many views are slow to pickle."""
+        return {**self.__dict__, "_tables": {}}
 
     @property
     def alpha_bar(self) -> torch.Tensor:
@@ -429,7 +436,7 @@ class FamilySchedulerMixin:
             out = fold(x0, eps, row, self._clips())
         uses_sample = rederive or prediction != "epsilon"
         rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
-        return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive)
+        return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive, {})
 
     def _keep(self, key: tuple, table: Table) -> Table:
         """Store a table for the steps to come, and return it."""
@@ -461,12 +468,14 @@ class FamilySchedulerMixin:
         return x0.clamp_(-self.config.clip_sample_range, self.config.clip_sample_range)
 
     def _look_up(
-        self, rows: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+        self, table: Table, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Return the columns of the row of `timestep`, each broadcasting against the sample."""
+        if isinstance(timestep, torch.Tensor):
+            timestep = _read_if_free(timestep)
         if not isinstance(timestep, torch.Tensor):
-            return rows[self._check_timestep(timestep)].unbind(0)
-        picked = _pick(rows, timestep, "timestep")
+            return self._seen_columns(table, self._check_timestep(timestep))
+        picked = _pick(table.rows, timestep, "timestep")
         if timestep.ndim == 0:
             return picked.unbind(1)
         if timestep.ndim > 1 or timestep.shape[0] not in (1, sample.shape[0]):
@@ -476,6 +485,16 @@ class FamilySchedulerMixin:
             )
         shape = (-1,) + (1,) * (sample.ndim - 1)
         return tuple(column.view(shape) for column in picked.unbind(1))
+
+    def _seen_columns(self, table: Table, t: int) -> tuple[torch.Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return table.rows[t].unbind(0)
+        columns = table.seen.get(t)
+        if columns is None:
+            if len(table.seen) >= MAX_SEEN:
+                table.seen.clear()
+            columns = table.seen[t] = table.rows[t].unbind(0)
+        return columns
 
     def _step(
         self,
@@ -490,7 +509,7 @@ class FamilySchedulerMixin:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
         prediction, raw_variance = _split_learned(model_output, sample, learned)
-        x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = self._look_up(table.rows, timestep, sample)
+        x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = self._look_up(table, timestep, sample)
         dtype = table.rows.dtype
         x, m = sample.to(dtype), prediction.to(dtype)
         x0 = torch.mul(x, x0_x).addcmul_(m, x0_m)
@@ -605,7 +624,7 @@ def _cloned(table: Table) -> Table:
     if multistep is not None:
         copies: Any = (None if part is None else part.clone() for part in multistep)
         multistep = Multistep(*copies)
-    return table._replace(rows=table.rows.clone(), multistep=multistep)
+    return table._replace(rows=table.rows.clone(), seen={}, multistep=multistep)
 
 
 def _alike(predictions: tuple[torch.Tensor, ...], e: torch.Tensor, count: int) -> bool:
@@ -641,6 +660,22 @@ def _pick(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.Tenso
         raise ValueError(
             f"`{name}` is {timesteps}; each must be an integer in 0 .. {rows.shape[0] - 1}."
         ) from error
+
+
+def can_be_read(timestep: torch.Tensor) -> bool:
+    """Tell whether looking at the value costs no read-back and is not part of a traced graph."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return timestep.device.type == "cpu" and not traced
+
+
+def _read_if_free(timestep: torch.Tensor) -> int | torch.Tensor:
+    """Return a 0-d timestep of the host as an int, any other as it is."""
+    if timestep.ndim > 0 or timestep.dtype not in INTEGER_DTYPES or not can_be_read(timestep):
+        return timestep
+    try:
+        return int(timestep)
+    except RuntimeError:  # `torch.func.vmap` and `make_fx` pass tensors that have no value
+        return timestep
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,14 @@ from .betas import alpha_bar_before
 from .config_types import check_numbers
 from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
 from .parameterization import eps_coefficients
-from .scheduling_base import FamilySchedulerMixin, Multistep, Table, compute_dtype, logger
+from .scheduling_base import (
+    FamilySchedulerMixin,
+    Multistep,
+    Table,
+    can_be_read,
+    compute_dtype,
+    logger,
+)
 from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
 
 REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range", "optimal")
@@ -403,7 +410,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         there an off-plan row is NaN.
         """
         if isinstance(timestep, torch.Tensor):
-            if timestep.device.type != "cpu" or torch.compiler.is_compiling():
+            if not can_be_read(timestep):
                 return
             asked = timestep.reshape(-1).tolist()
         else:

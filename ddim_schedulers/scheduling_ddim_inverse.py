@@ -164,7 +164,8 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
             none = torch.zeros_like(self._alpha_bar)
             row = transition(self._alpha_bar, none)
             rows = torch.stack([*x0, *fold(x0, eps, row, clips), none], dim=1)
-            made = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
+            on_device = rows.to(device=device, dtype=dtype)
+            made = Table(on_device, prediction != "epsilon", True, {})
             table = self._keep(key, made)
         return table
 
