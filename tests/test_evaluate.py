@@ -91,6 +91,29 @@ def test_every_cell_is_there_with_its_n_and_its_cost(whole):
     assert results["classifier"]["classes"] == 10
 
 
+def test_every_cell_says_with_what_it_was_sampled(whole):
+    output, results = whole
+    (note,) = results["made_with"]
+    assert note["cells"] == 9 and note["commit"] == results["commit"]
+    cell = json.loads((output / "cells" / "ddim-S2-n10-r0.json").read_text())
+    assert {**cell["made_with"], "cells": 9} == note
+    at = f"commit {note['commit']}" if note["commit"] else "no commit"
+    assert f"9 cells: {at}, cpu, {note['threads']} threads" in (output / "report.md").read_text()
+
+
+def test_a_classifier_that_was_trained_in_another_way_is_not_taken_for_the_one_asked_for(whole):
+    output, _ = whole
+    settings = yaml.safe_load((output / "e.yaml").read_text())
+    for changes, said in (
+        ({"classifier_epochs": 2}, "trained with epochs = 1, but 2 is asked for"),
+        ({"seed": 5}, "trained with seed = 0, but 5 is asked for"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Evaluation(parse_evaluation({**settings, **changes}))
+    named = {"classifier": str(output / "classifier.safetensors"), "classifier_epochs": 2}
+    assert Evaluation(parse_evaluation({**settings, **named})).real["classifier"].fingerprint
+
+
 def test_a_figure_is_that_of_the_stored_images_and_the_training_images(whole):
     output, results = whole
     folder = output / "cells" / "eta-0-trailing-S2-n10-r1"

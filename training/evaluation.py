@@ -100,6 +100,7 @@ class Evaluation:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output_dir is {config.output_dir!r}, which is a file, not a folder")
         self.warm = False
+        self.commit = commit()
         self.pipe = self._load_pipeline()
         self.reference, self.held_out = self._load_data()
         for cell in config.cells:  # what a scheduler refuses is found before anything is sampled
@@ -182,7 +183,9 @@ class Evaluation:
     def _classifier(self) -> Path:
         path = self.classifier_path()
         self.team.wait()  # nobody looks after one has begun to write
-        if not path.exists() and self.team.index == 0:
+        if path.exists() and self.config.classifier is None:
+            self._check_classifier(path)
+        elif not path.exists() and self.team.index == 0:
             labels = labels_of(self.reference, self.config)
             network, record = spaces.train_classifier(
                 lambda rows: as_uint8_sees(self.reference.batch(rows)[0]),
@@ -195,6 +198,20 @@ class Evaluation:
             spaces.save_classifier(network, record, path)
         self.team.wait()
         return path
+
+    def _check_classifier(self, path: Path) -> None:
+        """Refuse the folder's own classifier if it was trained in another way than is asked for."""
+        record = spaces.classifier_record(path)
+        wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
+        wanted["images"] = len(self.reference)
+        found = {**record, "images": record["train_n"] + record["held_out_n"]}
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise ValueError(
+                    f"output_dir: {path} was trained with {name} = {found[name]}, but {value} is "
+                    "asked for; delete it, and the cells are measured anew with another, or say "
+                    "`classifier` to use this one"
+                )
 
     def _real(self, name: str) -> Reference:
         """Features of the real images, from the cache where they are in it."""
@@ -330,7 +347,7 @@ class Evaluation:
             "repeat": cell.repeat,
             "seeds": [job.seed, job.seed + cell.n - 1],
             "network_calls": len(pipe.scheduler.timesteps),
-            **(cost if cost["sampled"] or not kept else {k: kept[k] for k in cost}),
+            **(cost if cost["sampled"] or not kept else {k: kept[k] for k in cost if k in kept}),
             "processes": self.team.count,
             "metrics": found,
             "settings": settings,
@@ -349,7 +366,7 @@ class Evaluation:
     def _sample(
         self, pipe: GenerationPipeline, job: SamplingJob, images: Path, left: int
     ) -> dict[str, Any]:
-        """Sample the `left` images that are missing of a cell; the cost of these."""
+        """Sample the `left` images that are missing of a cell; the cost of these, and with what."""
         if not self.warm:  # compiling and first touches are no part of what sampling costs
             zeros = torch.zeros(job.batch_size, *self.pipe.image_shape, device=self.device)
             with torch.no_grad():
@@ -365,6 +382,13 @@ class Evaluation:
             "sampled": left,
             "seconds": None if rate is None else job.num_images / rate,
             "images_per_second": rate,
+            "made_with": {
+                "commit": self.commit,
+                "device": _device_name(self.device),
+                "threads": torch.get_num_threads(),
+                "compiled": self.config.compile,
+                "channels_last": self.config.channels_last,
+            },
         }
 
     def _reference_note(self, name: str) -> dict[str, Any]:
@@ -478,11 +502,18 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
             best = min(first, key=lambda c: done[c.label]["metrics"][name]["frechet"])
             entry["memorisation"] = evaluation.memorisation(best)
         tables.append(entry)
-    results = {**about(evaluation), "tables": tables}
+    made_with = _counted([cell["made_with"] for cell in done.values() if "made_with" in cell])
+    results = {**about(evaluation), "made_with": made_with, "tables": tables}
     if team.index == 0:
         write_json(evaluation.folder / "metrics.json", results)
     team.wait()
     return results
+
+
+def _counted(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The distinct notes, in the order of their first cells, each with its number of cells."""
+    distinct = [note for i, note in enumerate(notes) if note not in notes[:i]]
+    return [{**note, "cells": notes.count(note)} for note in distinct]
 
 
 def summarise(cells: list[dict[str, Any]], features: list[str]) -> list[dict[str, Any]]:
@@ -561,7 +592,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
         "device": _device_name(evaluation.device),
         "threads": torch.get_num_threads(),
         "processes": evaluation.team.count,
-        "commit": commit(),
+        "commit": evaluation.commit,
         "expected": config.expected,
         "not_run": config.not_run,
         "versions": versions(

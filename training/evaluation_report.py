@@ -63,7 +63,20 @@ def how(results: dict[str, Any]) -> list[str]:
             "that it was not trained on): its features, and its probabilities for the Inception "
             "score.",
         ]
+    if said := made_with(results):
+        lines += ["", said]
     return lines
+
+
+def made_with(results: dict[str, Any]) -> str:
+    """With what the cells were sampled, by their own records: `12 cells: commit 1a2b, cpu, ...`."""
+    parts = []
+    for note in results.get("made_with", []):
+        said = [f"commit {note['commit']}" if note["commit"] else "no commit"]
+        said += [note["device"], f"{note['threads']} threads"]
+        said += [name for name in ("compiled", "channels_last") if note[name]]
+        parts.append(f"{note['cells']} cells: {', '.join(said)}")
+    return f"Sampled with, as the cells recorded it: {'; '.join(parts)}." if parts else ""
 
 
 def shape(chw: Sequence[int]) -> str:
