@@ -25,8 +25,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Raises:
         ValueError: launched with FSDP, DeepSpeed or Megatron-LM, several processes that do not see
-            each other, a tracker that is not installed, fp16 on the CPU, or torch's own compiler
-            there.
+            each other, a tracker that is not installed, or fp16 on the CPU.
     """
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -49,12 +48,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError(_refusal(accelerator.distributed_type.value))
     if config.tracker != "none" and not accelerator.log_with:
         raise ValueError(f"tracker is {config.tracker!r}, which is not installed")
-    if config.compile and config.compile_backend == "inductor" and accelerator.device.type == "cpu":
-        # torch 2.13: the forward pass is right, the gradients of whole layers come out as 0
-        raise ValueError(
-            "compile is true on the CPU, where torch's inductor was seen to lose the gradients of "
-            "whole layers of a UNet2DModel; train without it (sampling may be compiled)"
-        )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(
             "mixed_precision is 'fp16', which does nothing on the CPU; set it to 'bf16' or 'no'"

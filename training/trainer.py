@@ -27,6 +27,7 @@ from ddim_schedulers.training.batches import (
     derive_seed,
     open_loader,
 )
+from ddim_schedulers.training.compiling import check_gradients, compile_for_training
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
@@ -98,10 +99,10 @@ class Trainer:
         optimizer = make_optimizer(self.parameters, config)
         network: Any = self.unet
         if config.compile:
-            network = torch.compile(
-                network, mode=config.compile_mode, backend=config.compile_backend
-            )
+            network = compile_for_training(self.unet, config.compile_mode, config.compile_backend)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        if config.compile and self.device.type == "cpu":
+            self._check_compiled()
         self.learning_rate = LearningRate(config)
         draws = Draws(
             config.seed,
@@ -124,6 +125,15 @@ class Trainer:
             self.scheduler,
             self.root / "pictures",
         )
+
+    def _check_compiled(self) -> None:
+        """Refuse a compiler that loses gradients, by a batch of noise of the size of a real one."""
+        source = torch.Generator().manual_seed(self.config.seed)
+        x = torch.randn(self.share.rows, *self.data.shape, generator=source, dtype=self.dtype)
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        t = torch.randint(self.config.num_train_timesteps, (len(x),), generator=source)
+        check_gradients(self.network, self.unet, x, t, self.accelerator.autocast)
 
     def _load_data(self) -> tuple[ImageData, ImageData | None]:
         self.stream: Stream | None = None

@@ -1,8 +1,9 @@
 """Gradients of a small UNet2DModel, compiled against eager: run it before a long compiled run.
 
-    python tests/proofs/compiled_gradients.py [--device cuda] [--channels_last]
+    python tests/proofs/compiled_gradients.py [--device cuda] [--channels_last] [--plain]
 
-Torch 2.13's inductor gives the right loss on the CPU and 0 for the gradients of whole layers
+The network is compiled as the trainer does it; with `--plain` as it is, for which torch 2.13's
+inductor gives the right loss on the CPU and 0 for the gradients of whole layers
 (https://github.com/pytorch/pytorch/issues/185509). Prints, for each parameter that differs, the
 relative difference of its gradient and both norms. Exit code 1 when any differs. Takes a minute of
 compilation, so it is not collected by pytest.
@@ -13,6 +14,8 @@ import sys
 
 import torch
 from diffusers import UNet2DModel
+
+from ddim_schedulers.training.compiling import compile_for_training
 
 TOLERANCE = 1e-4  # relative, of a float32 gradient
 
@@ -34,6 +37,7 @@ def main() -> int:
     parser.add_argument("--device", default=device, help="where to compile (here: %(default)s)")
     parser.add_argument("--channels_last", action="store_true", help="memory format of the network")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--plain", action="store_true", help="compile the network as it is")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -56,7 +60,10 @@ def main() -> int:
         "t": torch.tensor([3, 700], device=args.device),
     }
     loss, eager = gradients(unet, unet, batch)
-    compiled = torch.compile(unet, backend=args.backend)
+    if args.plain:
+        compiled = torch.compile(unet, backend=args.backend)
+    else:
+        compiled = compile_for_training(unet, None, args.backend)
     compiled_loss, got = gradients(compiled, unet, batch)
 
     wrong = 0

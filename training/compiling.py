@@ -1,0 +1,120 @@
+"""The network compiled for training, and the check that its gradients are the network's own.
+
+On the CPU, the inductor of torch 2.13 gives the right output and loses gradients behind the
+backward pass of nearest upsampling (https://github.com/pytorch/pytorch/issues/185509). Nothing else
+would show it: the loss is right, and whole layers stay as they were drawn.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+
+# A compiled gradient may be off by this share of its norm, and by so many times as much as mixed
+# precision alone is off. What was lost is off by its whole norm.
+TOLERANCE, TIMES = 1e-3, 4.0
+# Of the largest norm: what lies below is rounding alone (the bias of attention's keys has none).
+NEGLIGIBLE = 1e-4
+
+
+def compile_for_training(unet: UNet2DModel, mode: str | None, backend: str) -> Any:
+    """Compile `unet`; on the CPU it upsamples by copying: the same values, and the right gradients.
+
+    Args:
+        unet: the network; on the CPU its upsampling layers are changed.
+        mode: of `torch.compile`.
+        backend: of `torch.compile`.
+    """
+    if unet.device.type == "cpu":
+        for module in unet.modules():
+            if isinstance(module, Upsample2D) and module.interpolate:
+                module.interpolate = False
+                module.register_forward_pre_hook(_repeat_pixels)
+    return torch.compile(unet, mode=mode, backend=backend)
+
+
+def _repeat_pixels(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Do what `interpolate(scale_factor=2, mode="nearest")` does."""
+    x: Tensor = inputs[0]
+    b, c, h, w = x.shape
+    repeated = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2)
+    return (repeated.reshape(b, c, 2 * h, 2 * w), *inputs[1:])
+
+
+def check_gradients(
+    network: Any,
+    unet: UNet2DModel,
+    x: Tensor,
+    t: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Compare the gradients of a compiled network with those of the network it was made of.
+
+    Args:
+        network: `unet`, compiled, maybe within DDP; then every process passes the same batch.
+        unet: the network. Its dropout is off meanwhile, its gradients are gone afterwards.
+        x: a batch as the network will see it, (B, C, H, W).
+        t: its timesteps, (B,).
+        autocast: mixed precision of the run.
+
+    Raises:
+        ValueError: a gradient differs by more than rounding; says how many, and the worst.
+    """
+    with _without_dropout(unet):
+        exact = _gradients(unet, unet, x, t, nullcontext)
+        eager = _gradients(unet, unet, x, t, autocast)
+        found = _gradients(network, unet, x, t, autocast)
+    largest = max(float(g.norm()) for g in exact.values())
+    wrong = {}
+    for name, gradient in exact.items():
+        norm = float(gradient.norm())
+        rounding = float((eager[name] - gradient).norm())
+        allowed = TOLERANCE * norm + TIMES * rounding + NEGLIGIBLE * largest
+        off = float((found[name] - gradient).norm())
+        if not off <= allowed:  # NaN, too
+            wrong[name] = off / max(norm, NEGLIGIBLE * largest)
+    if wrong:
+        worst = max(wrong, key=lambda name: wrong[name])
+        raise ValueError(
+            f"compile is true, but torch {torch.__version__} loses gradients of this network: "
+            f"{len(wrong)} of {len(exact)} differ from those without compilation, that of {worst} "
+            f"by {wrong[worst]:.2g} of its norm; train without `compile` (sampling may be compiled)"
+        )
+
+
+def _gradients(
+    network: Any,
+    unet: UNet2DModel,
+    x: Tensor,
+    t: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Tensor]:
+    """Gradients, by name, of the mean squared output: zeros for what gets none."""
+    unet.zero_grad()
+    with autocast():
+        output = network(x, t, return_dict=False)[0]
+    output.to(x.dtype).square().mean().backward()
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in unet.named_parameters()
+    }
+    unet.zero_grad()
+    return found
+
+
+@contextmanager
+def _without_dropout(unet: UNet2DModel) -> Iterator[None]:
+    """Masks are drawn in another order by compiled code."""
+    layers = [m for m in unet.modules() if isinstance(m, torch.nn.Dropout)]
+    shares = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, share in zip(layers, shares, strict=True):
+            layer.p = share
