@@ -138,7 +138,9 @@ def main():
     options.add_argument("--size", type=int, default=32, help="side of the images")
     options.add_argument("--steps", type=int, default=4, help="steps timed together, each time")
     options.add_argument(
-        "--compile", action="store_true", help="also with compile=True: a minute of compiling each"
+        "--compile",
+        action="store_true",
+        help="also compiled, float32 and bfloat16: a minute each",
     )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -152,7 +154,9 @@ def main():
         ("bare loop", lambda: bare(*what, device), {"use_ema": False}),
         ("stock example", lambda: stock(*what), {}),
     ]
-    cases = against + [(n, make, {**c, "compile": True}) for n, make, c in against if args.compile]
+    faster = [{"compile": True}, {"compile": True, "mixed_precision": "bf16"}]
+    ways = [{}, *(faster if args.compile else [])]
+    cases = [(name, make, {**c, **way}) for way in ways for name, make, c in against]
     for name, make, changes in cases:
         with tempfile.TemporaryDirectory() as folder:
             mine, theirs = ours(images, Path(folder), *what[1:], **changes), make()
