@@ -109,10 +109,11 @@ SHARED_WITH_SOLVERS = {"solver_order": 1, "lower_order_final": False}
 # it so.
 MIN_STD = 1e-10
 
-# A sweep over eta without a new plan makes a table for each value; more than these are not kept,
-# nor the columns of more single rows of each (2.4 kB a row).
-MAX_TABLES = 16
-MAX_SEEN = 1000
+# A sweep over eta without a new plan makes a table for each value; more than these are not kept.
+MAX_TABLES = 64
+
+# The columns of a longer plan are not kept: 3.4 kB a row.
+MAX_COLUMNS = 1000
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -140,7 +141,6 @@ class Table(NamedTuple):
     rows: torch.Tensor
     uses_sample: bool  # is out_x needed beside a clipped x0_hat?
     uses_output: bool  # is out_m needed beside a clipped x0_hat?
-    seen: dict[int, tuple[torch.Tensor, ...]]  # columns of rows looked up by number, views of them
     multistep: Multistep | None = None
 
 
@@ -230,13 +230,23 @@ class FamilySchedulerMixin:
         self._tables: dict[tuple, Table] = {}
         self._forward: dict[tuple, torch.Tensor] = {}
         self.num_inference_steps: int | None = None
+        self._newest: tuple[Table, dict[int, tuple[torch.Tensor, ...]]] | None = None
+        self._plan: list[int] = []
+        self._planned_config: Any = None
         self._planned = False  # compiled code would recompile for each `num_inference_steps`
         self._set_plan(list(range(big_t - 1, -1, -1)))
         self.timesteps = self._plan_tensor()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the tables out: they are made anew, and their many views are slow to pickle."""
-        return {**self.__dict__, "_tables": {}}
+        """Leave out what is made anew; the history goes along, without gradients.
+
+        The many views of a table are slow to pickle, and a tensor that has a history of its own
+        cannot be copied.
+        """
+        past = self._past
+        if past is not None:
+            past = past._replace(predictions=tuple(e.detach() for e in past.predictions))
+        return {**self.__dict__, "_tables": {}, "_newest": None, "_forward": {}, "_past": past}
 
     @property
     def alpha_bar(self) -> torch.Tensor:
@@ -249,16 +259,30 @@ class FamilySchedulerMixin:
         return 1.0 if self.config.get("set_alpha_to_one", True) else float(self._alpha_bar[0])
 
     def _set_plan(self, timesteps: list[int]) -> None:
-        """Fix the trajectory: where a step from each t lands, for planned and other timesteps."""
-        self._plan = timesteps
+        """Fix the trajectory: where a step from each t lands, for planned and other timesteps.
+
+        The tables stay if neither the trajectory nor the config has changed.
+        """
+        self._past: Past | None = None
+        if timesteps == self._plan and self.config is self._planned_config:
+            return
+        self._plan, self._planned_config = timesteps, self.config
         self._landing = landing(timesteps, len(self))
         end = torch.full_like(self._alpha_bar, self.alpha_bar_end)
         self._alpha_bar_s = torch.where(
             self._landing >= 0, self._alpha_bar[self._landing.clamp(min=0)], end
         )
         self._plan_has_zero_snr = bool((self._alpha_bar[timesteps] == 0).any())
+        self._forget_tables()
+
+    def _forget_tables(self) -> None:
         self._tables.clear()
-        self._past: Past | None = None
+        self._newest = None
+
+    def _follow_config(self) -> None:
+        """Forget what was computed from a config that `register_to_config` has replaced."""
+        if self.config is not self._planned_config:
+            self._set_plan(self._plan)
 
     def _plan_tensor(self) -> torch.Tensor:
         return torch.tensor(self._plan, dtype=torch.int64, device="cpu")
@@ -436,17 +460,26 @@ class FamilySchedulerMixin:
             out = fold(x0, eps, row, self._clips())
         uses_sample = rederive or prediction != "epsilon"
         rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
-        return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive, {})
+        return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive)
 
     def _keep(self, key: tuple, table: Table) -> Table:
         """Store a table for the steps to come, and return it."""
-        if not torch.compiler.is_compiling() and table.rows.is_inference():
-            with torch.inference_mode(False):  # a later step may be differentiated
-                table = _cloned(table)
         if len(self._tables) >= MAX_TABLES:
-            self._tables.clear()
+            self._forget_tables()
+        if not torch.compiler.is_compiling():
+            with torch.inference_mode(False):  # a later step may be differentiated
+                table = _cloned(table) if table.rows.is_inference() else table
+                self._newest = (table, self._planned_columns(table.rows))
         self._tables[key] = table
         return table
+
+    def _planned_columns(self, rows: torch.Tensor) -> dict[int, tuple[torch.Tensor, ...]]:
+        """Return the columns of each planned row as scalars, taken apart in one call."""
+        if len(self._plan) > MAX_COLUMNS:
+            return {}
+        width = rows.shape[1]
+        flat = rows[self._plan].flatten().unbind(0)
+        return {t: flat[i * width : (i + 1) * width] for i, t in enumerate(self._plan)}
 
     def _noise_bounds(self) -> list[torch.Tensor]:
         """Return log sigma(1) and log sigma-hat, between which `learned_range` interpolates."""
@@ -471,10 +504,11 @@ class FamilySchedulerMixin:
         self, table: Table, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Return the columns of the row of `timestep`, each broadcasting against the sample."""
+        number: Any = timestep
         if isinstance(timestep, torch.Tensor):
-            timestep = _read_if_free(timestep)
-        if not isinstance(timestep, torch.Tensor):
-            return self._seen_columns(table, self._check_timestep(timestep))
+            number = read_if_free(timestep) if timestep.ndim == 0 else None
+        if number is not None or not isinstance(timestep, torch.Tensor):
+            return self._columns(table, self._check_timestep(number))
         picked = _pick(table.rows, timestep, "timestep")
         if timestep.ndim == 0:
             return picked.unbind(1)
@@ -486,15 +520,11 @@ class FamilySchedulerMixin:
         shape = (-1,) + (1,) * (sample.ndim - 1)
         return tuple(column.view(shape) for column in picked.unbind(1))
 
-    def _seen_columns(self, table: Table, t: int) -> tuple[torch.Tensor, ...]:
-        if torch.compiler.is_compiling():
-            return table.rows[t].unbind(0)
-        columns = table.seen.get(t)
-        if columns is None:
-            if len(table.seen) >= MAX_SEEN:
-                table.seen.clear()
-            columns = table.seen[t] = table.rows[t].unbind(0)
-        return columns
+    def _columns(self, table: Table, t: int) -> tuple[torch.Tensor, ...]:
+        newest = None if torch.compiler.is_compiling() else self._newest
+        if newest is not None and newest[0] is table and t in newest[1]:
+            return newest[1][t]
+        return table.rows[t].unbind(0)
 
     def _step(
         self,
@@ -624,7 +654,7 @@ def _cloned(table: Table) -> Table:
     if multistep is not None:
         copies: Any = (None if part is None else part.clone() for part in multistep)
         multistep = Multistep(*copies)
-    return table._replace(rows=table.rows.clone(), seen={}, multistep=multistep)
+    return table._replace(rows=table.rows.clone(), multistep=multistep)
 
 
 def _alike(predictions: tuple[torch.Tensor, ...], e: torch.Tensor, count: int) -> bool:
@@ -662,20 +692,19 @@ def _pick(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.Tenso
         ) from error
 
 
-def can_be_read(timestep: torch.Tensor) -> bool:
-    """Tell whether looking at the value costs no read-back and is not part of a traced graph."""
+def read_if_free(timestep: torch.Tensor) -> int | list[int] | None:
+    """Return the integer or integers of a timestep where looking at them costs nothing.
+
+    None on an accelerator, which a read-back would wait for; in traced code; and for a tensor
+    without a value, as `torch.func.vmap` and `make_fx` pass it.
+    """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return timestep.device.type == "cpu" and not traced
-
-
-def _read_if_free(timestep: torch.Tensor) -> int | torch.Tensor:
-    """Return a 0-d timestep of the host as an int, any other as it is."""
-    if timestep.ndim > 0 or timestep.dtype not in INTEGER_DTYPES or not can_be_read(timestep):
-        return timestep
-    try:
-        return int(timestep)
-    except RuntimeError:  # `torch.func.vmap` and `make_fx` pass tensors that have no value
-        return timestep
+    if traced or timestep.device.type != "cpu" or timestep.dtype not in INTEGER_DTYPES:
+        return None
+    try:  # not `tolist`, which hands `make_fx` a constant
+        return int(timestep) if timestep.ndim == 0 else [int(t) for t in timestep.flatten()]
+    except RuntimeError:
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,9 @@ from .scheduling_base import (
     FamilySchedulerMixin,
     Multistep,
     Table,
-    can_be_read,
     compute_dtype,
     logger,
+    read_if_free,
 )
 from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
 
@@ -241,6 +241,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         except ValueError:
             self._set_plan(before[0])
             raise
+        if member is not None or self._sigma is not None:  # no part of the trajectory
+            self._forget_tables()
         self._sigma = None
         if member is not None:
             self._sigma = torch.full_like(self._alpha_bar, torch.nan)
@@ -270,25 +272,10 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
     def _table_for(
         self, eta: float | None, rederive: bool, device: Any, dtype: torch.dtype
     ) -> Table:
-        config = self.config
-        clips = self._clips()
-        solver = (
-            config.solver_order,
-            config.solver_form,
-            config.solver_corrector,
-            config.lower_order_final,
-        )
+        self._follow_config()
+        config, clips = self.config, self._clips()
         rederive = rederive or config.solver_order > 1
-        key = (
-            eta,
-            rederive and clips,
-            clips,
-            config.prediction_type,
-            config.reverse_variance,
-            solver,
-            device,
-            dtype,
-        )
+        key = (eta, rederive and clips, device, dtype)
         table = self._tables.get(key)
         if table is None:
             sigma = self._sigma if eta is None else self._checked_sigma(eta)
@@ -409,13 +396,10 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         A timestep on an accelerator, or in a traced call, cannot be looked at without a read-back:
         there an off-plan row is NaN.
         """
-        if isinstance(timestep, torch.Tensor):
-            if not can_be_read(timestep):
-                return
-            asked = timestep.reshape(-1).tolist()
-        else:
-            asked = [timestep]
-        for t in asked:
+        asked = read_if_free(timestep) if isinstance(timestep, torch.Tensor) else timestep
+        if asked is None:
+            return
+        for t in asked if isinstance(asked, list) else [asked]:
             if t not in self._plan:
                 raise ValueError(
                     f"`timestep` is {t}, which is not planned; with explicit `sigma` it must be "

@@ -155,8 +155,9 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
         return x0, (torch.where(first, e_x, at_s[1][0]), torch.where(first, e_m, at_s[1][1]))
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
+        self._follow_config()
         prediction, clips = self.config.prediction_type, self._clips()
-        key = (clips, prediction, device, dtype)
+        key = (device, dtype)
         table = self._tables.get(key)
         if table is None:
             self._check_plan_snr()
@@ -164,8 +165,7 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
             none = torch.zeros_like(self._alpha_bar)
             row = transition(self._alpha_bar, none)
             rows = torch.stack([*x0, *fold(x0, eps, row, clips), none], dim=1)
-            on_device = rows.to(device=device, dtype=dtype)
-            made = Table(on_device, prediction != "epsilon", True, {})
+            made = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
             table = self._keep(key, made)
         return table
 

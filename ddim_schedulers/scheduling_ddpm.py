@@ -140,8 +140,8 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         self.timesteps = self._plan_tensor().to(device)
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
-        config, clips = self.config, self._clips()
-        key = (clips, config.prediction_type, config.variance_type, device, dtype)
+        self._follow_config()
+        clips, key = self._clips(), (device, dtype)
         table = self._tables.get(key)
         if table is None:
             sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddim_schedulers import (
@@ -198,6 +199,7 @@ def test_a_pickle_does_not_grow_with_use(cls):
     unused = len(pickle.dumps(scheduler))
     for t in scheduler.timesteps:
         scheduler.step(x, t, x)
+        scheduler.add_noise(x, x, t)
     assert len(pickle.dumps(scheduler)) == unused
 
 
@@ -700,14 +702,87 @@ def test_the_last_step_passes_no_nan_of_an_unused_variance_back(variance):
 
 
 @each_class
-def test_the_columns_of_few_rows_are_kept(cls):
-    scheduler = cls(num_train_timesteps=3000)
-    scheduler.set_timesteps(3000)
-    x = torch.zeros(1, 1, 1, 1)
-    for t in range(3000):
-        scheduler.step(x, t, x)
+def test_a_step_is_the_same_by_number_and_by_tensor(cls):
+    """Planned or not, from the kept columns or from the table, before and after another table."""
+    scheduler = cls(clip_sample=False)
+    scheduler.set_timesteps(10)
+    x, m = torch.randn(2, *SHAPE)
+
+    def step(t):
+        return scheduler.step(m, t, x, return_dict=False)[0]
+
+    noise_free = cls is not MarkovianDDPMScheduler
+    for t in (scheduler.timesteps[3], torch.tensor(7), scheduler.timesteps[3]):
+        results = []
+        for form in (int(t), np.int64(t), t, t.int(), t.reshape(1), t.expand(SHAPE[0])):
+            torch.manual_seed(0)
+            results.append(step(form))
+        assert all(torch.equal(result, results[0]) for result in results)
+        if cls is GeneralizedDDIMScheduler:
+            scheduler.step(m, 7, x, eta=0.5)
+    assert noise_free == torch.equal(step(500), step(500))
+
+
+@each_class
+def test_what_is_kept_of_a_plan_is_bounded(cls):
+    scheduler, x = cls(num_train_timesteps=3000), torch.zeros(1, 1, 1, 1)
+    kept = []
+    for n in (10, 1000, 3000, 10):
+        scheduler.set_timesteps(n)
+        for eta in (0.0, 0.5) if cls is GeneralizedDDIMScheduler else (None,):
+            scheduler.step(
+                x, int(scheduler.timesteps[0]), x, **({} if eta is None else {"eta": eta})
+            )
+        kept.append(len(scheduler._newest[1]))
+    assert kept == [10, 1000, 0, 10]
+
+
+@each_class
+def test_a_plan_that_is_made_again_keeps_its_tables(cls):
+    scheduler, x = cls(), torch.randn(SHAPE)
+    scheduler.set_timesteps(10)
+    scheduler.step(x, 500, x)
     (table,) = scheduler._tables.values()
-    assert 0 < len(table.seen) <= 1000
+    scheduler.set_timesteps(10)
+    scheduler.step(x, 500, x)
+    assert [*scheduler._tables.values()][0] is table
+    scheduler.set_timesteps(20)
+    scheduler.step(x, 500, x)
+    assert [*scheduler._tables.values()][0] is not table
+
+
+@each_class
+def test_a_setting_changed_after_use_counts(cls):
+    """Pipelines and users write into configs by `register_to_config`."""
+    x, m = torch.randn(2, *SHAPE)
+    for changes in (
+        {"clip_sample": False},
+        {"clip_sample_range": 0.5},
+        {"prediction_type": "v_prediction"},
+        *([{"set_alpha_to_one": False}] if cls is GeneralizedDDIMScheduler else []),
+    ):
+        used, fresh = cls(), cls(**changes)
+        outputs = []
+        for scheduler in (used, fresh):
+            scheduler.set_timesteps(10)
+            for t in (int(scheduler.timesteps[0]), int(scheduler.timesteps[-1])):
+                scheduler.step(m, t, x)
+                if scheduler is used:
+                    scheduler.register_to_config(**changes)
+                torch.manual_seed(0)
+                outputs.append(scheduler.step(m, t, x, return_dict=False)[0])
+        assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+
+
+@each_class
+def test_a_step_under_fake_tensors_leaves_no_fake_ones(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    x = torch.randn(SHAPE)
+    scheduler.step(x, 500, x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        scheduler.step(mode.from_tensor(x), 900, mode.from_tensor(x))
+    assert type(scheduler.step(x, 900, x).prev_sample) is torch.Tensor
 
 
 @each_class
@@ -727,3 +802,7 @@ def test_a_timestep_that_has_no_value_is_looked_up_in_the_graph(cls):
     assert torch.equal(torch.func.vmap(step)(m, times, x), expected)
     traced = make_fx(step)(m[0], times[0], x[0])
     assert torch.equal(traced(m[1], times[1], x[1]), expected[1])
+    if cls is GeneralizedDDIMScheduler:
+        scheduler.set_timesteps(timesteps=[900, 300], sigma=[0.0, 0.0])
+        given = torch.stack([step(m[i], times[i], x[i]) for i in range(2)])
+        assert torch.equal(torch.func.vmap(step)(m, times, x), given)

@@ -22,34 +22,27 @@ SHAPES = {(1, 4, 64, 64): 300, (4, 3, 32, 32): 300, (16, 3, 256, 256): 4}
 
 
 def cases(shape, dtype):
-    """Yields (label, a step of ours, a step of stock) on the same input."""
+    """Yields (label, a step of ours, a step of stock), both walking through plans of 50."""
     x, m, noise = (torch.randn(shape).to(dtype) for _ in range(3))
     for eta in (0.0, 1.0):
         ours, stock = GeneralizedDDIMScheduler(), DDIMScheduler()
-        yield f"DDIM eta {eta:g}", step(ours, m, x, eta=eta), step(stock, m, x, eta=eta)
+        yield f"DDIM eta {eta:g}", walk(ours, m, x, eta=eta), walk(stock, m, x, eta=eta)
     # the noise given: what is left is the step itself, without drawing a Gaussian of its size
     given = {"eta": 1.0, "variance_noise": noise}
     ours, stock = GeneralizedDDIMScheduler(), DDIMScheduler()
-    yield "DDIM eta 1, noise given", step(ours, m, x, **given), step(stock, m, x, **given)
+    yield "DDIM eta 1, noise given", walk(ours, m, x, **given), walk(stock, m, x, **given)
     ours, stock = MarkovianDDPMScheduler(), DDPMScheduler()
-    yield "DDPM", step(ours, m, x), step(stock, m, x)
+    yield "DDPM", walk(ours, m, x), walk(stock, m, x)
     ours, stock = GeneralizedDDIMInverseScheduler(), DDIMInverseScheduler()
-    yield "DDIM inverse", step(ours, m, x), step(stock, m, x)
-    # orders above 1 against the multistep solver that people use; both walk through their plan
+    yield "DDIM inverse", walk(ours, m, x), walk(stock, m, x)
+    # orders above 1 against the multistep solver that people use
     for order in (2, 3):
         ours = GeneralizedDDIMScheduler(solver_order=order, clip_sample=False)
         stock = DPMSolverMultistepScheduler(solver_order=order)
         yield f"order {order} against DPM-Solver++", walk(ours, m, x), walk(stock, m, x)
 
 
-def step(scheduler, model_output, sample, **arguments):
-    """Returns a call that takes one step in the middle of a plan of 50."""
-    scheduler.set_timesteps(50)
-    t = scheduler.timesteps[25]
-    return lambda: scheduler.step(model_output, t, sample, **arguments)
-
-
-def walk(scheduler, model_output, sample):
+def walk(scheduler, model_output, sample, **arguments):
     """Returns a call that takes the next step of a plan of 50, and plans anew at its end."""
     left = []
 
@@ -57,7 +50,7 @@ def walk(scheduler, model_output, sample):
         if not left:
             scheduler.set_timesteps(50)
             left.extend(scheduler.timesteps.flip(0))
-        scheduler.step(model_output, left.pop(), sample)
+        scheduler.step(model_output, left.pop(), sample, **arguments)
 
     return call
 
