@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.training import checkpoints, saving, stopping, train
 from ddim_schedulers.training.checkpoints import CheckpointError
-from ddim_schedulers.training.compiling import compile_for_training
+from ddim_schedulers.training.compiling import check_gradients, compile_for_training
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
 from ddim_schedulers.training.launch import LearningRate
 from ddim_schedulers.training.outcome import NonFiniteError
@@ -512,12 +512,54 @@ def test_a_compiler_that_loses_gradients_is_refused(settings):
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"channels_last": True}])
 def test_the_check_of_compiled_gradients_leaves_no_trace(settings, options):
     """Nothing but the sums of rounding tells a run that was compiled from one that was not."""
-    options |= {"model": settings("a").model.replace("unet", "dropout"), "max_train_steps": 4}
+    options |= {"max_train_steps": 4}
     plain = run(settings("plain", **options))
     compiled = run(settings("compiled", compile=True, compile_backend="eager", **options))
     assert compiled.losses == pytest.approx(
         plain.losses, rel=1e-2 if "bf16" in str(options) else 1e-5
     )
+
+
+@pytest.mark.parametrize("zero", ["conv_out", "conv2"])
+def test_weights_that_begin_at_zero_hide_no_lost_gradient(zero):
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **UNET)
+    chosen = [p for name, p in unet.named_parameters() if f"{zero}." in name]
+    for parameter in chosen:
+        torch.nn.init.zeros_(parameter)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+
+    def lossy(x, t, return_dict):
+        own = {n: p if "conv_out" in n else p.detach() for n, p in unet.named_parameters()}
+        return torch.func.functional_call(unet, own, (x, t), {"return_dict": return_dict})
+
+    check_gradients(unet, unet, x, t)
+    with pytest.raises(ValueError, match="loses gradients of this network"):
+        check_gradients(lossy, unet, x, t)
+    assert chosen and not any(p.any() for p in chosen)  # as they were
+    assert all(p.grad is None for p in unet.parameters())
+    unet.conv_in.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="are not finite without compilation"):
+        check_gradients(unet, unet, x, t)
+
+
+def test_dropout_and_accelerates_own_compiler_are_refused(settings, monkeypatch):
+    dropout = settings("a").model.replace("unet", "dropout")
+    with pytest.raises(ValueError, match="the network has dropout, whose masks would differ"):
+        Trainer(settings("a", compile=True, compile_backend="eager", model=dropout))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="accelerate is told to compile"):
+        Trainer(settings("a"))
+
+
+def test_a_network_that_upsamples_by_copies_gives_the_same():
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **UNET)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    expected = unet(x, t).sample
+    compile_for_training(unet, None, "eager")
+    assert not unet.up_blocks[0].upsamplers[0].interpolate
+    torch.testing.assert_close(unet(x, t).sample, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_upsampling_by_copies_gives_the_same_values():

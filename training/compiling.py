@@ -17,12 +17,13 @@ from torch import Tensor
 # A compiled gradient may be off by this share of its norm, and by so many times as much as mixed
 # precision alone is off. What was lost is off by its whole norm.
 TOLERANCE, TIMES = 1e-3, 4.0
-# Of the largest norm: what lies below is rounding alone (the bias of attention's keys has none).
-NEGLIGIBLE = 1e-4
+# Of the largest norm: what lies below is rounding alone (the bias of attention's keys has none), in
+# float32 and in bfloat16.
+NEGLIGIBLE, NEGLIGIBLE_IN_HALF = 1e-6, 1e-4
 
 
 def compile_for_training(unet: UNet2DModel, mode: str | None, backend: str) -> Any:
-    """Compile `unet`; on the CPU it upsamples by copying: the same values, and the right gradients.
+    """Compile `unet`; on the CPU it upsamples by copying, which has another backward pass.
 
     Args:
         unet: the network; on the CPU its upsampling layers are changed.
@@ -31,7 +32,8 @@ def compile_for_training(unet: UNet2DModel, mode: str | None, backend: str) -> A
     """
     if unet.device.type == "cpu":
         for module in unet.modules():
-            if isinstance(module, Upsample2D) and module.interpolate:
+            is_nearest = isinstance(module, Upsample2D) and not module.use_conv_transpose
+            if is_nearest and module.interpolate:
                 module.interpolate = False
                 module.register_forward_pre_hook(_repeat_pixels)
     return torch.compile(unet, mode=mode, backend=backend)
@@ -50,33 +52,40 @@ def check_gradients(
     unet: UNet2DModel,
     x: Tensor,
     t: Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> None:
     """Compare the gradients of a compiled network with those of the network it was made of.
 
     Args:
         network: `unet`, compiled, maybe within DDP; then every process passes the same batch.
-        unet: the network. Its dropout is off meanwhile, its gradients are gone afterwards.
+        unet: the network, without dropout, whose masks compiled code draws in another order. Its
+            gradients are gone afterwards.
         x: a batch as the network will see it, (B, C, H, W).
         t: its timesteps, (B,).
-        autocast: mixed precision of the run.
+        autocast: mixed precision of the run, or None.
 
     Raises:
-        ValueError: a gradient differs by more than rounding; says how many, and the worst.
+        ValueError: a gradient differs by more than rounding, and by how much the worst; or they
+            are not finite without compilation either.
     """
-    with _without_dropout(unet):
-        exact = _gradients(unet, unet, x, t, nullcontext)
-        eager = _gradients(unet, unet, x, t, autocast)
-        found = _gradients(network, unet, x, t, autocast)
-    largest = max(float(g.norm()) for g in exact.values())
+    with _no_weights_of_zero(unet):
+        exact = eager = _gradients(unet, unet, x, t, nullcontext)
+        if autocast is not None:
+            eager = _gradients(unet, unet, x, t, autocast)
+        found = _gradients(network, unet, x, t, autocast or nullcontext)
+    if not all(bool(gradient.isfinite().all()) for gradient in exact.values()):
+        raise ValueError(
+            "compile is true, and the gradients of this network are not finite without compilation"
+        )
+    negligible = NEGLIGIBLE if autocast is None else NEGLIGIBLE_IN_HALF
+    floor = negligible * max(float(gradient.norm()) for gradient in exact.values())
     wrong = {}
     for name, gradient in exact.items():
         norm = float(gradient.norm())
         rounding = float((eager[name] - gradient).norm())
-        allowed = TOLERANCE * norm + TIMES * rounding + NEGLIGIBLE * largest
         off = float((found[name] - gradient).norm())
-        if not off <= allowed:  # NaN, too
-            wrong[name] = off / max(norm, NEGLIGIBLE * largest)
+        if not off <= TOLERANCE * norm + TIMES * rounding + floor:  # NaN, too
+            wrong[name] = off / max(norm, floor)
     if wrong:
         worst = max(wrong, key=lambda name: wrong[name])
         raise ValueError(
@@ -107,14 +116,16 @@ def _gradients(
 
 
 @contextmanager
-def _without_dropout(unet: UNet2DModel) -> Iterator[None]:
-    """Masks are drawn in another order by compiled code."""
-    layers = [m for m in unet.modules() if isinstance(m, torch.nn.Dropout)]
-    shares = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
+def _no_weights_of_zero(unet: UNet2DModel) -> Iterator[None]:
+    """Fill weights that begin at zero, through which no gradient would come, for a while."""
+    zeros = [p for p in unet.parameters() if p.ndim > 1 and not bool(p.any())]
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in zeros:
+            p.copy_(0.02 * torch.randn(p.shape, generator=source, dtype=p.dtype))
     try:
         yield
     finally:
-        for layer, share in zip(layers, shares, strict=True):
-            layer.p = share
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()

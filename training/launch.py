@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from diffusers.optimization import get_scheduler
 
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
@@ -25,7 +26,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Raises:
         ValueError: launched with FSDP, DeepSpeed or Megatron-LM, several processes that do not see
-            each other, a tracker that is not installed, or fp16 on the CPU.
+            each other, a compiler of Accelerate's own, a tracker that is not installed, or fp16 on
+            the CPU.
     """
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -44,6 +46,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         project_dir=str(Path(config.output_dir) / "logs"),
     )
     check_joined(accelerator.num_processes)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "accelerate is told to compile (dynamo_backend in its config, or "
+            "ACCELERATE_DYNAMO_BACKEND); set `compile` and `compile_backend` instead"
+        )
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(_refusal(accelerator.distributed_type.value))
     if config.tracker != "none" and not accelerator.log_with:

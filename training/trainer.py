@@ -128,12 +128,18 @@ class Trainer:
 
     def _check_compiled(self) -> None:
         """Refuse a compiler that loses gradients, by a batch of noise of the size of a real one."""
+        if self.has_dropout:
+            raise ValueError(
+                "compile is true on the CPU, where its gradients are compared with those without "
+                "it, and the network has dropout, whose masks would differ; set dropout to 0"
+            )
         source = torch.Generator().manual_seed(self.config.seed)
         x = torch.randn(self.share.rows, *self.data.shape, generator=source, dtype=self.dtype)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         t = torch.randint(self.config.num_train_timesteps, (len(x),), generator=source)
-        check_gradients(self.network, self.unet, x, t, self.accelerator.autocast)
+        autocast = None if self.accelerator.mixed_precision == "no" else self.accelerator.autocast
+        check_gradients(self.network, self.unet, x, t, autocast)
 
     def _load_data(self) -> tuple[ImageData, ImageData | None]:
         self.stream: Stream | None = None
