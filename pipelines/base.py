@@ -115,7 +115,7 @@ class UnconditionalPipeline(DiffusionPipeline):
             network.to(dtype)
         if channels_last:
             network.to(memory_format=torch.channels_last)
-        if compile:
+        if compile is True or isinstance(compile, dict):
             network.compile(**({} if compile is True else compile))
         return self
 

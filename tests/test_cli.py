@@ -195,18 +195,19 @@ def test_known_modules_are_those_of_the_extra():
         assert set().union(*brought.values()) == declared
 
 
-def test_help_imports_no_extra(tmp_path):
-    verbs = [[], *([verb] for verb in cli.VERBS if verb not in cli.OWN_PARSER)]
+def test_help_and_argument_errors_import_no_extra(tmp_path):
     code = f"""
 import sys
 from ddim_schedulers.training import cli
-for argv in {verbs!r}:
-    try:
-        cli.main([*argv, "--help"])
-    except SystemExit as stop:
-        assert stop.code == 0
-    heavy = {{"datasets", "torchmetrics", "matplotlib", "sklearn"}} & set(sys.modules)
-    assert not heavy, (argv, heavy)
+for verb in {[[], *([verb] for verb in cli.VERBS)]!r}:
+    for argument, expected in (("--help", 0), ("--nonsense", 2)):
+        try:
+            status = cli.main([*verb, argument])
+        except SystemExit as stop:
+            status = stop.code
+        assert status == expected, (verb, argument, status)
+        heavy = {{"datasets", "torchmetrics", "matplotlib", "sklearn"}} & set(sys.modules)
+        assert not heavy, (verb, argument, heavy)
 """
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -45,8 +45,8 @@ def planning():
             print(f"| {big_t} | {steps} | {seconds[0]:.2f} | {seconds[1] * 1e3:.1f} |")
 
 
-def calls():
-    """Time of a calibration and of a likelihood against their bare network calls."""
+def runs():
+    """Returns a calibration, a likelihood and their bare network calls, by name."""
     from ddim_schedulers.training.calibration import calibrate
     from ddim_schedulers.training.likelihood import LikelihoodSettings, evaluate
     from ddim_schedulers.training.subject import subject_of
@@ -67,13 +67,19 @@ def calls():
     def likelihood(work):
         evaluate(subject, images, settings, work)
 
-    for run in (calibration, likelihood):
-        figures = paired(
-            lambda run=run: in_new_folder(run),
-            lambda: bare(unet, images, torch.arange(big_t)),
-            repeats=9,
-        )
-        report([{"of": run.__name__, "labels": ["of"], **figures}], None)
+    return {
+        "calibration": lambda: in_new_folder(calibration),
+        "likelihood": lambda: in_new_folder(likelihood),
+        "bare": lambda: bare(unet, images, torch.arange(big_t)),
+    }
+
+
+def calls(args):
+    """Time of a calibration and of a likelihood against their bare network calls."""
+    found, rows = runs(), []
+    for name in ("calibration", "likelihood"):
+        rows.append({"of": name, "labels": ["of"], **paired(found[name], found["bare"], repeats=9)})
+    report(rows, args.json)
 
 
 def estimators(args):
@@ -181,7 +187,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("planning")
-    verbs.add_parser("calls")
+    verbs.add_parser("calls").add_argument("--json", type=Path, help="write the figures here too")
     for name in ("estimators", "sampling"):
         verb = verbs.add_parser(name)
         verb.add_argument("--pipeline", required=True)
@@ -193,7 +199,7 @@ def main():
         verb.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"planning": planning, "calls": calls}.get(args.verb, lambda: globals()[args.verb](args))()
+    planning() if args.verb == "planning" else globals()[args.verb](args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Resident memory: its growth over many steps, and the peak of sampling and training.
+"""Resident memory: its growth over many steps, and the peaks of sampling, likelihood and training.
 
 python tests/benchmarks/bench_memory.py --json memory.json [--steps 10000]
 
@@ -13,7 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = ("steps", "orders", "sampling", "stock sampling", "training", "stock training")
+from pairing import write_json
+
+CASES = (
+    "steps",
+    "orders",
+    "sweep",
+    "sampling",
+    "stock sampling",
+    "calibration",
+    "likelihood",
+    "training",
+    "stock training",
+)
 
 
 def resident():
@@ -29,17 +41,19 @@ def measure(case, steps):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if case in ("steps", "orders"):
+    if case in ("steps", "orders", "sweep"):
         from ddim_schedulers import GeneralizedDDIMScheduler
 
-        scheduler = GeneralizedDDIMScheduler(eta=1.0, solver_order=3 if case == "orders" else 1)
+        order, eta = 3 if case == "orders" else 1, None if case == "sweep" else 1.0
+        scheduler = GeneralizedDDIMScheduler(eta=eta, solver_order=order)
         x, m = torch.randn(2, 16, 3, 32, 32)
 
         def work(count):
             for i in range(count):
                 if i % 50 == 0:
                     scheduler.set_timesteps(50)
-                scheduler.step(m, scheduler.timesteps[i % 50], x)
+                given = {"eta": i % 97 / 97} if case == "sweep" else {}
+                scheduler.step(m, scheduler.timesteps[i % 50], x, **given)
 
         warm, count = 500, steps
     elif case.endswith("sampling"):
@@ -56,6 +70,11 @@ def measure(case, steps):
             pipe = quiet(DDIMPipeline(unet, DDIMScheduler()))
             work = lambda n: pipe(16, num_inference_steps=n, output_type="np")  # noqa: E731
         warm, count = 2, 20
+    elif case in ("calibration", "likelihood"):
+        from bench_likelihood import runs
+
+        run = runs()[case]
+        work, warm, count = lambda n: [run() for _ in range(n)], 1, 3
     else:
         import tempfile
 
@@ -97,7 +116,7 @@ def main():
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from bench_sampling import network
 from diffusers import DDIMPipeline, DDIMScheduler
+from pairing import write_json
 
 BATCH = 16
 
@@ -99,7 +100,7 @@ def main():
             rows.append({"case": case, "images_per_second": speed, "speed_up": ratios})
             print(f"{case}: {ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

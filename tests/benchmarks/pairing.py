@@ -66,9 +66,6 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 
 def report(rows: list[dict[str, Any]], path: Path | None) -> None:
     """Prints one line a row, the ratio first, and writes JSON with the versions."""
-    import diffusers
-    import torch
-
     for row in rows:
         named = ", ".join(f"{k} {v}" for k, v in row.items() if k in row["labels"])
         print(
@@ -78,11 +75,19 @@ def report(rows: list[dict[str, Any]], path: Path | None) -> None:
             flush=True,
         )
     if path is not None:
-        versions = {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-        }
-        path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
+        write_json(path, rows)
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes figures with the versions that they were measured with."""
+    import diffusers
+    import torch
+
+    versions = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+    path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
