@@ -169,6 +169,22 @@ def scheduler_files(scheduler: Any, form: str) -> tuple[list[str], dict[str, byt
     return [module, name], {**config, f"{module}.py": source.encode()}, []
 
 
+def with_installed_schedulers(index: dict[str, Any]) -> dict[str, Any]:
+    """Return a `model_index.json` whose self-contained schedulers are the plug-in's own classes.
+
+    Both forms have the same config, so nothing else changes, and no code of the repository runs.
+    """
+
+    def installed(entry: Any) -> Any:
+        if not isinstance(entry, list) or len(entry) != 2:
+            return entry
+        module, name = map(str, entry)
+        ours = module.startswith(BUNDLE_PREFIX) and name in STOCK_CLASSES
+        return ["ddim_schedulers", name] if ours else entry
+
+    return {name: installed(entry) for name, entry in index.items()}
+
+
 # -- reading a saved pipeline
 
 

@@ -210,7 +210,7 @@ def _member(
     if sigma is None:
         inner = sigma_eta(a_t[:-1], a_s[:-1], eta)
         std, said = torch.cat([inner, torch.zeros_like(a_t[:1])]), f"`eta` is {eta!r}"
-        check_sigma(std.detach(), a_s.detach(), "eta")
+        check_sigma(std.detach(), a_s.detach(), eta)
     else:
         std = torch.as_tensor(sigma, dtype=a_t.dtype)
         if std.shape != a_t.shape:

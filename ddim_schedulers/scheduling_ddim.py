@@ -235,9 +235,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
             if member is not None:
                 check_sigma(member, self._alpha_bar_s[planned])
             elif self.config.eta is not None:
-                check_sigma(
-                    self._sigma_of(self.config.eta)[planned], self._alpha_bar_s[planned], "eta"
-                )
+                eta = self.config.eta
+                check_sigma(self._sigma_of(eta)[planned], self._alpha_bar_s[planned], eta)
         except ValueError:
             self._set_plan(before[0])
             raise
@@ -326,7 +325,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         # up to eta = 1 every sigma is admissible; above it the plan decides (a traced call gets NaN
         # instead)
         if eta > 1 and not torch.compiler.is_compiling():
-            check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan], "eta")
+            check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan], eta)
         return sigma
 
     def step(

@@ -68,14 +68,14 @@ def tolerance(sigma: torch.Tensor, alpha_bar_s: torch.Tensor) -> float:
 
 
 def check_sigma(
-    sigma: torch.Tensor, alpha_bar_s: torch.Tensor, name: str = "sigma"
+    sigma: torch.Tensor, alpha_bar_s: torch.Tensor, eta: float | None = None
 ) -> torch.Tensor:
     """Return `sigma` if 0 <= sigma^2 <= 1 - alpha_bar_s holds in every step (DDIM, Eq. 7).
 
     Args:
         sigma: standard deviations, shape (S,), in the order of stepping, or one for each sample.
         alpha_bar_s: alpha_bar where each step lands, broadcasts against `sigma`.
-        name: what the message calls the argument.
+        eta: what the caller gave if sigma was made of it; the message then speaks of it.
 
     Raises:
         ValueError: naming the first offending step.
@@ -83,10 +83,16 @@ def check_sigma(
     admissible = (sigma >= 0) & (sigma**2 <= 1 - alpha_bar_s + tolerance(sigma, alpha_bar_s))
     if not bool(admissible.all()):
         i = int((~admissible).flatten().nonzero()[0])
-        values, landings = torch.broadcast_tensors(sigma, alpha_bar_s)
-        value, bound = float(values.flatten()[i]), math.sqrt(1 - float(landings.flatten()[i]))
+        values, landings = (x.flatten() for x in torch.broadcast_tensors(sigma, alpha_bar_s))
+        value, bound = float(values[i]), math.sqrt(1 - float(landings[i]))
+        given, it, largest = f"`sigma` is {value:.6g}", "it", ""
+        if eta is not None:
+            given, it = f"`eta` is {eta!r}, which gives sigma = {value:.6g}", "sigma"
+            noisy = values > 0  # sigma is proportional to eta; rounded down, and 1 always fits
+            share = float(((1 - landings[noisy]).sqrt() / values[noisy]).min())
+            largest = f"; `eta` may be at most {max(math.floor(eta * share * 1e4) / 1e4, 1.0):g}"
         raise ValueError(
-            f"`{name}` is {value:.6g} in step {i} (counted from 0); it must lie between 0 and "
-            f"sqrt(1 - alpha_bar_s) = {bound:.6g} there."
+            f"{given} in step {i} (counted from 0); {it} must lie between 0 and "
+            f"sqrt(1 - alpha_bar_s) = {bound:.6g} there{largest}."
         )
     return sigma

@@ -1,6 +1,9 @@
 """What all pipelines share: construction, checks, and being made from another pipeline."""
 
 import copy
+import json
+import os
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -8,6 +11,8 @@ from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
+from ddim_schedulers.export import with_installed_schedulers
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.fitness import SINGLE_STEP, check_network, check_scheduler
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.sampling import state_dtype
@@ -37,6 +42,25 @@ class UnconditionalPipeline(DiffusionPipeline):
         check_network(cast(Network, unet))
         check_scheduler(cast(Scheduler, scheduler), self.accepted_schedulers, type(self).__name__)
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `model_index.json` for `save_pretrained` and `push_to_hub`.
+
+        It names `DDPMPipeline`, which has the same components and which diffusers knows: any of our
+        pipelines loads the folder again, and so does `DiffusionPipeline.from_pretrained`.
+        """
+        index = {**json.loads(self.to_json_string()), "_class_name": "DDPMPipeline"}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_bytes(Path(json_file_path), text.encode())
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read `model_index.json` for `from_pretrained`, on disk and from the Hub.
+
+        A self-contained scheduler becomes the installed class, so that it fits these pipelines and
+        no code of a repository has to be trusted.
+        """
+        return with_installed_schedulers(super()._dict_from_json_file(json_file))
 
     @classmethod
     def from_pipe(  # type: ignore[override]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler
 
 import ddim_schedulers
 from ddim_schedulers import (
@@ -14,8 +14,9 @@ from ddim_schedulers import (
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
     export,
+    pipelines,
 )
-from ddim_schedulers.training import hub
+from ddim_schedulers.training import cli, hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # see test_hub
 
@@ -101,6 +102,7 @@ print("RESULT", repr(seen))
 WITH = """
 import ddim_schedulers
 from ddim_schedulers import GeneralizedDDIMScheduler as Ours
+from ddim_schedulers.pipelines import GenerationPipeline
 seen = {}
 for where, portable, bundled, plugin in places:
     pipe, told = load(portable)
@@ -117,6 +119,13 @@ for where, portable, bundled, plugin in places:
     seen[where, "trusted difference"] = sample(pipe)
     pipe.scheduler = Ours.from_config(pipe.scheduler.config)
     seen[where, "trusted and swapped difference"] = sample(pipe)
+    lines.clear()
+    for trust in ({}, {"trust_remote_code": True}):  # a pipeline of ours needs no trust
+        pipe = GenerationPipeline.from_pretrained(bundled, **trust)
+        seen[where, "ours"] = type(pipe.scheduler) is Ours, dict(pipe.scheduler.config), lines[:]
+        as_ddpm = diffusers.DDPMPipeline(**pipe.components)
+        as_ddpm.set_progress_bar_config(disable=True)
+        seen[where, "ours difference"] = sample(as_ddpm)
     pipe, told = load(plugin, scheduler=Ours(eta=0.25))
     seen[where, "passed"] = pipe.scheduler.config.eta, told
     pipe, told = load(portable, scheduler=Ours(eta=0.25))
@@ -179,6 +188,11 @@ def test_every_form_in_fresh_processes_from_disk_and_from_the_hub(
         assert ours(config) == wanted
         assert seen[where, "trusted difference"] == 0.0
         assert seen[where, "trusted and swapped difference"] == 0.0
+        is_ours, config, told = seen[where, "ours"]
+        assert is_ours
+        assert not [line for line in told if "trust" not in line[1]]
+        assert ours(config) == wanted
+        assert seen[where, "ours difference"] == 0.0
         assert seen[where, "passed"] == (0.25, [])
         # DDIMPipeline puts a stock scheduler in the place of any other, and diffusers says so
         [(_, told)] = seen[where, "passed to stock"]
@@ -190,6 +204,60 @@ def test_every_form_in_fresh_processes_from_disk_and_from_the_hub(
     cdn = [a for _, path, a, _ in loopback_hub.requests if path.startswith("/cdn/")]
     assert cdn
     assert set(cdn) == {None}
+
+
+PIPELINES = """
+seen = {}
+if push:  # needs this package
+    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)  # see test_hub
+    from ddim_schedulers.pipelines import GenerationPipeline
+    GenerationPipeline.from_pretrained(paths[0]).push_to_hub("me/generation", token=push)
+    paths.append("me/generation")
+for path in paths:
+    pipe, told = load(path)
+    pipe(num_inference_steps=2, output_type="np")
+    seen[path] = type(pipe).__name__, type(pipe.scheduler).__name__, told
+print("RESULT", repr(seen))
+"""
+OUR_PIPELINES = (
+    pipelines.AnnealedLangevinPipeline,
+    pipelines.GenerationPipeline,
+    pipelines.InterpolationPipeline,
+    pipelines.InversionPipeline,
+)
+
+
+def test_our_pipelines_are_saved_as_diffusers_loads_them(
+    tiny_ddpm, tmp_path, loopback_hub, fresh_python
+):
+    """Saved and pushed; where the scheduler is stock, this package is not needed to load."""
+    loopback_hub.tokens[TOKEN] = ("me", True)
+    online = {"HF_ENDPOINT": loopback_hub.url, "HF_HUB_OFFLINE": "0"}
+    for scheduler in (GeneralizedDDIMScheduler(eta=0.5), DDIMScheduler()):
+        name = type(scheduler).__name__
+        paths = [str(tmp_path / name / cls.__name__) for cls in OUR_PIPELINES]
+        for cls, path in zip(OUR_PIPELINES, paths, strict=True):
+            cls(**tiny_ddpm(scheduler).components).save_pretrained(path)
+            for again in OUR_PIPELINES:
+                loaded = again.from_pretrained(path)
+                assert type(loaded) is again and type(loaded.scheduler) is type(scheduler)
+                assert ours(loaded.scheduler.config) == ours(scheduler.config)
+        stock = name == "DDIMScheduler"
+        head = PRELUDE + f"paths, push = {paths!r}, {None if stock else TOKEN!r}\n"
+        seen = result(fresh_python(head + PIPELINES, without_package=stock, **online))
+        assert len(seen) == (4 if stock else 5)
+        assert set(map(str, seen.values())) == {str(("DDPMPipeline", name, []))}
+
+
+def test_the_command_line_samples_a_self_contained_pipeline(folders, tmp_path):
+    """With the installed class: the code beside the config would end the program."""
+    root = shutil.copytree(folders / "self-contained", tmp_path / "p")
+    [code] = root.rglob("*.py")
+    code.write_text("raise SystemExit('ran')")
+    options = ["--num_images", "2", "--num_inference_steps", "3", "--device", "cpu"]
+    words = ["sample", "--pipeline", str(root), *options, "--output", str(tmp_path / "images")]
+    assert cli.main(words) == 0
+    assert len(list((tmp_path / "images" / "images").glob("*.png"))) == 2
 
 
 def test_what_each_form_writes(folders):

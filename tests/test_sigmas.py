@@ -1,6 +1,7 @@
 """Step noise: the formulas, their bounds, and the messages about what is out of them."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -74,8 +75,20 @@ def test_the_bound_is_sharp():
 
 
 def test_the_message_has_name_value_and_bound():
-    with pytest.raises(ValueError, match=r"`eta` is 0\.9 in step 1 .* = 0\.6 there"):
-        check_sigma(torch.tensor([0.1, 0.9]), torch.tensor([0.3, 0.64]), "eta")
+    with pytest.raises(ValueError, match=r"`sigma` is 0\.9 in step 1 .* = 0\.6 there\.$"):
+        check_sigma(torch.tensor([0.1, 0.9]), torch.tensor([0.3, 0.64]))
+
+
+def test_the_message_for_an_eta_says_which_eta_is_allowed():
+    a_t, a_s = torch.tensor([0.1, 0.4]).double(), torch.tensor([0.4, 1.0]).double()
+    sigma = sigma_eta(a_t, a_s, 50)
+    said = r"`eta` is 50, which gives sigma = 35\.3553 in step 0 .*; `eta` may be at most (.*)\.$"
+    with pytest.raises(ValueError, match=said) as caught:
+        check_sigma(sigma, a_s, 50)
+    largest = float(re.search(said, str(caught.value))[1])
+    check_sigma(sigma_eta(a_t, a_s, largest), a_s, largest)
+    with pytest.raises(ValueError, match="`eta` is"):
+        check_sigma(sigma_eta(a_t, a_s, largest + 1e-3), a_s, largest + 1e-3)
 
 
 @pytest.mark.parametrize("eta", [-0.1, math.nan, math.inf, True, "1", None])
