@@ -23,14 +23,22 @@ import torch
 from PIL import Image
 
 from ddim_schedulers.pipelines.base import check_batch_size, chunks
-from ddim_schedulers.pipelines.files import remove_leftovers, write_json, write_npz, write_png
+from ddim_schedulers.pipelines.files import (
+    check_folders,
+    remove_leftovers,
+    write_json,
+    write_npz,
+    write_png,
+)
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, to_pil, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.pictures import make_grid
+from ddim_schedulers.pipelines.records import warn_of_clipping
 from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
 
 FORMATS = ("png", "npz")
+FOLDERS = {"png": "images", "npz": "shards"}
 SETTINGS = "sample.json"
 GRID = "grid.png"
 GRID_IMAGES = 64
@@ -96,9 +104,16 @@ def process_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return (rank, number of processes) as torchrun and accelerate launch announce them.
 
     Raises:
-        ValueError: if RANK is not below WORLD_SIZE.
+        ValueError: if they are not integers, or RANK is not below WORLD_SIZE.
     """
-    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    named = {"RANK": environment.get("RANK", "0"), "WORLD_SIZE": environment.get("WORLD_SIZE", "1")}
+    try:
+        rank, size = (int(value) for value in named.values())
+    except ValueError as error:
+        raise ValueError(
+            f"The environment says RANK={named['RANK']!r} and WORLD_SIZE={named['WORLD_SIZE']!r}; "
+            "both must be integers, as torchrun sets them."
+        ) from error
     if not 0 <= rank < size:
         raise ValueError(
             f"RANK is {rank} and WORLD_SIZE {size}; RANK must lie in 0 .. WORLD_SIZE - 1."
@@ -125,7 +140,8 @@ def sample_to_directory(
 
     Raises:
         ValueError: if the folder holds a job with other settings, naming what differs, if the
-            network's channels do not fit PNG, or for steps or an eta that the scheduler refuses.
+            network's channels do not fit PNG, for steps or an eta that the scheduler refuses, or
+            for samples that are not finite, of which no file is written.
     """
     if job.file_format == "png":
         check_pil_channels(pipe.image_shape[0])
@@ -133,22 +149,30 @@ def sample_to_directory(
     plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output` is {str(output)!r}, which is a file; it must be a folder.")
+    check_folders(folder, FOLDERS[job.file_format], "`output`")
     files = _Files(folder, job, rank)
     files.folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.folder):
         remove_leftovers(place, rank, world_size)
-    _settle(folder / SETTINGS, settings_of(pipe, job), rank)
+    settings = settings_of(pipe, job)
+    _compare(folder / SETTINGS, settings)
     written = present = 0
+    clipped: list[tuple[float, int]] = []
     with pipe.progress_bar(total=len(files.chunks[rank::world_size])) as bar:
         for start, stop in files.chunks[rank::world_size]:
             missing = files.missing(start, stop)
             if missing:
-                files.write(start, _sample(pipe, job, start, stop), missing)
+                images, share = _sample(pipe, job, start, stop)
+                clipped += [] if share is None else [(share, len(images))]
+                # not before there are images: a job whose samples fail binds no corrected call
+                _settle(folder / SETTINGS, settings, rank)
+                files.write(start, images, missing)
             written += len(missing)
             present += len(files.names(start, stop)) - len(missing)
             bar.update()
+    if clipped:  # every image counts as many values
+        total = sum(count for _, count in clipped)
+        warn_of_clipping(sum(s * count for s, count in clipped) / total, pipe.scheduler.config)
     complete = all(not files.missing(start, stop) for start, stop in files.chunks)
     if complete and not (folder / GRID).exists():
         write_png(folder / GRID, make_grid(files.read(min(job.num_images, GRID_IMAGES))), rank)
@@ -160,7 +184,7 @@ class _Files:
 
     def __init__(self, folder: Path, job: SamplingJob, rank: int) -> None:
         self.job, self.chunks, self.rank = job, chunks(job.num_images, job.batch_size), rank
-        self.folder = folder / ("images" if job.file_format == "png" else "shards")
+        self.folder = folder / FOLDERS[job.file_format]
 
     def names(self, start: int, stop: int) -> list[str]:
         """The files of a chunk, in order."""
@@ -204,12 +228,16 @@ def _load(path: Path) -> list[Image.Image]:
         return [image]
 
 
-def _sample(pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int) -> np.ndarray:
+def _sample(
+    pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int
+) -> tuple[np.ndarray, float | None]:
+    """Return the images of a chunk, and the share of their values that was clipped."""
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
     # a compiled network would compile again for a smaller last batch: it makes images too many
     full = is_compiled(pipe.unet) and job.num_images > job.batch_size
     end = start + job.batch_size if full else stop
+    pipe._warns_of_clipping = False
     try:
         output: Any = pipe(
             seeds=range(job.seed + start, job.seed + end),
@@ -221,8 +249,9 @@ def _sample(pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int) -
             output_type="latent",
         )
     finally:
+        pipe._warns_of_clipping = True
         pipe.set_progress_bar_config(**quiet)
-    return to_uint8(output.images[: stop - start])
+    return to_uint8(output.images[: stop - start]), output.clipped_share
 
 
 def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
@@ -257,9 +286,20 @@ def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    if not path.exists():
+    if path.exists():
+        _compare(path, settings)
+    else:
         # processes that start together write the same
         write_json(path, settings, rank)
+
+
+def _compare(path: Path, settings: dict[str, Any]) -> None:
+    """Compare the settings with those of the run that is continued, if there is one.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not path.exists():
         return
     before = json.loads(path.read_text())
     old, new = _flat(before), _flat(settings)

@@ -11,6 +11,34 @@ import numpy as np
 from PIL import Image
 
 
+def check_folders(folder: Path, inner: str, name: str) -> None:
+    """Check that a folder and one in it are there, or can be made, and take files.
+
+    Nothing is made, so that a call that fails later leaves no empty folder.
+
+    Args:
+        folder: the outer folder.
+        inner: name of the other one in it.
+        name: what the message calls the argument.
+
+    Raises:
+        ValueError: naming the place that is a file, or that nothing can be written to.
+    """
+    there = folder / inner
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            problem = f"{str(there)!r} is a file; it must be a folder"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            problem = f"nothing can be written to {str(there)!r}"
+        else:
+            return
+    except (OSError, ValueError) as error:  # a name too long, or one with a null byte
+        problem = str(error)
+    raise ValueError(f"{name} is {str(folder)!r}: {problem}.")
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], owner: int = 0) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 

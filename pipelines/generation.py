@@ -23,7 +23,12 @@ from ddim_schedulers.pipelines.fitness import (
 )
 from ddim_schedulers.pipelines.images import OutputBuffer
 from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
-from ddim_schedulers.pipelines.records import ClipCounter, PathRecorder, SamplingPath
+from ddim_schedulers.pipelines.records import (
+    ClipCounter,
+    PathRecorder,
+    SamplingPath,
+    warn_of_clipping,
+)
 from ddim_schedulers.pipelines.sampling import Levels, Step, denoise, plan, step_arguments
 
 Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
@@ -81,6 +86,7 @@ class GenerationPipeline(UnconditionalPipeline):
     """Samples images with any scheduler of the family, or a stock multistep one."""
 
     accepted_schedulers = SINGLE_STEP + MULTISTEP
+    _warns_of_clipping = True  # whoever calls many times adds the shares up and says it once
     _callback_tensor_inputs = ("latents", "model_output", "pred_original_sample")
 
     @torch.no_grad()
@@ -136,7 +142,7 @@ class GenerationPipeline(UnconditionalPipeline):
 
         Raises:
             ValueError: for arguments that contradict each other, are out of range, or that the
-                scheduler would ignore.
+                scheduler would ignore, and for samples that are not finite.
         """
         self.check()
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -159,11 +165,15 @@ class GenerationPipeline(UnconditionalPipeline):
             callback_on_step_end,
             tuple(callback_on_step_end_tensor_inputs),
         )
-        output = OutputBuffer(output_type, noise.num_images, self.image_shape)
+        # with latents the seeds, if there are any, do not say which image it is
+        named = noise.seeds if latents is None else None
+        output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
         path, share = self._generate(
             run, chunks(noise.num_images, check_batch_size(batch_size)), output, return_path
         )
         self.maybe_free_model_hooks()
+        if self._warns_of_clipping:
+            warn_of_clipping(share, self.scheduler.config)
         if not return_dict:
             return (output.result(),)  # type: ignore[return-value]
         kept = None if noise.seeds is None else list(noise.seeds)

@@ -131,24 +131,55 @@ def check_pil_channels(channels: int) -> None:
         )
 
 
+def check_finite(x: torch.Tensor, start: int = 0, seeds: Sequence[int] | None = None) -> None:
+    """Check the samples x (B, C, H, W) of the images from `start` on; one read from the device.
+
+    Raises:
+        ValueError: naming the images whose values are not finite, and what the cause may be.
+    """
+    if bool(x.isfinite().all()):
+        return
+    bad = (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten() + start
+    numbers = [i if seeds is None else seeds[i] for i in bad.tolist()]
+    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    named = f"seeds {shown}" if seeds is not None else f"images {shown} (counted from 0)"
+    raise ValueError(
+        f"{len(numbers)} of {len(x)} samples are not finite: {named}. Either the network's weights "
+        "are not finite, or it overflows in half precision (float32 and bfloat16 reach further "
+        "than float16), or the steps diverge (a large `snr`, few steps of a high `solver_order`)."
+    )
+
+
 class OutputBuffer:
     """Gathers samples in their final form: any number of images costs one batch more.
 
     `pil`: a list of PIL images. `np`: float32 (N, H, W, C) in [0, 1]. `pt`: (N, C, H, W) in [0, 1]
     on the CPU, in the dtype of the sample. `latent`: the same in model space, neither scaled nor
-    clamped.
+    clamped. With `seeds` a sample that is not finite is named by its seed, too.
     """
 
-    def __init__(self, output_type: str, num_images: int, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        output_type: str,
+        num_images: int,
+        shape: tuple[int, int, int],
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; it must be one of {OUTPUT_TYPES}.")
         if output_type == "pil":
             check_pil_channels(shape[0])
         self.output_type, self.num_images, self.shape = output_type, num_images, shape
+        self.seeds = seeds
         self.images: Any = [] if output_type == "pil" else None
 
     def add(self, start: int, x0: torch.Tensor) -> None:
-        """Store the samples x0 (B, C, H, W) as the images from `start` on."""
+        """Store the samples x0 (B, C, H, W) as the images from `start` on.
+
+        Raises:
+            ValueError: for values that are not finite, which would come out as black images.
+        """
+        check_finite(x0, start, self.seeds)
         if self.output_type == "pil":
             self.images.extend(to_pil(to_uint8(x0)))
             return

@@ -26,7 +26,12 @@ from ddim_schedulers.pipelines.base import (
     chunks,
 )
 from ddim_schedulers.pipelines.generation import GenerationPipeline
-from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer, to_model_space
+from ddim_schedulers.pipelines.images import (
+    ImageInput,
+    OutputBuffer,
+    check_finite,
+    to_model_space,
+)
 from ddim_schedulers.pipelines.refinement import Refinement
 from ddim_schedulers.pipelines.sampling import denoise, plan
 
@@ -138,7 +143,8 @@ class InversionPipeline(UnconditionalPipeline):
         """Encode samples x0 (N, C, H, W) in model space, of any range; the rest as in `__call__`.
 
         Raises:
-            ValueError: for samples that do not fit the network, or arguments out of range.
+            ValueError: for samples that do not fit the network, arguments out of range, or latents
+                that come out not finite.
         """
         x0 = self.check_latents(x0, "x0")
         inverse = self.inverse_scheduler()
@@ -151,7 +157,9 @@ class InversionPipeline(UnconditionalPipeline):
             for start, stop in parts:
                 x = x0[start:stop].to(self._execution_device)
                 after = refinement.following(bar.update)
-                latents[start:stop] = denoise(self.unet, inverse, x, tau, {}, after, largest).cpu()
+                x_t = denoise(self.unet, inverse, x, tau, {}, after, largest)
+                check_finite(x_t, start)
+                latents[start:stop] = x_t.cpu()
         self.maybe_free_model_hooks()
         residual = refinement.residual()
         converged = None if residual is None else refinement.report(residual)

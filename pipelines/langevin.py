@@ -140,7 +140,8 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
             return_dict: False returns the tuple `(images,)`.
 
         Raises:
-            ValueError: for arguments that are out of range or do not fit together.
+            ValueError: for arguments that are out of range or do not fit together, and for samples
+                that are not finite.
         """
         self.check()
         corrector = self._corrector(inner_steps, snr, step_rule, predictor)
@@ -154,7 +155,8 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
             raise ValueError(f"`eta` is {eta!r} without `predictor`; it is the predictor's.")
         latents = None if latents is None else self.check_latents(latents)
         noise = make_noise(num_images, seeds, generator, latents)
-        output = OutputBuffer(output_type, noise.num_images, self.image_shape)
+        named = noise.seeds if latents is None else None
+        output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
         device = self._execution_device
         tau = plan(self.scheduler, num_inference_steps, timesteps, device)
         steps = [int(t) for t in tau.tolist()]

@@ -82,15 +82,16 @@ class ClipCounter:
         self.values += step.x_t.numel()
 
     def share(self) -> float | None:
-        """Return the share, None if nothing was counted, and warn when it is large."""
-        if self.count is None:
-            return None
-        share = int(self.count) / self.values
-        if share > CLIP_WARN_SHARE:
-            logger.warning(
-                f"Clipping cut {share:.1%} of the predicted values by more than {CLIP_MARGIN:.0%} "
-                f"of clip_sample_range={self.config.get('clip_sample_range', 1.0)} in "
-                "mid-sampling. If the model works on latents or other unbounded data, set "
-                "clip_sample=False in the scheduler's config; else the model is far from its data."
-            )
-        return share
+        """Return the share, None if nothing was counted."""
+        return None if self.count is None else int(self.count) / self.values
+
+
+def warn_of_clipping(share: float | None, config: Any) -> None:  # noqa: ANN401
+    """Warn when the share of `ClipCounter` is large."""
+    if share is not None and share > CLIP_WARN_SHARE:
+        logger.warning(
+            f"Clipping cut {share:.1%} of the predicted values by more than {CLIP_MARGIN:.0%} "
+            f"of clip_sample_range={config.get('clip_sample_range', 1.0)} in "
+            "mid-sampling. If the model works on latents or other unbounded data, set "
+            "clip_sample=False in the scheduler's config; else the model is far from its data."
+        )

@@ -20,6 +20,7 @@ from ddim_schedulers.pipelines.fitness import has_argument, is_deterministic
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators
 from ddim_schedulers.scheduling_base import FamilySchedulerMixin
+from ddim_schedulers.sigmas import check_eta
 
 DEFAULT_STEPS = 50
 
@@ -154,7 +155,16 @@ def step_arguments(
 
 
 def _check_eta(scheduler: Scheduler, eta: float | None) -> None:
-    if eta is None or not isinstance(scheduler, GeneralizedDDIMScheduler):
+    if eta is None or not has_argument(scheduler.step, "eta"):
+        return
+    check_eta(eta)
+    if not isinstance(scheduler, GeneralizedDDIMScheduler):
+        # ours checks sigma^2 <= 1 - alpha_bar_s for its plan; stock takes the root of what is left
+        if eta > 1:
+            raise ValueError(
+                f"`eta` is {eta!r}; it must lie in 0 .. 1 with {type(scheduler).__name__}, which "
+                "does not check the noise of its steps; GeneralizedDDIMScheduler does."
+            )
         return
     config = scheduler.config
     for name in ("eta", "sigma"):

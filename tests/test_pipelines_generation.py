@@ -396,6 +396,42 @@ def test_an_eta_that_the_config_overrules_raises():
     assert len(same.images) == 1
 
 
+@pytest.mark.parametrize("eta", [-1, float("nan"), float("inf"), 1000, "x", True])
+@pytest.mark.parametrize("cls", [DDIMScheduler, GeneralizedDDIMScheduler])
+def test_an_eta_out_of_range_raises_with_every_scheduler(cls, eta):
+    with pytest.raises(ValueError, match="`?eta`?.* must"):
+        pipeline(cls())(seeds=[0], eta=eta, num_inference_steps=2)
+    assert len(pipeline(cls())(seeds=[0], eta=1, num_inference_steps=2).images) == 1
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_samples_that_are_not_finite_raise(output_type):
+    pipe = pipeline()
+    right = pipe.unet.forward
+
+    def overflows(sample, timestep):
+        output = right(sample, timestep)
+        output.sample[-1, ..., 0, 0] = torch.inf  # of the last image of each chunk
+        return output
+
+    pipe.unet.forward = overflows
+    kwargs = {"num_inference_steps": 2, "output_type": output_type}
+    with pytest.raises(ValueError, match="1 of 2 samples are not finite: seeds 8[.].*float16"):
+        pipe(seeds=[7, 8, 9], batch_size=2, **kwargs)
+    latents = torch.zeros(3, 1, SIZE, SIZE)
+    with pytest.raises(ValueError, match=r"not finite: images 2 \(counted from 0\)"):
+        pipe(latents=latents, seeds=[0] * 3, batch_size=3, **kwargs)
+
+
+def test_finiteness_is_read_once_for_each_chunk(monkeypatch):
+    from ddim_schedulers.pipelines import images
+
+    right, reads = images.check_finite, []
+    monkeypatch.setattr(images, "check_finite", lambda *a: reads.append(len(a[0])) or right(*a))
+    pipeline()(seeds=range(5), batch_size=2, num_inference_steps=3)
+    assert reads == [2, 2, 1]
+
+
 def test_an_explicit_sigma_says_how_many_steps_there_are():
     pipe = pipeline(GeneralizedDDIMScheduler(sigma=[0.3, 0.0, 0.0]))
     assert len(pipe(seeds=[0], return_path=True).path.timesteps) == 3

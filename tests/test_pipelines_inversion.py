@@ -262,3 +262,10 @@ def test_bad_images_raise(images, message):
 def test_bad_arguments_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         pipeline()(some_images(1), num_inference_steps=2, **kwargs)
+
+
+def test_latents_that_come_out_not_finite_raise():
+    pipe = pipeline()
+    pipe.unet.forward = lambda x, t: UNet2DOutput(sample=x * torch.nan)
+    with pytest.raises(ValueError, match="2 of 2 samples are not finite: images 0, 1"):
+        pipe.reconstruct(some_images(2), num_inference_steps=2)

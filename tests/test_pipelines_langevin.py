@@ -160,6 +160,11 @@ def test_bad_arguments_raise(kwargs, message):
         pipeline()(num_inference_steps=2, **kwargs)
 
 
+def test_diverging_steps_raise():
+    with pytest.raises(ValueError, match="seeds 4, 5[.].*`snr`"):
+        pipeline()(seeds=[4, 5], num_inference_steps=10, snr=1e200)
+
+
 def test_geometric_levels_fall_in_equal_ratios():
     scheduler = GeneralizedDDIMScheduler()
     levels = geometric_timesteps(scheduler, 40)

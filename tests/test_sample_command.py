@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +12,22 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddim_schedulers import GeneralizedDDIMScheduler
-from ddim_schedulers.pipelines import GenerationPipeline, bulk, files
+from ddim_schedulers import GeneralizedDDIMScheduler, to_portable
+from ddim_schedulers.pipelines import GenerationPipeline, bulk, files, records
 from ddim_schedulers.pipelines.bulk import SamplingJob, process_of, sample_to_directory
+from ddim_schedulers.pipelines.records import ClipCounter
 from ddim_schedulers.training import cli
 
 SIZE = 8
@@ -151,6 +162,21 @@ def test_bad_jobs_raise(tmp_path):
     assert process_of({}) == (0, 1) and process_of({"RANK": "1", "WORLD_SIZE": "3"}) == (1, 3)
     with pytest.raises(ValueError, match="RANK"):
         process_of({"RANK": "1"})
+    with pytest.raises(ValueError, match="environment says RANK='x' and WORLD_SIZE='2'"):
+        process_of({"RANK": "x", "WORLD_SIZE": "2"})
+
+
+def test_samples_that_are_not_finite_are_not_written(tmp_path):
+    pipe = pipeline()
+    weight = pipe.unet.conv_out.weight
+    right = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="4 of 4 samples are not finite: seeds 5, 6, 7, 8[.]"):
+            sample_to_directory(pipe, tmp_path, job(seed=5))
+        assert content(tmp_path) == {}  # also no settings, which a corrected call would contradict
+        weight.copy_(right)
+    assert sample_to_directory(pipe, tmp_path, job(seed=5)).complete
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
@@ -218,9 +244,6 @@ def test_sample_options(model, tmp_path, capsys):
         assert cli.main(["sample", *common, *extra, "--output", str(tmp_path / "bad")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()  # no settings that a corrected call would contradict
-    missing = ["--pipeline", str(tmp_path / "none"), *common[2:], "--output", str(tmp_path / "n")]
-    assert cli.main(["sample", *missing]) == 2
-    assert "neither a valid local path" in capsys.readouterr().err
 
 
 def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):
@@ -285,6 +308,168 @@ def test_images_of_another_run_are_not_mixed_with_those_of_this_one(model, tmp_p
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "taken").write_text("mine")
     pipe = GenerationPipeline(tiny_unet(), GeneralizedDDIMScheduler())
-    with pytest.raises(ValueError, match="`output` is .*taken.*a file"):
+    with pytest.raises(ValueError, match="`output` is .*taken' is a file"):
         sample_to_directory(pipe, tmp_path / "taken", SamplingJob(1, num_inference_steps=2))
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+class _NeverLoaded:
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize("verb", ["sample", "reconstruct", "interpolate"])
+def test_a_bad_output_is_found_before_the_model_is_loaded(
+    verb, model, tmp_path, monkeypatch, capsys
+):
+    photo = tmp_path / "photo.png"
+    Image.new("L", (SIZE, SIZE), 80).save(photo)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "images").write_text("in the way")
+    (tmp_path / "sealed").mkdir()
+    given = {
+        "sample": ["--num_images", "1"],
+        "reconstruct": ["--images", str(photo)],
+        "interpolate": ["--images", str(photo), str(photo)],
+    }[verb]
+    from ddim_schedulers.training.commands import _model_options
+
+    monkeypatch.setattr(_model_options, "load", _NeverLoaded())
+    writable = os.access
+    monkeypatch.setattr(  # root may write everywhere
+        os, "access", lambda p, mode: "sealed" not in str(p) and writable(p, mode)
+    )
+    for output, message in (
+        (photo, "photo.png' is a file; it must be a folder"),
+        (photo / "below" / "it", "photo.png' is a file; it must be a folder"),
+        (tmp_path / "half", "images' is a file; it must be a folder"),
+        (tmp_path / "sealed" / "new", "nothing can be written to"),
+        (tmp_path / ("x" * 300), "too long"),
+    ):
+        assert cli.main([verb, "--pipeline", model, *given, "--output", str(output)]) == 2
+        err = capsys.readouterr().err
+        assert message in err and "--output is" in err and err.count("\n") == 1
+    assert not (tmp_path / "sealed" / "new").exists()
+
+
+def test_another_scheduler_rescues_a_repository_whose_own_does_not_fit(tmp_path, capsys):
+    pipe = DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler())
+    pipe.register_modules(scheduler=EulerDiscreteScheduler())
+    pipe.save_pretrained(tmp_path / "euler")
+    common = ["sample", "--pipeline", str(tmp_path / "euler"), "--device", "cpu"]
+    common += ["--num_images", "1", "--num_inference_steps", "2"]
+    for name in ("ddim", "ddpm"):
+        output = str(tmp_path / name)
+        assert cli.main([*common, "--scheduler", name, "--output", output]) == 0
+    capsys.readouterr()
+    assert cli.main([*common, "--output", str(tmp_path / "saved")]) == 2
+    err = capsys.readouterr().err
+    assert "EulerDiscreteScheduler" in err and "use --scheduler ddim or ddpm" in err
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.save_pretrained(tmp_path / "flow")
+    common[2] = str(tmp_path / "flow")
+    assert cli.main([*common, "--scheduler", "ddim", "--output", str(tmp_path / "flow-out")]) == 2
+
+
+def test_settings_that_a_portable_export_leaves_out_are_said(tmp_path, capsys):
+    ours = GeneralizedDDIMScheduler(eta=1.0, timestep_spacing="quadratic")
+    plain = GeneralizedDDIMScheduler()
+    for name, scheduler in (("set", ours), ("plain", plain)):
+        stock, _ = to_portable(scheduler)
+        DDIMPipeline(unet=tiny_unet(), scheduler=stock).save_pretrained(tmp_path / name)
+
+    def said(name, *extra):
+        common = ["sample", "--pipeline", str(tmp_path / name), "--num_images", "1"]
+        common += ["--num_inference_steps", "2", "--device", "cpu", *extra]
+        assert cli.main([*common, "--output", str(tmp_path / f"out{len(extra)}-{name}")]) == 0
+        return [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
+
+    (line,) = said("set")
+    assert "DDIMScheduler stands in for GeneralizedDDIMScheduler" in line
+    assert "eta=1.0, timestep_spacing='quadratic'; --scheduler ddim does" in line
+    assert "eta" not in said("set", "--eta", "1")[0]
+    assert said("set", "--scheduler", "ddim", "--no-clip_sample") == said("plain") == []
+
+
+def test_clipping_is_reported_once_for_all_chunks(tmp_path, monkeypatch):
+    pipe, shares = pipeline(), iter([0.0, 0.03, 0.3])
+    monkeypatch.setattr(ClipCounter, "share", lambda self: next(shares))
+    said = []
+    monkeypatch.setattr(records.logger, "warning", said.append)
+    sample_to_directory(pipe, tmp_path, job())  # 4 + 4 + 2 images
+    assert len(said) == 1 and "Clipping cut 7.2%" in said[0]
+    shares = iter([0.3])
+    pipe(seeds=[0], num_inference_steps=1)  # a call of its own says it itself
+    assert len(said) == 2
+
+
+def test_a_bad_pipeline_is_one_sentence(model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text("{")
+    shutil.copytree(model, tmp_path / "headless")
+    shutil.rmtree(tmp_path / "headless" / "unet")
+    for place, message in (
+        ("./my-modle", "'./my-modle' does not exist"),
+        ("runs/digits/pipelin", "does not exist"),
+        (str(tmp_path / "none"), "does not exist"),
+        (str(tmp_path / "file"), "is a file"),
+        (str(tmp_path / "empty"), "no model_index.json"),
+        (str(tmp_path / "broken"), "cannot be read"),
+        (str(tmp_path / "headless"), "has no unet"),
+        ("nobody/nothing", "is no folder here, and as a name on the Hub"),
+    ):
+        arguments = ["--pipeline", place, "--num_images", "1", "--output", str(tmp_path / "out")]
+        assert cli.main(["sample", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_options_without_effect_are_refused_and_hints_name_options(model, tmp_path, capsys):
+    photo = str(tmp_path / "photo.png")
+    Image.new("L", (SIZE, SIZE), 80).save(photo)
+    seeds, images = ["--seeds", "1", "2"], ["--images", photo, photo]
+    ddim = ["--scheduler", "ddim"]
+    diffuse = ["--mode", "diffuse", "--timestep", "333", *images]
+    pipe = DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler())
+    pipe.register_modules(scheduler=DPMSolverMultistepScheduler())
+    pipe.save_pretrained(tmp_path / "dpm")
+    for verb, extra, message in (
+        ("interpolate", [*ddim, *seeds, "--refinements", "4"], "--refinements 4 does nothing"),
+        ("interpolate", [*diffuse, "--refinements", "4"], "--refinements 4 does nothing"),
+        ("interpolate", [*ddim, *seeds, "--noise", "same"], "--noise belongs to --mode diffuse"),
+        ("interpolate", [*images, "--seed", "0"], "--seed belongs to --mode diffuse"),
+        ("reconstruct", ["--images", photo, "--tolerance", "1e-3"], "without --refinements"),
+        ("interpolate", seeds, "use --scheduler ddim"),
+        ("interpolate", ["--pipeline", str(tmp_path / "dpm"), *images], "use --scheduler ddim"),
+        ("sample", ["--num_images", "1", "--eta", "0.5"], "use --scheduler ddim"),
+        ("sample", ["--num_images", "1", "--scheduler", "ddpm", "--eta", "1"], "--scheduler ddim"),
+    ):
+        common = ["--pipeline", model, "--device", "cpu", "--output", str(tmp_path / "out")]
+        assert cli.main([verb, *common, *extra]) == 2
+        err = capsys.readouterr().err
+        assert message in err and "from_config" not in err, (verb, extra, err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "defaults"),
+    [
+        ("sample", {"seed": "0", "format": "png"}),
+        ("reconstruct", {"refinements": "0", "tolerance": "0.0001"}),
+        ("interpolate", {"num_points": "8", "noise": "separate", "seed": "0"}),
+    ],
+)
+def test_help_shows_defaults_and_choices(verb, defaults, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    shared = {"batch_size": "64", "dtype": "float32", "scheduler": "saved"}
+    for option, default in {**shared, **defaults}.items():
+        text = re.search(rf"\n  --{option} (.*?)(?=\n  --|\Z)", out, re.DOTALL)[1]
+        assert f"({default})" in text, option
+    choices = re.search(r"\n  --timestep_spacing {(.*?)}", out)[1]
+    with pytest.raises(ValueError, match="must be one of") as refused:
+        GeneralizedDDIMScheduler(timestep_spacing="none")
+    assert set(choices.split(",")) == set(re.findall(r"'(\w+)'", str(refused.value))) - {"none"}

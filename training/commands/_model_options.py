@@ -1,7 +1,13 @@
 """Options that `sample`, `reconstruct` and `interpolate` share: model, scheduler, device."""
 
 import argparse
+import inspect
+import json
 import os
+import re
+import reprlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddim_schedulers.training.config import DTYPES
@@ -13,34 +19,59 @@ P = TypeVar("P", bound="UnconditionalPipeline")
 
 # Options that set something in a scheduler of ours, by the config key.
 SCHEDULER_OPTIONS = ("timestep_spacing", "reverse_variance", "variance_type", "clip_sample")
+# What `--scheduler` calls our classes.
+NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
+    from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
+    from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
+    from ddim_schedulers.timesteps import TIMESTEP_SPACINGS
+
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of a saved pipeline")
     parser.add_argument(
         "--scheduler",
         choices=("saved", "ddim", "ddpm"),
         default="saved",
-        help="the pipeline's own, or the scheduler classes of this package on its config",
+        help="the pipeline's own, or the scheduler classes of this package on its config (saved)",
     )
-    parser.add_argument("--num_inference_steps", type=int, help="steps; 50 if nothing is said")
+    parser.add_argument(
+        "--num_inference_steps", type=int, help="steps; the trajectory of the config, else 50"
+    )
     parser.add_argument("--timesteps", type=int, nargs="+", help="explicit trajectory, decreasing")
-    parser.add_argument("--eta", type=float, help="DDIM's eta")
-    parser.add_argument("--timestep_spacing", help="of ddim or ddpm; see their documentation")
-    parser.add_argument("--reverse_variance", help="of ddim, e.g. sigma_hat with --eta 1")
-    parser.add_argument("--variance_type", help="of ddpm, e.g. fixed_large")
+    parser.add_argument("--eta", type=float, help="DDIM's eta; the saved one, else 0")
+    parser.add_argument(
+        "--timestep_spacing",
+        choices=(*TIMESTEP_SPACINGS, "optimal", "calibrated"),
+        help="of ddim or ddpm; the saved one if not given",
+    )
+    parser.add_argument(
+        "--reverse_variance",
+        choices=REVERSE_VARIANCES,
+        help="of ddim, e.g. sigma_hat with --eta 1; the saved one if not given",
+    )
+    parser.add_argument(
+        "--variance_type",
+        choices=VARIANCE_TYPES,
+        help="of ddpm, e.g. fixed_large; the saved one if not given",
+    )
     parser.add_argument(
         "--clip_sample",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="clip x_0-hat in ddim or ddpm; the saved setting if not given",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images in one network call")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images in one network call (64)"
+    )
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, ...; an accelerator where there is one"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the network (float32)"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network: a minute at the start"
     )
@@ -62,16 +93,14 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
             scheduler does not have.
     """
     import torch
-    from diffusers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        pipe = cls.from_pretrained(args.pipeline)
-    except OSError as error:
-        raise ValueError(f"--pipeline {args.pipeline!r} cannot be loaded: {error}") from error
-    scheduler = _scheduler(pipe.scheduler, args)
-    if scheduler is not pipe.scheduler:
-        pipe = cls(**{**pipe.components, "scheduler": scheduler})
+    saved = _read(args.pipeline)
+    if args.scheduler == "saved" and not isinstance(saved.scheduler, cls.accepted_schedulers):
+        raise ValueError(
+            f"--pipeline {args.pipeline!r} was saved with {type(saved.scheduler).__name__}, which "
+            f"does not fit {cls.__name__}; use --scheduler ddim or ddpm."
+        )
+    pipe = cls.from_pipe(saved, scheduler=_scheduler(saved.scheduler, args))
     # the name of from_pretrained's own argument for the dtype differs between versions of diffusers
     try:
         pipe = pipe.to(_device(args.device))
@@ -82,6 +111,106 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
         channels_last=args.channels_last,
         dtype=getattr(torch, args.dtype),
     )
+
+
+def _read(place: str) -> "UnconditionalPipeline":
+    """Reads a saved pipeline whatever its scheduler, for that may be about to be replaced.
+
+    Raises:
+        ValueError: saying in one sentence what is wrong with `place`.
+    """
+    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+    from diffusers.utils import logging
+
+    from ddim_schedulers.pipelines.base import UnconditionalPipeline
+
+    class Saved(UnconditionalPipeline):
+        def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+            DiffusionPipeline.__init__(self)
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+    logging.disable_progress_bar()
+    _check_place(place)
+    try:
+        return Saved.from_pretrained(place)
+    except OSError as error:
+        where = "" if Path(place).is_dir() else " is no folder here, and as a name on the Hub it"
+        raise ValueError(
+            f"--pipeline {place!r}{where} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _check_place(place: str) -> None:
+    folder = Path(place)
+    if folder.is_file():
+        raise ValueError(f"--pipeline {place!r} is a file; it must be a pipeline's folder.")
+    if not folder.is_dir():
+        if HUB_NAME.fullmatch(place):
+            return
+        raise ValueError(
+            f"--pipeline {place!r} does not exist; it must be a pipeline's folder, or a name on "
+            "the Hub such as google/ddpm-cifar10-32."
+        )
+    index = folder / "model_index.json"
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"--pipeline {place!r} holds no model_index.json, so it is no folder that "
+            "`save_pretrained` of a pipeline wrote."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--pipeline: {str(index)!r} cannot be read: {error}") from error
+    for name, alone in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        # the oldest repositories have their files beside the index
+        if name not in parts or not ((folder / name).is_dir() or (folder / alone).is_file()):
+            raise ValueError(f"--pipeline {place!r} has no {name}; the verbs need one.")
+
+
+def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # noqa: ANN401
+    """Checks the options that go to the pipeline's own scheduler, and says what it leaves out.
+
+    Raises:
+        ValueError: for an option that it does not take, naming the option that helps.
+    """
+    from ddim_schedulers.pipelines.fitness import has_argument
+
+    name = type(scheduler).__name__
+    if eta_of_call(args) is not None and not has_argument(scheduler.step, "eta"):
+        raise ValueError(f"--eta {args.eta} does not fit {name}; use --scheduler ddim.")
+    if args.timesteps is not None and not has_argument(scheduler.set_timesteps, "timesteps"):
+        raise ValueError(f"--timesteps does not fit {name}; use --scheduler ddim or ddpm.")
+    left_out = _left_out(scheduler, args)
+    if left_out and os.environ.get("RANK", "0") == "0":
+        owner, settings = left_out
+        print(
+            f"warning: {name} stands in for {owner} and does not apply {', '.join(settings)}; "
+            f"--scheduler {NAMES[owner]} does.",
+            file=sys.stderr,
+        )
+
+
+def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]] | None:  # noqa: ANN401
+    """The class that a portable export stands in for, and its settings that are not applied."""
+    import ddim_schedulers
+    from ddim_schedulers.plugin import SETTINGS_KEY
+
+    private = scheduler.config.get(SETTINGS_KEY)
+    owner = private.get("class") if isinstance(private, dict) else None
+    if owner not in NAMES:
+        return None
+    restored = getattr(ddim_schedulers, owner).from_config(scheduler.config).config
+    defaults = inspect.signature(getattr(ddim_schedulers, owner).__init__).parameters
+    # the same betas in numbers, and a measurement that other settings make use of
+    silent = {"trained_betas", "beta_schedule", "calibration"}
+    if args.eta == restored.get("eta"):
+        silent.add("eta")
+    settings = [
+        f"{key}={reprlib.repr(restored[key])}"
+        for key in sorted(private["settings"].keys() - silent)
+        if restored[key] != scheduler.config.get(key, defaults[key].default)
+    ]
+    return (owner, settings) if settings else None
 
 
 def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401

@@ -56,15 +56,18 @@ def read(paths: Sequence[Path]) -> "list[Image.Image]":
 
 
 def check_output(folder: Path, names: Sequence[str]) -> None:
-    """Refuse an output folder whose images would stand beside those of this run.
+    """Refuse an output folder that cannot be written, or whose images would stand beside ours.
 
     Args:
         folder: the output; may be missing.
         names: of the images that this run writes, which may be there from the same run before.
 
     Raises:
-        ValueError: naming one of the others.
+        ValueError: naming the place, or one of the other images.
     """
+    from ddim_schedulers.pipelines.files import check_folders
+
+    check_folders(folder, "images", "--output")
     others = {path.name for path in (folder / "images").glob("*.png")} - set(names)
     if others:
         raise ValueError(

@@ -20,26 +20,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("chain", "grid", "diffuse"),
         default="chain",
-        help="two or more ends in a row; four corners; or two images diffused to --timestep",
+        help="two or more ends in a row (the default); four corners; or two images diffused to "
+        "--timestep",
     )
-    parser.add_argument("--num_points", type=int, default=8, help="pictures of a stretch or side")
-    parser.add_argument("--refinements", type=int, default=0, help="of the encoding of images")
+    parser.add_argument(
+        "--num_points", type=int, default=8, help="pictures of a stretch or side (8)"
+    )
+    parser.add_argument(
+        "--refinements", type=int, default=0, help="of the encoding of --images (0)"
+    )
     parser.add_argument("--timestep", type=int, help="of diffuse: how far to diffuse")
     parser.add_argument(
-        "--noise", choices=("separate", "same"), default="separate", help="of diffuse: the draws"
+        "--noise", choices=("separate", "same"), help="of diffuse: the draws (separate)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of diffuse: noise of the decoding")
+    parser.add_argument("--seed", type=int, help="of diffuse: noise of the decoding (0)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Interpolates; 0 when it is done."""
     from ddim_schedulers.pipelines import InterpolationPipeline, make_grid
+    from ddim_schedulers.pipelines.fitness import SINGLE_STEP, is_deterministic
     from ddim_schedulers.training.commands import _picture_files
 
     if args.mode == "diffuse" and (args.images is None or args.timestep is None):
         raise ValueError("--mode diffuse needs two --images and a --timestep.")
-    if args.mode != "diffuse" and args.timestep is not None:
-        raise ValueError(f"--timestep belongs to --mode diffuse, not to {args.mode}.")
+    for option in ("timestep", "noise", "seed"):
+        if args.mode != "diffuse" and getattr(args, option) is not None:
+            raise ValueError(f"--{option} belongs to --mode diffuse, not to {args.mode}.")
+    encoded = args.images is not None and args.mode != "diffuse"
+    if args.refinements and not encoded:
+        raise ValueError(
+            f"--refinements {args.refinements} does nothing here: they belong to the encoding of "
+            "--images in --mode chain or grid."
+        )
     if args.mode != "diffuse" and args.eta:
         raise ValueError(
             f"--eta {args.eta} does not fit --mode {args.mode}, which decodes with eta = 0."
@@ -51,6 +64,18 @@ def run(args: argparse.Namespace) -> int:
     names = _names(args, len(args.seeds or images or ()))
     _picture_files.check_output(folder, names)
     pipe = _model_options.load(InterpolationPipeline, args)
+    if args.images is not None and not isinstance(pipe.scheduler, SINGLE_STEP):
+        raise ValueError(
+            f"--images do not fit {type(pipe.scheduler).__name__}, whose steps depend on those "
+            "before them; use --scheduler ddim."
+        )
+    if not encoded:  # those go through DDIM, whatever the scheduler
+        _model_options.check_own_scheduler(pipe.scheduler, args)
+        if args.seeds is not None and not is_deterministic(pipe.scheduler):
+            raise ValueError(
+                f"--seeds do not determine the images of {type(pipe.scheduler).__name__}, which "
+                "draws noise in its steps; use --scheduler ddim."
+            )
     output = _interpolate(pipe, args, images)
     _picture_files.write(folder, names, output.images)
     _picture_files.write_latents(folder / "latents.safetensors", output.latents)
@@ -78,8 +103,8 @@ def _interpolate(pipe: Any, args: argparse.Namespace, images: list | None) -> An
             images,
             args.timestep,
             num_points=args.num_points,
-            noise=args.noise,
-            seed=args.seed,
+            noise=args.noise or "separate",
+            seed=args.seed or 0,
             eta=_model_options.eta_of_call(args),
             **common,
         )

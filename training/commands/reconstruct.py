@@ -16,23 +16,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", nargs="+", required=True, help="image files, or folders of them"
     )
     parser.add_argument("--output", required=True, help="folder for images/, latents and grid.png")
-    parser.add_argument("--num_images", type=int, help="take the first ones only")
+    parser.add_argument("--num_images", type=int, help="take the first ones only (all)")
     parser.add_argument(
-        "--refinements", type=int, default=0, help="fixed-point iterations of each encoding step"
+        "--refinements",
+        type=int,
+        default=0,
+        help="fixed-point iterations of each encoding step (0)",
     )
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="where refining stops")
+    parser.add_argument(
+        "--tolerance", type=float, help="change at which --refinements stops (0.0001)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Reconstructs; 0 when it is done, also where refinement has not converged (which is said)."""
     from ddim_schedulers.pipelines import InversionPipeline, make_grid
     from ddim_schedulers.pipelines.files import write_json
+    from ddim_schedulers.pipelines.inversion import DEFAULT_TOLERANCE
     from ddim_schedulers.training.commands import _picture_files
 
     if args.eta:
         raise ValueError(
             f"--eta {args.eta} does not fit: reconstruction is deterministic, eta = 0."
         )
+    if args.tolerance is not None and not args.refinements:
+        raise ValueError(f"--tolerance {args.tolerance} does nothing without --refinements.")
+    tolerance = DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
     paths = _picture_files.find(args.images, args.num_images)
     folder = Path(args.output)
     names = [f"{i:06d}-{path.stem}.png" for i, path in enumerate(paths)]
@@ -44,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         num_inference_steps=args.num_inference_steps,
         timesteps=args.timesteps,
         refinements=args.refinements,
-        tolerance=args.tolerance,
+        tolerance=tolerance,
         batch_size=args.batch_size,
     )
     _picture_files.write(folder, names, output.images)
@@ -59,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         "steps": len(output.inversion.timesteps),
         "timesteps": output.inversion.timesteps,
         "refinements": args.refinements,
-        "tolerance": args.tolerance,
+        "tolerance": tolerance,
         "residual_max": None if residual is None else float(residual.max()),
         "converged": output.inversion.converged,
     }

@@ -1,6 +1,7 @@
 """`ddim-schedulers sample`: many images to a folder, resumable, on any number of processes."""
 
 import argparse
+from pathlib import Path
 
 from ddim_schedulers.training.commands import _model_options
 
@@ -14,19 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, help="folder for images/ or shards/ and grid.png"
     )
-    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i")
+    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (0)")
     parser.add_argument(
         "--format",
         choices=("png", "npz"),
         default="png",
-        help="one PNG an image, or one .npz shard of uint8 images for each batch",
+        help="one PNG an image, or one .npz shard of uint8 images for each batch (png)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Samples this process's share; 0 when it is done."""
     from ddim_schedulers.pipelines import GenerationPipeline
-    from ddim_schedulers.pipelines.bulk import SamplingJob, process_of, sample_to_directory
+    from ddim_schedulers.pipelines.bulk import FOLDERS, SamplingJob, process_of, sample_to_directory
+    from ddim_schedulers.pipelines.files import check_folders
 
     rank, world_size = process_of()
     job = SamplingJob(
@@ -38,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         timesteps=None if args.timesteps is None else tuple(args.timesteps),
         eta=_model_options.eta_of_call(args),
     )
+    check_folders(Path(args.output), FOLDERS[args.format], "--output")
     pipe = _model_options.load(GenerationPipeline, args)
+    _model_options.check_own_scheduler(pipe.scheduler, args)
     report = sample_to_directory(pipe, args.output, job, rank=rank, world_size=world_size)
     state = "complete" if report.complete else "other processes are still at work"
     # one write for the whole line: processes share the terminal
