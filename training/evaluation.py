@@ -502,7 +502,7 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
             best = min(first, key=lambda c: done[c.label]["metrics"][name]["frechet"])
             entry["memorisation"] = evaluation.memorisation(best)
         tables.append(entry)
-    made_with = _counted([cell["made_with"] for cell in done.values() if "made_with" in cell])
+    made_with = _counted([cell.get("made_with", {}) for cell in done.values()])
     results = {**about(evaluation), "made_with": made_with, "tables": tables}
     if team.index == 0:
         write_json(evaluation.folder / "metrics.json", results)

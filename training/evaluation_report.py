@@ -72,6 +72,9 @@ def made_with(results: dict[str, Any]) -> str:
     """With what the cells were sampled, by their own records: `12 cells: commit 1a2b, cpu, ...`."""
     parts = []
     for note in results.get("made_with", []):
+        if "commit" not in note:  # of an earlier version
+            parts.append(f"{note['cells']} cells: not recorded")
+            continue
         said = [f"commit {note['commit']}" if note["commit"] else "no commit"]
         said += [note["device"], f"{note['threads']} threads"]
         said += [name for name in ("compiled", "channels_last") if note[name]]
@@ -249,7 +252,7 @@ def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:
             continue
         stem = slug(table["name"])
         pictures = {
-            f"{stem}.png": curves(table, results["features"]),
+            f"{stem}.png": curves(table, results["features"], evaluation.config.pictured),
             f"{stem}-samples.png": samples_figure(evaluation, table),
             f"{stem}-nearest.png": nearest_figure(evaluation, table),
         }
@@ -264,14 +267,22 @@ def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:
     return [*(folder / name for name in texts), *written]
 
 
-def curves(table: dict[str, Any], features: Sequence[str]) -> Any:
-    """Frechet distance against network calls, and against seconds for an image."""
+def curves(
+    table: dict[str, Any], features: Sequence[str], named: Sequence[str] | None = None
+) -> Any:
+    """Frechet distance against network calls, and against seconds for an image.
+
+    With `named`, the other rows are grey and stand as one in the legend: twenty colours tell
+    nothing apart.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6 * len(features) + 1.6), layout="constrained")
     axes = figure.subplots(len(features), 2, squeeze=False, sharey="row")
     rows = list(dict.fromkeys(cell["row"] for cell in table["cells"]))
+    coloured = [row for row in rows if not named or row in named] or rows
+    rows = [*coloured, *(row for row in rows if row not in coloured)]
     ten: Any = colormaps["tab10"]
     colours, markers = ten.colors, "osD^v<>P"
     for name, (left, right) in zip(features, axes, strict=True):
@@ -284,10 +295,15 @@ def curves(table: dict[str, Any], features: Sequence[str]) -> Any:
                 "marker": markers[number // 10 % 8],
                 "linewidth": 1.0,
                 "markersize": 4,
+                "label": row,
             }
+            if row not in coloured:
+                is_first = number == len(coloured)
+                label = "other rows" if is_first else None
+                style |= {"color": "0.75", "zorder": 1, "markersize": 2, "label": label}
             y = [c["metrics"][name]["frechet"]["mean"] for c in cells]
             std = [c["metrics"][name]["frechet"]["std"] or 0.0 for c in cells]
-            left.errorbar([c["network_calls"] for c in cells], y, std, label=row, **style)
+            left.errorbar([c["network_calls"] for c in cells], y, std, **style)
             timed = [
                 (1 / c["images_per_second"], v)
                 for c, v in zip(cells, y, strict=True)
