@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.pipelines.ddpm import pipeline_ddpm
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 
@@ -22,6 +23,10 @@ SD_SETTINGS = {
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
 }
+
+
+# Largest difference of a pixel in [0, 1], in float32.
+LIMIT = 1e-4
 
 
 class Tokenizer:
@@ -126,28 +131,51 @@ def _unet():
     ).eval()
 
 
+def _ddpm_images(pipeline, steps):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        batch_size=2,
+        num_inference_steps=steps,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+
+
 @pytest.mark.parametrize(
-    ("ours", "stock"),
-    [(MarkovianDDPMScheduler, DDPMScheduler), (GeneralizedDDIMScheduler, DDIMScheduler)],
+    ("ours", "stock", "steps"),
+    [(MarkovianDDPMScheduler, DDPMScheduler, 12), (GeneralizedDDIMScheduler, DDIMScheduler, 8)],
 )
-def test_ddpm_pipeline(ours, stock):
+def test_ddpm_pipeline(ours, stock, steps):
     """`pipe.scheduler = Ours.from_config(pipe.scheduler.config)` gives stock's images."""
     pipeline = DDPMPipeline(unet=_unet(), scheduler=stock())
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for swapped in (False, True):
-        if swapped:
-            pipeline.scheduler = ours.from_config(pipeline.scheduler.config)
-        result = pipeline(
-            batch_size=2,
-            num_inference_steps=12,
-            output_type="np",
-            generator=torch.Generator().manual_seed(0),
-        )
-        images.append(result.images)
+    images = [_ddpm_images(pipeline, steps)]
+    pipeline.scheduler = ours.from_config(pipeline.scheduler.config)
+    images.append(_ddpm_images(pipeline, steps))
     assert images[0].shape == (2, 32, 32, 3) and images[0].std() > 0.05
-    # stock's float32 tables, amplified by a dozen calls of a random network
-    np.testing.assert_allclose(*images, atol=5e-4)
+    np.testing.assert_allclose(*images, atol=LIMIT)
+
+
+def test_more_ddim_steps_of_a_random_network_amplify_the_rounding(monkeypatch):
+    """12 steps go beyond `LIMIT`, and stock goes as far from itself in float64."""
+    drawn = pipeline_ddpm.randn_tensor
+    made = {}
+    for dtype in (torch.float32, torch.float64):
+
+        def same_noise(shape, dtype=dtype, **kwargs):
+            return drawn(shape, **{**kwargs, "dtype": torch.float32}).to(dtype)
+
+        monkeypatch.setattr(pipeline_ddpm, "randn_tensor", same_noise)
+        for cls in (DDIMScheduler, GeneralizedDDIMScheduler):
+            pipeline = DDPMPipeline(unet=_unet().to(dtype), scheduler=cls())
+            made[cls, dtype] = _ddpm_images(pipeline, 12)
+    stock, stock64, ours, ours64 = (
+        made[cls, dtype]
+        for cls in (DDIMScheduler, GeneralizedDDIMScheduler)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert np.abs(stock - stock64).max() > LIMIT
+    assert np.abs(ours - stock).max() < 2 * np.abs(stock - stock64).max()
+    np.testing.assert_allclose(ours64, stock64, atol=1e-5)  # what stock's float32 tables leave
 
 
 def test_ddpm_pipeline_with_generators_for_each_image():
@@ -175,7 +203,7 @@ def test_stable_diffusion(components, eta):
             _images(pipeline, components, num_inference_steps=8, eta=eta, height=32, width=32)
         )
     assert images[0].shape == (1, 32, 32, 3) and images[0].std() > 0.005
-    np.testing.assert_allclose(*images, atol=5e-4)
+    np.testing.assert_allclose(*images, atol=LIMIT)
 
 
 def test_stable_diffusion_with_the_markovian_scheduler(components):
@@ -184,7 +212,7 @@ def test_stable_diffusion_with_the_markovian_scheduler(components):
         settings = {**SD_SETTINGS, "timestep_spacing": "linspace", "steps_offset": 1}
         pipeline = _stable_diffusion(StableDiffusionPipeline, components, cls(**settings))
         images.append(_images(pipeline, components, num_inference_steps=8, height=32, width=32))
-    np.testing.assert_allclose(*images, atol=5e-4)
+    np.testing.assert_allclose(*images, atol=LIMIT)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -198,7 +226,7 @@ def test_stable_diffusion_rewrites_the_config_and_it_counts(components):
         assert pipeline.scheduler.config.clip_sample is False
         images.append(_images(pipeline, components, num_inference_steps=6, height=32, width=32))
         assert int(pipeline.scheduler.timesteps[-1]) == 1
-    np.testing.assert_allclose(*images, atol=5e-4)
+    np.testing.assert_allclose(*images, atol=LIMIT)
 
 
 def test_eta_of_the_config_counts_in_a_pipeline(components):
@@ -239,7 +267,7 @@ def test_img2img(components, ours, stock):
             _images(pipeline, components, image=picture, strength=0.6, num_inference_steps=10)
         )
     assert images[0].shape == (1, 32, 32, 3)
-    np.testing.assert_allclose(*images, atol=5e-4)
+    np.testing.assert_allclose(*images, atol=LIMIT)
 
 
 SOLVERS = [
