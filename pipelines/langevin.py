@@ -39,6 +39,12 @@ from ddim_schedulers.pipelines.sampling import (
 
 STEP_RULES = ("sample", "expected")
 
+# What gives pictures; see docs/pipelines.md for what others do. The predictor brings a sample near
+# its level, where few small corrections suffice; alone they also have to follow the levels.
+DEFAULT_LEVELS = 100
+DEFAULT_CORRECTOR = {"inner_steps": 15, "snr": 0.16}
+DEFAULT_WITH_PREDICTOR = {"inner_steps": 2, "snr": 0.1}
+
 
 @dataclass
 class LangevinOutput(BaseOutput):
@@ -104,8 +110,8 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         batch_size: int = DEFAULT_BATCH_SIZE,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
-        inner_steps: int = 5,
-        snr: float = 0.25,
+        inner_steps: int | None = None,
+        snr: float | None = None,
         step_rule: str = "sample",
         predictor: bool = False,
         eta: float | None = None,
@@ -126,11 +132,14 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
             generator: as in generation.
             latents: x_T instead of drawn noise.
             batch_size: images in one network call.
-            num_inference_steps: number of levels. Without a predictor neighbouring levels must
-                overlap: more levels, or more inner steps at each.
+            num_inference_steps: number of levels, on the scheduler's grid. Without a predictor
+                neighbouring levels must overlap: more levels, or more inner steps at each. None:
+                with a predictor as in generation, without one `geometric_timesteps(scheduler,
+                100)`; a trajectory that the scheduler's config keeps goes first.
             timesteps: explicit levels instead, strictly decreasing.
-            inner_steps: Langevin steps at each level, >= 1 (>= 0 with a predictor).
-            snr: signal-to-noise ratio of a step, > 0.
+            inner_steps: Langevin steps at each level, >= 1 (>= 0 with a predictor); None: 15, with
+                a predictor 2.
+            snr: signal-to-noise ratio of a step, > 0; None: 0.16, with a predictor 0.1.
             step_rule: `sample` or `expected`; see `Corrector`.
             predictor: alternate with steps of the scheduler.
             eta: of the predictor, as in generation.
@@ -144,6 +153,9 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
                 that are not finite.
         """
         self.check()
+        defaults = DEFAULT_WITH_PREDICTOR if predictor else DEFAULT_CORRECTOR
+        inner_steps = int(defaults["inner_steps"]) if inner_steps is None else inner_steps
+        snr = defaults["snr"] if snr is None else snr
         corrector = self._corrector(inner_steps, snr, step_rule, predictor)
         order = self.scheduler.config.get("solver_order", 1)
         if predictor and isinstance(self.scheduler, GeneralizedDDIMScheduler) and order > 1:
@@ -158,7 +170,11 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         named = noise.seeds if latents is None else None
         output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
         device = self._execution_device
-        tau = plan(self.scheduler, num_inference_steps, timesteps, device)
+        kept = self.scheduler.config.get("timesteps")
+        if predictor or not (num_inference_steps is timesteps is kept is None):
+            tau = plan(self.scheduler, num_inference_steps, timesteps, device)
+        else:
+            tau = torch.tensor(geometric_timesteps(self.scheduler, DEFAULT_LEVELS), device=device)
         steps = [int(t) for t in tau.tolist()]
         parts = chunks(noise.num_images, check_batch_size(batch_size))
         with self.progress_bar(total=len(parts) * len(steps)) as bar:
@@ -177,9 +193,9 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (output.result(),)  # type: ignore[return-value]
-        kept = None if noise.seeds is None else list(noise.seeds)
+        seeds_used = None if noise.seeds is None else list(noise.seeds)
         calls = _network_calls(len(steps), inner_steps, predictor, final_denoising)
-        return LangevinOutput(output.result(), kept, calls)
+        return LangevinOutput(output.result(), seeds_used, calls)
 
     def _corrector(self, inner_steps: int, snr: float, rule: str, predictor: bool) -> Corrector:
         least = 0 if predictor else 1

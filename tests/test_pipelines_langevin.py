@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -91,6 +91,26 @@ def test_a_score_without_its_scale_is_caught_by_the_same_check(monkeypatch):
     )
     with pytest.raises(AssertionError):
         check(x.images)
+
+
+@pytest.mark.parametrize("scheduler", [GeneralizedDDIMScheduler, DDIMScheduler])
+def test_the_defaults_are_those_that_give_pictures(scheduler):
+    """What docs/pipelines.md shows; stock DDIM takes no timesteps, and needs to plan none."""
+    pipe = pipeline(scheduler(clip_sample=False))
+    common = {"seeds": range(48), "output_type": "latent"}
+    made, levels = pipe(**common), geometric_timesteps(pipe.scheduler, 100)
+    assert made.network_calls == 15 * len(levels) + 1
+    _, mean, std = moments(made.images)
+    assert abs(mean - MEANS[1]) < 0.06 and abs(std - STD) < 0.04
+    if scheduler is DDIMScheduler:
+        return
+    asked = pipe(timesteps=levels, inner_steps=15, snr=0.16, **common)
+    assert torch.equal(made.images, asked.images)
+    made = pipe(predictor=True, **common)
+    asked = pipe(predictor=True, num_inference_steps=50, inner_steps=2, snr=0.1, **common)
+    assert torch.equal(made.images, asked.images) and made.network_calls == 50 + 49 * 2
+    kept = pipeline(GeneralizedDDIMScheduler(clip_sample=False, timesteps=LEVELS))
+    assert kept(seeds=[0]).network_calls == 15 * len(LEVELS) + 1
 
 
 @pytest.mark.parametrize("step_rule", ["sample", "expected"])
