@@ -10,6 +10,7 @@ The rows of all T timesteps are computed in float64 on the CPU once per (traject
 on the device of the sample; `step` looks its row up and reads nothing back.
 """
 
+import difflib
 import json
 import operator
 from collections.abc import Iterable, Mapping
@@ -79,6 +80,18 @@ FAMILY_KEYS = (
     "thresholding",
     "timesteps",
     "variance_type",
+)
+
+# What callers hand to every component's `from_pretrained`; a scheduler has no use for it.
+LOADING_KEYS = (
+    "device_map",
+    "disable_mmap",
+    "dtype",
+    "low_cpu_mem_usage",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+    "variant",
 )
 
 # The name under which the bound knows each noise. A learned noise has no statistics of its own and
@@ -175,18 +188,39 @@ class FamilySchedulerMixin:
             config: a scheduler's config; `kwargs` override its keys. Settings that a portable
                 export keeps under `_ddim_schedulers` are restored.
             return_unused_kwargs: as in diffusers.
-            **kwargs: constructor arguments.
+            **kwargs: constructor arguments, of any scheduler that can be swapped with this one.
 
         Raises:
             ValueError: if the config has no betas of its own (EDM, flow matching) or predicts a
-                flow.
+                flow; or for an argument that none of those schedulers has. Keys of the config are
+                as free as in diffusers.
         """
         if isinstance(config, dict):
+            if not return_unused_kwargs:
+                cls._check_argument_names(kwargs)
             own = cls._get_init_keys(cls)  # type: ignore[attr-defined]
             hidden = {k: kwargs.pop(k) for k in FAMILY_KEYS if k in kwargs and k not in own}
             config = _with_own_process({**restore_settings(config), **hidden})
             _check_discrete_vp(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _check_argument_names(cls, names: Mapping[str, Any]) -> None:
+        """Refuse a name that nobody knows: diffusers would drop it in silence."""
+        host: Any = cls
+        known = {*host._get_init_keys(cls), *FAMILY_KEYS, *LOADING_KEYS}
+        if all(name in known or name.startswith("_") for name in names):
+            return
+        for other in host._get_compatibles():  # one that lacks a dependency has a stand-in
+            known |= {*host._get_init_keys(other), *getattr(other, "_deprecated_kwargs", ())}
+        known -= {"self", "args", "kwargs"}
+        for name in names:
+            if name not in known and not name.startswith("_"):
+                near = difflib.get_close_matches(name, sorted(known), 1, 0.0)
+                raise ValueError(
+                    f"`{name}` is no argument of {cls.__name__} or of a scheduler that it can take "
+                    f"the place of; the nearest one is `{near[0]}`."
+                )
 
     def to_json_string(self) -> str:
         """Return the config as diffusers writes it, without the defaults of shared settings."""

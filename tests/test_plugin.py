@@ -84,6 +84,38 @@ def test_the_index_passes_the_check_of_a_download(pipeline, tmp_path):
         check("ddim_schedulers.scheduling_ddim", "GeneralizedDDIMScheduler")
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_misspelt_argument_of_from_config_is_refused(cls, pipeline, tmp_path):
+    """Stock drops it in silence. What diffusers itself passes, and a config's keys, stay free."""
+    config = diffusers.DDIMScheduler().config
+    typo = {"timesteps_spacing": "quadratic"}
+    assert diffusers.DDIMScheduler.from_config(config, **typo).config.timestep_spacing == "leading"
+    said = rf"`timesteps_spacing` is no argument of {cls.__name__} .* is `timestep_spacing`\."
+    with pytest.raises(ValueError, match=said):
+        cls.from_config(config, **typo)
+    with pytest.raises(ValueError, match=r"`x` is no argument"):
+        cls.from_config(config, _private=1, eta=0.0, use_karras_sigmas=True, x=1)
+    others = {"use_karras_sigmas": True, "solver_type": "heun", "eta": 0.0, "_private": 1}
+    assert type(cls.from_config(config, **others)) is cls
+    assert type(cls.from_config({**config, **typo})) is cls
+    made, unused = cls.from_config(config, return_unused_kwargs=True, **typo)
+    assert type(made) is cls and unused.items() >= typo.items()
+
+    cls().save_pretrained(tmp_path / "scheduler")
+    hub = {"token": None, "revision": None, "local_files_only": True, "force_download": False}
+    loading = {"torch_dtype": torch.float16, "variant": "fp16", "use_safetensors": True}
+    options = {"subfolder": "scheduler", **hub, **loading}
+    assert type(cls.from_pretrained(tmp_path, **options)) is cls
+    made, unused = cls.from_pretrained(tmp_path, return_unused_kwargs=True, **options, **typo)
+    assert type(made) is cls and unused.items() >= typo.items()
+    with pytest.raises(ValueError, match=said):
+        cls.from_pretrained(tmp_path, **options, **typo)
+    pipeline.register_modules(scheduler=cls())
+    pipeline.save_pretrained(tmp_path / "p")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "p", variant=None)
+    assert type(loaded.scheduler) is cls
+
+
 # -- portable
 
 
