@@ -170,8 +170,8 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         named = noise.seeds if latents is None else None
         output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
         device = self._execution_device
-        kept = self.scheduler.config.get("timesteps")
-        if predictor or not (num_inference_steps is timesteps is kept is None):
+        levels = (num_inference_steps, timesteps, self.scheduler.config.get("timesteps"))
+        if predictor or any(said is not None for said in levels):
             tau = plan(self.scheduler, num_inference_steps, timesteps, device)
         else:
             tau = torch.tensor(geometric_timesteps(self.scheduler, DEFAULT_LEVELS), device=device)
@@ -193,9 +193,9 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (output.result(),)  # type: ignore[return-value]
-        seeds_used = None if noise.seeds is None else list(noise.seeds)
+        kept = None if noise.seeds is None else list(noise.seeds)
         calls = _network_calls(len(steps), inner_steps, predictor, final_denoising)
-        return LangevinOutput(output.result(), seeds_used, calls)
+        return LangevinOutput(output.result(), kept, calls)
 
     def _corrector(self, inner_steps: int, snr: float, rule: str, predictor: bool) -> Corrector:
         least = 0 if predictor else 1
