@@ -32,10 +32,10 @@ def compile_for_training(unet: UNet2DModel, mode: str | None, backend: str) -> A
     """
     if unet.device.type == "cpu":
         for module in unet.modules():
-            is_nearest = isinstance(module, Upsample2D) and not module.use_conv_transpose
-            if is_nearest and module.interpolate:
-                module.interpolate = False
-                module.register_forward_pre_hook(_repeat_pixels)
+            if isinstance(module, Upsample2D) and not module.use_conv_transpose:
+                if module.interpolate:
+                    module.interpolate = False
+                    module.register_forward_pre_hook(_repeat_pixels)
     return torch.compile(unet, mode=mode, backend=backend)
 
 
