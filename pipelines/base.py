@@ -54,13 +54,15 @@ class UnconditionalPipeline(DiffusionPipeline):
         write_bytes(Path(json_file_path), text.encode())
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(
+        cls, json_file: str | os.PathLike[str], **of_diffusers: Any
+    ) -> dict[str, Any]:
         """Read `model_index.json` for `from_pretrained`, on disk and from the Hub.
 
         A self-contained scheduler becomes the installed class, so that it fits these pipelines and
-        no code of a repository has to be trusted.
+        no code of a repository has to be trusted. diffusers 0.40 passes `dduf_entries`.
         """
-        return with_installed_schedulers(super()._dict_from_json_file(json_file))
+        return with_installed_schedulers(super()._dict_from_json_file(json_file, **of_diffusers))
 
     @classmethod
     def from_pipe(  # type: ignore[override]
