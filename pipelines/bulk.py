@@ -13,6 +13,7 @@ other; each writes its files under a temporary name and renames them.
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def sample_to_directory(
         world_size: number of processes.
 
     Raises:
-        ValueError: if the folder holds a job with other settings, naming what differs, if the
+        ValueError: if the folder holds a job with other settings, naming what differs, or images
+            without settings, if a file that is needed is damaged, naming it, if the
             network's channels do not fit PNG, for steps or an eta that the scheduler refuses, or
             for samples that are not finite, of which no file is written.
     """
@@ -155,6 +157,7 @@ def sample_to_directory(
     for place in (folder, files.folder):
         remove_leftovers(place, rank, world_size)
     settings = settings_of(pipe, job)
+    _check_origin(folder, files.folder)
     _compare(folder / SETTINGS, settings)
     written = present = 0
     clipped: list[tuple[float, int]] = []
@@ -218,8 +221,17 @@ class _Files:
 
 
 def _load(path: Path) -> list[Image.Image]:
+    try:
+        return _read_images(path)
+    except (OSError, ValueError, KeyError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}); delete it, and the next call makes it again."
+        ) from error
+
+
+def _read_images(path: Path) -> list[Image.Image]:
     if path.suffix == ".npz":
-        with np.load(path) as shard:
+        with open(path, "rb") as file, np.load(file) as shard:
             images = shard["images"]
         # a grid of data that has no colours shows its first channel
         return to_pil(images if images.shape[-1] in (1, 3, 4) else images[..., :1])
@@ -256,17 +268,31 @@ def _sample(
 
 def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
     """Return everything that the files depend on, as JSON types."""
-    config = pipe.scheduler.config
     settings = {
         "job": asdict(job),
         "network": fingerprint(pipe.unet),  # type: ignore[arg-type]
+        # the same weights compute something else with another norm_eps or activation
+        "network_config": _public(pipe.unet.config),
         "network_dtype": str(pipe.unet.dtype),
+        "channels_last": _is_channels_last(pipe.unet),  # type: ignore[arg-type]
         "compiled": is_compiled(pipe.unet),
         "scheduler": type(pipe.scheduler).__name__,
-        # private keys say how the config came about (in an order that varies), not what it is
-        "scheduler_config": {k: v for k, v in config.items() if not k.startswith("_")},
+        "scheduler_config": _public(pipe.scheduler.config),
     }
     return json.loads(json.dumps(settings, default=lambda x: np.asarray(x).tolist()))
+
+
+def _public(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    # private keys say how the config came about (in an order that varies), not what it is
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _is_channels_last(network: torch.nn.Module) -> bool:
+    """Tell whether a weight is kept in channels_last alone (1 x 1 ones are in both formats)."""
+    return any(
+        p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+        for p in network.parameters()
+    )
 
 
 def fingerprint(network: torch.nn.Module) -> str:
@@ -278,6 +304,22 @@ def fingerprint(network: torch.nn.Module) -> str:
             tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
     return digest.hexdigest()
+
+
+def _check_origin(folder: Path, images: Path) -> None:
+    """Refuse images of which nothing says how they were made.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    # images first: who starts at the same time writes the settings before the first image
+    there = next((p.name for p in images.glob("*") if p.suffix in (".png", ".npz")), None)
+    if there is not None and not (folder / SETTINGS).exists():
+        raise ValueError(
+            f"`output` {str(folder)!r} holds images (e.g. {images.name}/{there}) but no "
+            f"{SETTINGS}, which would say how they were made; choose another folder, or delete "
+            "them."
+        )
 
 
 def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
@@ -301,7 +343,15 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     """
     if not path.exists():
         return
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}), so nothing says how the images beside it were "
+            "made; choose another folder, or delete them and it."
+        ) from error
     old, new = _flat(before), _flat(settings)
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"

@@ -152,6 +152,45 @@ def test_other_settings_are_refused(tmp_path, change, message):
     assert content(tmp_path) == before
 
 
+def test_another_network_config_or_memory_format_is_refused(tmp_path):
+    sample_to_directory(pipeline(), tmp_path, job())
+    pipe = pipeline()
+    pipe.unet.register_to_config(norm_eps=0.1)
+    with pytest.raises(ValueError, match="network_config.norm_eps: 1e-05 there, 0.1 now"):
+        sample_to_directory(pipe, tmp_path, job())
+    with pytest.raises(ValueError, match=r"[(]channels_last: False there, True now[)]"):
+        sample_to_directory(pipeline().speed_up(channels_last=True), tmp_path, job())
+
+
+def test_images_without_settings_are_refused(tmp_path):
+    sample_to_directory(pipeline(), tmp_path, job())
+    (tmp_path / "sample.json").unlink()
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="images/0000.*but no sample.json"):
+        sample_to_directory(pipeline(), tmp_path, job())
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("file_format", ["png", "npz"])
+def test_a_damaged_file_is_named(tmp_path, file_format):
+    wanted = job(file_format=file_format)
+    sample_to_directory(pipeline(), tmp_path, wanted)
+    whole = content(tmp_path)
+    name = {"png": "images/000001.png", "npz": "shards/000004-000007.npz"}[file_format]
+    for kept in (0, 60):
+        (tmp_path / "grid.png").unlink()
+        (tmp_path / name).write_bytes(whole[name][:kept])
+        with pytest.raises(ValueError, match=f"{name}' is damaged .*delete it"):
+            sample_to_directory(pipeline(), tmp_path, wanted)
+        (tmp_path / name).unlink()
+        assert sample_to_directory(pipeline(), tmp_path, wanted).complete
+        assert content(tmp_path) == whole
+    for text in ("{", "[]"):
+        (tmp_path / "sample.json").write_text(text)
+        with pytest.raises(ValueError, match="sample.json' is damaged"):
+            sample_to_directory(pipeline(), tmp_path, wanted)
+
+
 def test_bad_jobs_raise(tmp_path):
     for bad in ({"num_images": 0}, {"batch_size": 0}, {"seed": -1}, {"file_format": "jpg"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
