@@ -8,6 +8,8 @@ memory and does nothing but draw noise and t, go forward and backward, clip and 
 way is that of diffusers' `train_unconditional.py`: prepared loader, AdamW as it comes, EMA,
 learning-rate scheduler, progress bar and the loss read in every step. Its data are a tensor in
 memory, where the script decodes images with torchvision. A ratio below 1 says that ours is faster.
+With `--compile` the other side stays eager; where ours has bf16 autocast the stock side has it too,
+for Accelerate keeps it for the process.
 """
 
 import itertools
