@@ -128,6 +128,9 @@ MAX_TABLES = 64
 # The columns of a longer plan are not kept: 3.4 kB a row.
 MAX_COLUMNS = 1000
 
+# A scheduler knows the network, so two of its trajectories come from measurements of it.
+SCHEDULER_SPACINGS = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
+
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -818,10 +821,10 @@ def _check_length(name: str, length: int, num_inference_steps: int | None) -> No
 
 def _check_names(config: Any) -> None:
     check_prediction_type(config.prediction_type)
-    spacings = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
-    if config.timestep_spacing not in spacings:
+    if config.timestep_spacing not in SCHEDULER_SPACINGS:
         raise ValueError(
-            f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of {spacings}."
+            f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of "
+            f"{SCHEDULER_SPACINGS}."
         )
     for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
         value = config.get(name, 1.0)

@@ -167,8 +167,9 @@ def sample_to_directory(
             if missing:
                 images, share = _sample(pipe, job, start, stop)
                 clipped += [] if share is None else [(share, len(images))]
-                # not before there are images: a job whose samples fail binds no corrected call
-                _settle(folder / SETTINGS, settings, rank)
+                if not written:
+                    # not before there are images: a job whose samples fail binds no corrected call
+                    _settle(folder / SETTINGS, settings, rank)
                 files.write(start, images, missing)
             written += len(missing)
             present += len(files.names(start, stop)) - len(missing)

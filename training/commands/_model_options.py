@@ -26,9 +26,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
+    from ddim_schedulers.scheduling_base import SCHEDULER_SPACINGS
     from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
     from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
-    from ddim_schedulers.timesteps import TIMESTEP_SPACINGS
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of a saved pipeline")
     parser.add_argument(
@@ -44,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, help="DDIM's eta; the saved one, else 0")
     parser.add_argument(
         "--timestep_spacing",
-        choices=(*TIMESTEP_SPACINGS, "optimal", "calibrated"),
+        choices=SCHEDULER_SPACINGS,
         help="of ddim or ddpm; the saved one if not given",
     )
     parser.add_argument(
@@ -173,6 +173,7 @@ def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # no
     Raises:
         ValueError: for an option that it does not take, naming the option that helps.
     """
+    from ddim_schedulers.pipelines.bulk import process_of
     from ddim_schedulers.pipelines.fitness import has_argument
 
     name = type(scheduler).__name__
@@ -181,7 +182,7 @@ def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # no
     if args.timesteps is not None and not has_argument(scheduler.set_timesteps, "timesteps"):
         raise ValueError(f"--timesteps does not fit {name}; use --scheduler ddim or ddpm.")
     left_out = _left_out(scheduler, args)
-    if left_out and os.environ.get("RANK", "0") == "0":
+    if left_out and process_of()[0] == 0:
         owner, settings = left_out
         print(
             f"warning: {name} stands in for {owner} and does not apply {', '.join(settings)}; "
