@@ -11,6 +11,7 @@ import importlib
 import inspect
 from typing import Any
 
+from .family_config import plain
 from .settings import SETTINGS_KEY, restore_settings
 
 __all__ = ["SETTINGS_KEY", "STOCK_CLASSES", "register", "restore_settings", "to_portable"]
@@ -91,7 +92,7 @@ def to_portable(scheduler: Any) -> tuple[Any, list[str]]:
     if name not in STOCK_CLASSES:
         raise ValueError(f"`scheduler` is a {name}; it must be one of {sorted(STOCK_CLASSES)}.")
     stock = getattr(diffusers, STOCK_CLASSES[name])
-    config = {k: _plain(v) for k, v in scheduler.config.items() if not k.startswith("_")}
+    config = {k: plain(v) for k, v in scheduler.config.items() if not k.startswith("_")}
     if config["prediction_type"] == "posterior_mean":
         raise ValueError(
             "`prediction_type` is 'posterior_mean', which no stock scheduler understands: a "
@@ -106,11 +107,6 @@ def to_portable(scheduler: Any) -> tuple[Any, list[str]]:
     private = {"class": name, "settings": settings, "stand_ins": stand_ins}
     portable.register_to_config(**{SETTINGS_KEY: private})
     return portable, _what_is_lost(stock.__name__, scheduler, config, stand_ins)
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: arrays and tensors as lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _stand_ins(stock: str, scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:

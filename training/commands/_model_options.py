@@ -26,7 +26,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    from ddim_schedulers.scheduling_base import SCHEDULER_SPACINGS
+    from ddim_schedulers.family_config import SCHEDULER_SPACINGS
     from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
     from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
 
