@@ -10,6 +10,7 @@ The rows of all T timesteps are computed in float64 on the CPU once per (traject
 on the device of the sample; `step` looks its row up and reads nothing back.
 """
 
+import numbers
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -339,10 +340,29 @@ class FamilySchedulerMixin(FamilyConfigMixin):
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """Return where a step from `timestep` lands: the next planned one, or -1 for the end."""
+        landing = self._at(self._landing, timestep)
+        return landing if isinstance(timestep, torch.Tensor) else int(landing)
+
+    def _at(self, values: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
+        """Return the value of one timestep, or of a tensor of them in its shape and on its device.
+
+        Args:
+            values: one for each training timestep, (T,).
+            timestep: in 0 .. T - 1.
+        """
         if isinstance(timestep, torch.Tensor):
-            rows = self._landing.to(timestep.device)
-            return _pick(rows, timestep, "timestep").reshape(timestep.shape)
-        return int(self._landing[self._check_timestep(timestep)])
+            picked = _pick(values.to(timestep.device), timestep, "timestep")
+            return picked.reshape(timestep.shape)
+        return values[self._check_timestep(timestep)]
+
+    def _alpha_bar_or_end(self, prev_timestep: int | torch.Tensor) -> torch.Tensor:
+        """Return alpha_bar where a step lands: of `prev_timestep`, or of the end below 0."""
+        if isinstance(prev_timestep, torch.Tensor):
+            landed = self._at(self._alpha_bar, prev_timestep.clamp(min=0))
+            return torch.where(prev_timestep >= 0, landed, self.alpha_bar_end)
+        if isinstance(prev_timestep, numbers.Integral) and prev_timestep < 0:
+            return torch.tensor(self.alpha_bar_end, dtype=torch.float64, device="cpu")
+        return self._at(self._alpha_bar, prev_timestep)
 
     def _check_timestep(self, timestep: Any) -> int:
         try:
@@ -412,10 +432,17 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         return bool(self.config.thresholding or self.config.clip_sample)
 
     def _limit(self, x0: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        if config.thresholding:
-            return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        return self._clip(x0)
+        return self._threshold_sample(x0) if self.config.thresholding else self._clip(x0)
+
+    def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return dynamic thresholding of x0_hat, under stock's private name, in its dtype.
+
+        Args:
+            sample: x0_hat, (B, ...), any floating dtype; computed in float32 or better.
+        """
+        config, dtype = self.config, compute_dtype(sample)
+        ratio, max_value = config.dynamic_thresholding_ratio, config.sample_max_value
+        return dynamic_threshold(sample.to(dtype), ratio, max_value).to(sample.dtype)
 
     def _clip(self, x0: torch.Tensor) -> torch.Tensor:
         """Clip x0_hat in place: a step has just made it, and nobody else holds it."""

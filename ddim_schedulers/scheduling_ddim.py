@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .betas import alpha_bar_before
@@ -31,7 +31,7 @@ ANY_MEMBER = ("sigma", "optimal")
 FEW_STEPS = {"solver_order": 2, "solver_corrector": True, "timestep_spacing": "trailing"}
 
 
-class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
+class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMixin, ConfigMixin):
     """Drop-in for `DDIMScheduler`: any member of the family, any trajectory, the exact neighbour.
 
     One step is DDIM, Eq. 12, to the next planned timestep s of the trajectory, whatever its
@@ -327,6 +327,26 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin
         if eta > 1 and not torch.compiler.is_compiling():
             check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan], eta)
         return sigma
+
+    def _get_variance(
+        self, timestep: int | torch.Tensor, prev_timestep: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Return sigma(1)^2 of the step from `timestep` to `prev_timestep` (DDIM, Eq. 16).
+
+        Editing, inversion and reinforcement learning ask for it under stock's private name.
+
+        Args:
+            timestep: t in 0 .. T - 1, planned or not: an int or a tensor.
+            prev_timestep: s in 0 .. T - 1, or negative for the end; broadcasts against `timestep`.
+
+        Returns:
+            float32, rounded once.
+
+        Raises:
+            ValueError: for a timestep out of range.
+        """
+        a_t, a_s = self._at(self._alpha_bar, timestep), self._alpha_bar_or_end(prev_timestep)
+        return sigma_eta(a_t, a_s).square().float()
 
     def step(
         self,

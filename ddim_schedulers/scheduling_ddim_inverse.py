@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .betas import alpha_bar_before
@@ -14,7 +15,9 @@ from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, fold
 from .transition import transition
 
 
-class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
+class GeneralizedDDIMInverseScheduler(
+    FamilySchedulerMixin, DDIMInverseScheduler, SchedulerMixin, ConfigMixin
+):
     """Drop-in for `DDIMInverseScheduler`: the deterministic member run backwards.
 
     The pairs (t, s) are those of `GeneralizedDDIMScheduler` with the same settings, in reverse
@@ -61,6 +64,9 @@ class GeneralizedDDIMInverseScheduler(FamilySchedulerMixin, SchedulerMixin, Conf
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
+
+    ignore_for_config: list[str] = []
+    _deprecated_kwargs: list[str] = []
 
     @register_to_config
     def __init__(

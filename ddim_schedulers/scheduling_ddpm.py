@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype
+from .scheduling_base import MIN_STD, FamilySchedulerMixin, Table, compute_dtype
 from .sigmas import sigma_eta, sigma_hat
 
 VARIANCE_TYPES = (
@@ -22,7 +22,7 @@ VARIANCE_TYPES = (
 )
 
 
-class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
+class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin, ConfigMixin):
     """Drop-in for `DDPMScheduler`: the Markovian member eta = 1, on any trajectory.
 
     One step draws from N(mu_tilde(x_t, x0_hat), std^2 I), DDPM, Eq. 6-7 and Algorithm 2, of the
@@ -83,6 +83,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         calibration: dict[str, Any] | None = None,
     ) -> None:
         self.custom_timesteps = False
+        self.one = torch.tensor(1.0, device="cpu")
         self._make_tables()
         self._check_variance_type()
 
@@ -96,8 +97,8 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
         """alpha_bar where the last step lands: 1 (the chain ends at x_0)."""
         return 1.0
 
-    def _check_variance_type(self) -> str:
-        name = self.config.variance_type
+    def _check_variance_type(self, name: str | None = None) -> str:
+        name = self.config.variance_type if name is None else name
         if name not in VARIANCE_TYPES:
             raise ValueError(f"`variance_type` is {name!r}; it must be one of {VARIANCE_TYPES}.")
         return name
@@ -157,6 +158,52 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, SchedulerMixin, ConfigMixin):
             # re-derived
             table = self._keep(key, self._table(sigma, std, clips, device, dtype))
         return table
+
+    def _get_variance(
+        self,
+        t: int | torch.Tensor,
+        predicted_variance: torch.Tensor | None = None,
+        variance_type: str | None = None,
+    ) -> torch.Tensor:
+        """Return what stock calls the variance of the step from `t` to the next planned timestep.
+
+        It is a variance for `fixed_small`, `fixed_large`, `optimal` and `learned`, a standard
+        deviation for `fixed_small_log`, and the logarithm of a variance for `fixed_large_log` and
+        `learned_range`: public code reads it so. The step itself uses standard deviations alone.
+
+        Args:
+            t: 0 .. T - 1, planned or not: an int or a tensor.
+            predicted_variance: the network's second C channels, for the learned variances.
+            variance_type: instead of the config's.
+
+        Returns:
+            float32, in the shape of `t`; for `learned_range` in that of `predicted_variance`, which
+            `learned` returns as it is.
+
+        Raises:
+            ValueError: for an unknown `variance_type`, a timestep out of range, or a learned
+                variance without `predicted_variance`.
+        """
+        name = self._check_variance_type(variance_type)
+        if name.startswith("learned") and predicted_variance is None:
+            raise ValueError(
+                f"`predicted_variance` is None; with variance_type={name!r} it must be the second "
+                "half of the network's channels."
+            )
+        self._follow_config()
+        a_t, a_s = self._at(self._alpha_bar, t), self._at(self._alpha_bar_s, t)
+        small, large = sigma_eta(a_t, a_s) ** 2, sigma_hat(a_t, a_s) ** 2
+        small = small.clamp(min=MIN_STD**2)
+        if predicted_variance is not None and name.startswith("learned"):
+            share = (predicted_variance + 1) / 2
+            log_variance = share * large.log().float() + (1 - share) * small.log().float()
+            return predicted_variance if name == "learned" else log_variance
+        if name == "optimal":
+            stds = self._optimal_std(sigma_eta(self._alpha_bar, self._alpha_bar_s), 1.0)
+            return self._at(stds, t).square().float()
+        if name.startswith("fixed_large"):
+            return (large.log() if name.endswith("_log") else large).float()
+        return (small.sqrt() if name.endswith("_log") else small).float()
 
     def step(
         self,

@@ -17,6 +17,7 @@ from ddim_schedulers import (
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
 )
+from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
 
 SHAPE = (4, 3, 8, 8)
 TOLERANCE = 5e-5
@@ -427,3 +428,79 @@ def test_half_precision_is_computed_in_float32(closed_form):
         errors.append(float((got.double() - exact).abs().max()))
     assert errors[0] <= 1.001 * 2**-8 * float(exact.abs().max())
     assert errors[1] > errors[0]
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_ddim_get_variance(set_alpha_to_one, zero_snr):
+    settings = {"set_alpha_to_one": set_alpha_to_one, "rescale_betas_zero_snr": zero_snr}
+    stock, ours = DDIMScheduler(**settings), GeneralizedDDIMScheduler(**settings)
+    pairs = [(0, -1), (1, 0), (420, 400), (980, 960), (487, 486), (999, 998), (999, -1), (7, 7)]
+    for t, s in pairs:
+        wanted = stock._get_variance(t, s)
+        assert ours._get_variance(t, s).dtype == wanted.dtype
+        # stock's is a difference of float32 numbers near 1
+        torch.testing.assert_close(ours._get_variance(t, s), wanted, rtol=2e-5, atol=2e-4)
+        as_tensors = ours._get_variance(torch.tensor(t), torch.tensor(s))
+        assert as_tensors == ours._get_variance(t, s)
+    batch = ours._get_variance(*torch.tensor(pairs).T)
+    assert batch.tolist() == [float(ours._get_variance(t, s)) for t, s in pairs]
+    a = ours.alpha_bar
+    exact = (1 - a[400]) / (1 - a[420]) * (1 - a[420] / a[400])
+    assert float(ours._get_variance(420, 400)) == pytest.approx(float(exact), rel=1e-7)
+    for wrong in ((1000, 0), (5, 1000), (-1, 0), (1.5, 0), (torch.tensor([1000]), 3)):
+        with pytest.raises(ValueError, match="`timestep` is"):
+            ours._get_variance(*wrong)
+
+
+@pytest.mark.parametrize("steps", [None, 10, 7])
+@pytest.mark.parametrize("name", [n for n in VARIANCE_TYPES if n != "optimal"])
+def test_ddpm_get_variance(name, steps):
+    stock, ours = DDPMScheduler(variance_type=name), MarkovianDDPMScheduler(variance_type=name)
+    if steps is not None:
+        stock.set_timesteps(steps)
+        ours.set_timesteps(steps)
+    raw = torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2) if name.startswith("learned") else None
+    for t in [*ours.timesteps[::97], ours.timesteps[-1]]:
+        wanted = stock._get_variance(t, raw)
+        for timestep in (t, int(t)):
+            got = ours._get_variance(timestep, raw)
+            assert got.shape == wanted.shape and got.dtype == wanted.dtype
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+        by_argument = MarkovianDDPMScheduler()
+        if steps is not None:
+            by_argument.set_timesteps(steps)
+        assert torch.equal(by_argument._get_variance(int(t), raw, name), got)
+
+
+def test_ddpm_get_variance_of_the_step():
+    """What a step adds is the variance that `_get_variance` returns, on any spacing."""
+    ours = MarkovianDDPMScheduler(timestep_spacing="trailing", clip_sample=False)
+    ours.set_timesteps(7)
+    zero, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for t in ours.timesteps[:-1]:
+        added = ours.step(zero, t, zero, variance_noise=noise).prev_sample
+        assert float(added**2) == pytest.approx(float(ours._get_variance(t)), rel=1e-6)
+    assert ours.one == 1
+    for arguments, match in (
+        ((0, None, "other"), "`variance_type` is 'other'"),
+        ((0, None, "learned_range"), "`predicted_variance` is None"),
+        ((0, None, "learned"), "`predicted_variance` is None"),
+        ((1000,), "`timestep` is 1000"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ours._get_variance(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [(DDIMScheduler, GeneralizedDDIMScheduler), (DDPMScheduler, MarkovianDDPMScheduler)],
+)
+def test_threshold_sample(stock, ours, dtype):
+    settings = {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0}
+    x0 = 3 * torch.randn(3, 2, 4, 4).to(dtype)
+    before = x0.clone()
+    wanted = stock(**settings)._threshold_sample(x0)
+    got = ours(**settings)._threshold_sample(x0)
+    assert torch.equal(got, wanted) and got.dtype == dtype and torch.equal(x0, before)

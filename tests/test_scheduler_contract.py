@@ -806,3 +806,62 @@ def test_a_timestep_that_has_no_value_is_looked_up_in_the_graph(cls):
         scheduler.set_timesteps(timesteps=[900, 300], sigma=[0.0, 0.0])
         given = torch.stack([step(m[i], times[i], x[i]) for i in range(2)])
         assert torch.equal(torch.func.vmap(step)(m, times, x), given)
+
+
+# What ours takes from a stock class and its bases without overriding it, and why that is right.
+INHERITED = {
+    "save_pretrained": "diffusers' own file layout",
+    "from_pretrained": "ends in our `from_config`",
+    "compatibles": "reads `_compatibles`, which is ours",
+    "has_compatibles": "True for every scheduler",
+    "_get_compatibles": "reads `_compatibles`, which is ours",
+    "_upload_folder": "the Hub's business",
+    "push_to_hub": "the Hub's business",
+    "_auto_class": "set by `register_for_auto_class`",
+    "register_for_auto_class": "remote code in one file, as with any class",
+    "ignore_for_config": "no argument of ours stays out of the config",
+    "_deprecated_kwargs": "those of the stock class",
+    "register_to_config": "makes the config object whose identity `_follow_config` watches",
+    "config": "returns that object",
+    "__getattr__": "diffusers' warning for a setting that is read as an attribute",
+    "save_config": "writes our `to_json_string`",
+    "load_config": "reads a file",
+    "get_config_dict": "deprecated name of `load_config`",
+    "to_json_file": "writes our `to_json_string`",
+    "_get_init_keys": "reads our signature",
+    "_dict_from_json_file": "reads a file",
+    "__repr__": "prints our `to_json_string`",
+}
+
+PYTHONS = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"}
+PYTHONS |= {"__firstlineno__", "__static_attributes__"}  # from Python 3.13 on
+
+
+@each_class
+def test_what_is_inherited_from_stock_is_known_and_does_not_compute(cls):
+    """A new method of a stock class would read float32 tables, or what stock's `__init__` makes."""
+    bases = [base for base in STOCK[cls].__mro__ if base is not object]
+    names = {name for base in bases for name in vars(base)} - PYTHONS
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("ddim_schedulers.")]
+    inherited = {name for name in names if not any(name in vars(base) for base in ours)}
+    assert inherited <= INHERITED.keys()
+    computing = {name for name in vars(STOCK[cls]) if callable(getattr(STOCK[cls], name))}
+    assert not computing & inherited
+    stock = STOCK[cls]()
+    assert [name for name in vars(stock) if not hasattr(cls(), name)] == []
+
+
+@each_class
+def test_ours_is_a_stock_scheduler_under_our_own_name(cls, tmp_path):
+    scheduler = cls()
+    assert isinstance(scheduler, STOCK[cls])
+    assert not any(isinstance(scheduler, other) for other in STOCK.values() if other != STOCK[cls])
+    assert scheduler.__class__.__module__.startswith("ddim_schedulers.")
+    scheduler.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == cls.__name__
+    assert scheduler.compatibles == STOCK[GeneralizedDDIMScheduler]().compatibles
+
+
+def test_each_name_of_inherited_is_inherited_by_some_class():
+    assert all(any(hasattr(stock, name) for stock in STOCK.values()) for name in INHERITED)
