@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,14 @@ from ddim_schedulers.pipelines.records import (
     SamplingPath,
     warn_of_clipping,
 )
-from ddim_schedulers.pipelines.sampling import Levels, Step, denoise, plan, step_arguments
+from ddim_schedulers.pipelines.sampling import (
+    Levels,
+    Step,
+    denoise,
+    nearest_planned,
+    plan,
+    step_arguments,
+)
 
 Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -94,7 +102,7 @@ class GenerationPipeline(UnconditionalPipeline):
         self,
         num_images: int | None = None,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] | int | None = None,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
@@ -113,8 +121,9 @@ class GenerationPipeline(UnconditionalPipeline):
 
         Args:
             num_images: how many; None takes it from `seeds`, `generator` or `latents`, else 1.
-            seeds: one for each image, 0 .. 2^63 - 1: an image depends on its seed alone. Without
-                seeds and generator, seeds come from torch's global generator and are returned.
+            seeds: one for each image, 0 .. 2^63 - 1, or that of a single image: an image depends on
+                its seed alone. Without seeds and generator, seeds come from torch's global
+                generator and are returned.
             generator: instead of seeds, as in diffusers: one for all (the noise then depends on
                 `batch_size`), or a list with one for each image.
             latents: x_T (N, C, H, W) instead of drawn noise; seeds then serve the noise of the
@@ -245,7 +254,8 @@ class GenerationPipeline(UnconditionalPipeline):
 
         Args:
             seed: of the original.
-            share_at: timesteps of the trajectory at which to share x_t.
+            share_at: timesteps at which to share x_t; where one is not on the trajectory, the
+                nearest timestep that is takes its place, and a warning says which.
             variation_seeds: one for each variation of a level; the same ones serve every level.
             num_inference_steps: as in generation.
             timesteps: as in generation.
@@ -255,7 +265,7 @@ class GenerationPipeline(UnconditionalPipeline):
 
         Raises:
             ValueError: for a deterministic sampler, whose variations would all be equal, or a level
-                that is not on the trajectory.
+                that is no timestep of the training chain.
         """
         self.check()
         if not eta and is_deterministic(self.scheduler):
@@ -273,20 +283,24 @@ class GenerationPipeline(UnconditionalPipeline):
         check_scheduler(self.scheduler, SINGLE_STEP, "`variations`")
         device = self._execution_device
         planned = plan(self.scheduler, num_inference_steps, timesteps, device).tolist()
-        missing = [t for t in share_at if t not in planned]
-        if missing:
-            raise ValueError(f"`share_at` has {missing}; allowed are the timesteps {planned}.")
+        big_t = self.scheduler.config.num_train_timesteps
+        integers = [t for t in share_at if isinstance(t, Integral) and type(t) is not bool]
+        if wrong := [t for t in share_at if t not in integers or not 0 <= t < big_t]:
+            raise ValueError(
+                f"`share_at` has {wrong}; each must be an integer in 0 .. {big_t - 1}."
+            )
+        levels = [nearest_planned(int(t), planned, "share_at") for t in share_at]
         if not check_seeds(variation_seeds, "variation_seeds"):
             raise ValueError("`variation_seeds` is empty; it must have one for each variation.")
         original = self(seeds=[seed], return_path=True, **common)
         assert isinstance(original, GenerationOutput) and original.path is not None
         images = []
-        for t in share_at:
+        for t in levels:
             x_t = original.path.x_t[planned.index(t)].expand(len(variation_seeds), -1, -1, -1)
             images.append(
                 self(latents=x_t, start_timestep=t, seeds=variation_seeds, **common).images
             )
-        return VariationsOutput(original.images[0], images, list(share_at))
+        return VariationsOutput(original.images[0], images, levels)
 
 
 class _Watch:

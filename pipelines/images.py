@@ -1,11 +1,12 @@
 """Images in and out of model space [-1, 1], with nothing converted silently."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 ImageInput = Any  # a PIL image or a list of them, an array or a tensor: see `to_model_space`
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -18,30 +19,33 @@ def to_model_space(
     """Return images as a batch (N, C, H, W) in [-1, 1] on the CPU.
 
     Args:
-        images: a PIL image or a list of them (mode L, RGB or RGBA as the network has 1, 3 or 4
-            channels); an array (H, W, C) or (N, H, W, C); or a tensor (C, H, W) or (N, C, H, W).
-            Arrays and tensors are uint8 in 0 .. 255, or floating point in [0, 1] as the pipelines
-            return them.
+        images: a PIL image or the path of an image file, or a list of either (mode L, RGB or RGBA
+            as the network has 1, 3 or 4 channels); an array (H, W, C) or (N, H, W, C); or a tensor
+            (C, H, W) or (N, C, H, W). Arrays and tensors are uint8 in 0 .. 255, or floating point
+            in [0, 1] as the pipelines return them.
         shape: (C, H, W) of the network.
         dtype: of the result.
 
     Raises:
         ValueError: naming what is wrong: type, dtype, mode, channels, size or range.
     """
-    if isinstance(images, Image.Image):
+    if isinstance(images, Image.Image | str | os.PathLike):
         images = [images]
     if isinstance(images, torch.Tensor):
         batch = images.detach().cpu()
     elif isinstance(images, np.ndarray) and images.dtype.kind in "fiubc":
         batch = _channels_first(torch.from_numpy(np.ascontiguousarray(images)))
     elif (
-        isinstance(images, Sequence) and images and all(isinstance(i, Image.Image) for i in images)
+        isinstance(images, Sequence)
+        and images
+        and all(isinstance(i, Image.Image | str | os.PathLike) for i in images)
     ):
-        batch = _from_pil(images, shape)
+        opened = [i if isinstance(i, Image.Image) else read_image(i, "`images`") for i in images]
+        batch = _from_pil(opened, shape)
     else:
         raise ValueError(
-            f"`images` is {type(images).__name__}; it must be a PIL image, a non-empty list of PIL "
-            "images, a numpy array (N, H, W, C) or a tensor (N, C, H, W)."
+            f"`images` is {type(images).__name__}; it must be a PIL image, the path of one, a "
+            "non-empty list of them, a numpy array (N, H, W, C) or a tensor (N, C, H, W)."
         )
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or batch.shape[0] == 0 or tuple(batch.shape[1:]) != shape:
@@ -50,6 +54,28 @@ def to_model_space(
             f"{shape[0]}, {shape[1]}, {shape[2]})."
         )
     return _unit_range(batch, dtype) * 2 - 1
+
+
+def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
+    """Return the picture in a file as a viewer turns it (EXIF), in its own mode.
+
+    Args:
+        path: of the file.
+        name: what the message calls the argument.
+
+    Raises:
+        ValueError: naming a file that is not there, cannot be read or is no image.
+    """
+    where = f"{name}: {os.fspath(path)!r}"
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} is not an image.") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{where} does not exist.") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def _channels_first(array: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import ImageInput, to_model_space
 from ddim_schedulers.pipelines.inversion import InversionOutput, InversionPipeline
 from ddim_schedulers.pipelines.noise import check_seeds, draw
-from ddim_schedulers.pipelines.sampling import Levels
+from ddim_schedulers.pipelines.sampling import Levels, nearest_planned, plan
 from ddim_schedulers.pipelines.slerp import slerp_chain, slerp_grid
 from ddim_schedulers.process import q_sample
 
@@ -34,12 +34,14 @@ class InterpolationOutput(BaseOutput):
         latents: what was decoded, (N, C, H, W) on the CPU: x_T, or the mixed x_t.
         rows: how many rows the pictures form.
         inversion: what encoding the ends returned, where images were given.
+        timestep: of `diffuse`: the planned timestep t of `latents`.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     latents: torch.Tensor
     rows: int
     inversion: InversionOutput | None = None
+    timestep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class InterpolationPipeline(UnconditionalPipeline):
     def __call__(
         self,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] | int | None = None,
         latents: torch.Tensor | None = None,
         images: ImageInput | None = None,
         num_points: int = 8,
@@ -109,7 +111,7 @@ class InterpolationPipeline(UnconditionalPipeline):
     def grid(
         self,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] | int | None = None,
         latents: torch.Tensor | None = None,
         images: ImageInput | None = None,
         rows: int = 8,
@@ -175,8 +177,9 @@ class InterpolationPipeline(UnconditionalPipeline):
 
         Args:
             images: two images; see `to_model_space`.
-            timestep: t, on the trajectory; the paper shows 500 of 1000. A larger t mixes more
-                freely.
+            timestep: t; where it is not on the trajectory, the nearest timestep that is takes its
+                place, and a warning says which. The paper shows 500 of 1000. A larger t mixes
+                more freely.
             num_points: pictures, both ends included, >= 2.
             noise: `separate`: each image gets its own draw, as the paper writes it; the mix then
                 has less variance than x_t. `same`: both get the first draw; the mix of the noise
@@ -199,13 +202,16 @@ class InterpolationPipeline(UnconditionalPipeline):
         if len(x0) != 2:
             raise ValueError(f"{len(x0)} images are given; DDPM's interpolation needs two.")
         eps = self._two_draws(noise, noise_seeds)
-        alpha_bar_t = Levels(self.scheduler).at(self._check_timestep(timestep))
-        x_t = q_sample(x0, eps, alpha_bar_t)
+        planned = plan(
+            self.scheduler, num_inference_steps, timesteps, self._execution_device
+        ).tolist()
+        t = nearest_planned(self._check_timestep(timestep), planned, "timestep")
+        x_t = q_sample(x0, eps, Levels(self.scheduler).at(t))
         weights = [i / (num_points - 1) for i in range(num_points)]
         mixed = torch.stack([(1 - w) * x_t[0] + w * x_t[1] for w in weights])
         images_out = self.sibling(GenerationPipeline)(
             latents=mixed,
-            start_timestep=timestep,
+            start_timestep=t,
             seeds=[seed] * num_points,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
@@ -213,7 +219,7 @@ class InterpolationPipeline(UnconditionalPipeline):
             batch_size=batch_size,
             output_type=output_type,
         ).images
-        return InterpolationOutput(images_out, mixed, 1)
+        return InterpolationOutput(images_out, mixed, 1, timestep=t)
 
     def _check_timestep(self, timestep: int) -> int:
         big_t = self.scheduler.config.num_train_timesteps
@@ -239,7 +245,7 @@ class InterpolationPipeline(UnconditionalPipeline):
 
     def _ends(
         self,
-        seeds: Sequence[int] | None,
+        seeds: Sequence[int] | int | None,
         latents: torch.Tensor | None,
         images: ImageInput | None,
         refinements: int,

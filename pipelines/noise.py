@@ -37,7 +37,7 @@ class Noise:
 
 def make_noise(
     num_images: int | None,
-    seeds: Sequence[int] | None,
+    seeds: Sequence[int] | int | None,
     generator: Generators | None,
     latents: torch.Tensor | None = None,
 ) -> Noise:
@@ -80,16 +80,20 @@ def make_noise(
     return Noise(n, seeds, generator)
 
 
-def check_seeds(seeds: Sequence[int], name: str = "seeds") -> tuple[int, ...]:
+def check_seeds(seeds: Sequence[int] | int, name: str = "seeds") -> tuple[int, ...]:
     """Return `seeds` as a tuple if they have an order and each is an integer in 0 .. 2^63 - 1.
+
+    A single integer is the seed of one image.
 
     Raises:
         ValueError: for a set, a mapping or no sequence at all; naming the first that is no seed.
     """
+    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):
+        seeds = [int(seeds)]
     if not isinstance(seeds, Sequence | np.ndarray):
         raise ValueError(
-            f"`{name}` is {seeds!r}; it must be a list, tuple, range or NumPy array of integers, "
-            "one for each image in their order."
+            f"`{name}` is {seeds!r}; it must be an integer, or a list, tuple, range or NumPy array "
+            "of integers, one for each image in their order."
         )
     plain = [seed.item() if isinstance(seed, np.integer) else seed for seed in seeds]
     for i, seed in enumerate(plain):

@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -21,6 +22,8 @@ from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators
 from ddim_schedulers.scheduling_base import FamilySchedulerMixin
 from ddim_schedulers.sigmas import check_eta
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_STEPS = 50
 
@@ -117,6 +120,26 @@ def plan(
         )
     scheduler.set_timesteps(timesteps=list(timesteps), device=device)
     return scheduler.timesteps
+
+
+def nearest_planned(timestep: int, planned: Sequence[int], name: str) -> int:
+    """Return the timestep of the trajectory that is nearest to `timestep`; of two, the larger.
+
+    A timestep that is not planned is replaced with a word: what belongs to it must be made for the
+    one that is returned.
+
+    Args:
+        timestep: t in 0 .. T - 1.
+        planned: the trajectory.
+        name: what the message calls the argument.
+    """
+    nearest = min(planned, key=lambda t: (abs(t - timestep), -t))
+    if nearest != timestep:
+        logger.warning(
+            f"`{name}` is {timestep}, which is not on the trajectory of {len(planned)} steps; "
+            f"{nearest}, the nearest timestep that is, takes its place."
+        )
+    return nearest
 
 
 def _keeps_trajectory(scheduler: Scheduler) -> bool:

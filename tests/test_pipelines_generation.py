@@ -264,9 +264,14 @@ def test_variations_share_x_t():
     # the step from the last timestep adds no noise, so that everything is shared there
     assert np.allclose(output.images[1], output.original, atol=1e-6)
     assert np.abs(output.images[0][0] - output.images[0][1]).max() > 0.01
-    with pytest.raises(ValueError, match="share_at"):
-        pipe.variations(1, [899], [5], timesteps=tau)
-    with pytest.raises(ValueError, match="`variation_seeds` is {5, 6}; it must be a list"):
+    # a level between planned ones is the nearest of them; of two, the larger
+    close = pipe.variations(1, [700, 19], [5, 6], timesteps=tau, output_type="np")
+    assert close.timesteps == [900, 20]
+    assert all(np.array_equal(a, b) for a, b in zip(close.images, output.images, strict=True))
+    for level in (1000, -1, 1.5, True):
+        with pytest.raises(ValueError, match="`share_at` has .*; each must be an integer in 0"):
+            pipe.variations(1, [level], [5], timesteps=tau)
+    with pytest.raises(ValueError, match="`variation_seeds` is {5, 6}; it must be"):
         pipe.variations(1, [900], {5, 6}, timesteps=tau)
     with pytest.raises(ValueError, match="eta"):
         pipeline(GeneralizedDDIMScheduler()).variations(1, [900], [5], timesteps=tau)
@@ -340,6 +345,14 @@ def test_output_types_agree(channels):
     assert isinstance(make_grid(got["np"], 2), Image.Image)
 
 
+def test_a_single_seed_is_one_image():
+    pipe = pipeline()
+    for seed in (5, np.int64(5)):
+        assert torch.equal(latents_of(pipe, seeds=seed), latents_of(pipe, seeds=[5]))
+    with pytest.raises(ValueError, match="contradict"):
+        pipe(2, seeds=5)
+
+
 def test_a_half_precision_network_keeps_the_sample_in_float32():
     pipe = pipeline(GeneralizedDDIMScheduler(eta=1.0), tiny_unet().to(torch.bfloat16))
     assert latents_of(pipe, seeds=[0, 1]).dtype == torch.float32
@@ -359,9 +372,12 @@ def test_a_half_precision_network_keeps_the_sample_in_float32():
         ({"latents": torch.zeros(1, 1, 4, 4)}, "latents"),
         ({"latents": torch.full((1, 1, SIZE, SIZE), torch.nan)}, "finite"),
         ({"start_timestep": 3, "timesteps": [3, 1]}, "start_timestep"),
-        ({"seeds": 5}, "`seeds` is 5; it must be a list"),
-        ({"seeds": {3: "a", 1: "b"}}, "`seeds` is {3: 'a', 1: 'b'}; it must be a list"),
-        ({"seeds": {3, 1}}, "`seeds` is {1, 3}; it must be a list"),
+        ({"seeds": 5.0}, "`seeds` is 5.0; it must be an integer, or"),
+        (
+            {"seeds": {3: "a", 1: "b"}},
+            "`seeds` is {3: 'a', 1: 'b'}; it must be an integer, or a list",
+        ),
+        ({"seeds": {3, 1}}, "`seeds` is {1, 3}; it must be an integer, or"),
         ({"generator": 5}, "generator"),
         ({"generator": [5]}, "generator"),
         ({"timesteps": 5}, "timesteps"),

@@ -11,6 +11,7 @@ from ddim_schedulers.pipelines import (
     GenerationPipeline,
     InterpolationPipeline,
     InversionPipeline,
+    sampling,
     slerp,
 )
 from ddim_schedulers.pipelines import interpolation as module
@@ -135,7 +136,7 @@ def test_images_are_encoded_first():
     assert output.inversion.converged
 
 
-def test_ddpm_interpolation_mixes_diffused_images():
+def test_ddpm_interpolation_mixes_diffused_images(monkeypatch):
     tau = [800, 500, 200, 10]
     scheduler = MarkovianDDPMScheduler()
     pipe = pipeline(scheduler)
@@ -161,7 +162,6 @@ def test_ddpm_interpolation_mixes_diffused_images():
         alone = plain_from(pipe, expected[1:2], 500, tau)
         assert (output.images[1:2] - alone).abs().max() < 1e-10
     for bad, message in (
-        ({"timestep": 501}, "start_timestep"),
         ({"timestep": 1000}, "timestep"),
         ({"timestep": 500, "noise": "x"}, "noise"),
     ):
@@ -169,6 +169,13 @@ def test_ddpm_interpolation_mixes_diffused_images():
             pipe.diffuse(images, **{**common, **bad})
     with pytest.raises(ValueError, match="two"):
         pipe.diffuse(images[:1], 500, **common)
+    expected, warned = pipe.diffuse(images, 200, **common), []
+    monkeypatch.setattr(sampling.logger, "warning", warned.append)
+    for t in (200, 300, 106):  # the nearest planned timestep is meant
+        output = pipe.diffuse(images, t, **common)
+        assert output.timestep == 200 and torch.equal(output.latents, expected.latents)
+    assert pipe.diffuse(images, 350, **common).timestep == 500  # of two, the larger
+    assert len(warned) == 3 and "350, which is not on the trajectory of 4 steps; 500" in warned[2]
 
 
 def plain_from(pipe, x_t, t, tau):
@@ -189,7 +196,7 @@ def test_what_does_not_fit_raises():
         pipe(seeds=[1, 2], latents=gaussian(2, 1, SIZE, SIZE))
     with pytest.raises(ValueError, match="at least two"):
         pipe(seeds=[1])
-    with pytest.raises(ValueError, match="`seeds` is {1: 2}; it must be a list"):
+    with pytest.raises(ValueError, match="`seeds` is {1: 2}; it must be an integer, or a list"):
         pipe(seeds={1: 2})
     with pytest.raises(ValueError, match="four"):
         pipe.grid(seeds=[1, 2])

@@ -230,13 +230,36 @@ def test_all_kinds_of_images_mean_the_same():
     assert single.shape == (1, 1, SIZE, SIZE)
 
 
+def test_paths_are_images_as_a_viewer_shows_them(tmp_path):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8))
+    path, turned = tmp_path / "a.png", tmp_path / "turned.png"
+    picture.save(path)
+    exif = Image.Exif()
+    exif[0x0112] = 8  # the camera was turned: a viewer turns it by 90 degrees
+    picture.save(turned, exif=exif)
+    shape = (1, SIZE, SIZE)
+    expected = to_model_space(picture, shape, torch.float32)
+    for given in (path, str(path), [path]):
+        assert torch.equal(to_model_space(given, shape, torch.float32), expected)
+    both = to_model_space([picture, turned], shape, torch.float32)
+    assert torch.equal(both[1], expected[0].rot90(1, (1, 2)))
+    for bad, message in ((tmp_path, "cannot be read"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(ValueError, match=message):
+            to_model_space(bad, shape, torch.float32)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="text.png' is not an image"):
+        to_model_space(tmp_path / "text.png", shape, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
         (Image.new("RGB", (SIZE, SIZE)), "mode 'RGB'"),
         (Image.new("L", (SIZE, 9)), "8x9"),
         ([], "non-empty"),
-        ("picture.png", "str"),
+        ("picture.png", "`images`: 'picture.png' does not exist"),
+        ([5], "list"),
         (np.zeros((2, 1, SIZE, SIZE), np.uint8), "shape"),
         (np.zeros((SIZE, SIZE), np.uint8), "shape"),
         (torch.zeros(1, 3, SIZE, SIZE), "shape"),

@@ -206,9 +206,10 @@ def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]]
     silent = {"trained_betas", "beta_schedule", "calibration"}
     if args.eta == restored.get("eta"):
         silent.add("eta")
+    # the record also holds what travels with the class unused: its own settings alone are applied
     settings = [
         f"{key}={reprlib.repr(restored[key])}"
-        for key in sorted(private["settings"].keys() - silent)
+        for key in sorted((private["settings"].keys() & defaults.keys()) - silent)
         if restored[key] != scheduler.config.get(key, defaults[key].default)
     ]
     return (owner, settings) if settings else None

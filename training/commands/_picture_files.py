@@ -40,19 +40,9 @@ def read(paths: Sequence[Path]) -> "list[Image.Image]":
     Raises:
         ValueError: naming a file that is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from ddim_schedulers.pipelines.images import read_image
 
-    images: list[Image.Image] = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.load()
-                images.append(image)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"--images: {str(path)!r} is not an image.") from error
-        except OSError as error:
-            raise ValueError(f"--images: {str(path)!r} cannot be read: {error}") from error
-    return images
+    return [read_image(path, "--images") for path in paths]
 
 
 def check_output(folder: Path, names: Sequence[str]) -> None:
