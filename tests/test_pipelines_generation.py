@@ -152,7 +152,7 @@ def test_without_seeds_they_are_drawn_and_returned():
 
 
 @pytest.mark.parametrize("stock", [DDPMPipeline, DDIMPipeline])
-def test_loads_a_stock_repository(stock, tmp_path):
+def test_loads_a_stock_repository(stock, rounding, tmp_path):
     scheduler = DDPMScheduler() if stock is DDPMPipeline else DDIMScheduler()
     stock(unet=tiny_unet(), scheduler=scheduler).save_pretrained(tmp_path)
     pipe = GenerationPipeline.from_pretrained(str(tmp_path))
@@ -162,7 +162,8 @@ def test_loads_a_stock_repository(stock, tmp_path):
     pipe.save_pretrained(tmp_path / "ours")
     again = GenerationPipeline.from_pretrained(str(tmp_path / "ours"))
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(latents_of(again, seeds=[1]), latents_of(pipe, seeds=[1]))
+    one, other = latents_of(again, seeds=[1]), latents_of(pipe, seeds=[1])
+    assert (one - other).abs().max() < 2 * rounding  # latents go from -1 to 1
 
 
 def test_from_pipe_shares_the_network_and_leaves_the_source_alone():

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, InversionPipeline
@@ -86,8 +88,12 @@ def test_files_of_a_compiled_network_are_those_of_the_eager_one(shapes, tmp_path
     assert names == sorted(p.name for p in (tmp_path / "compiled" / "images").iterdir())
     assert len(names) == 3
     for name in names:
-        eager, compiled = (tmp_path / k / "images" / name for k in ("eager", "compiled"))
-        assert eager.read_bytes() == compiled.read_bytes()
+        eager, compiled = (
+            np.asarray(Image.open(tmp_path / k / "images" / name)).astype(int)
+            for k in ("eager", "compiled")
+        )
+        # the last batch is filled up, so its sums come out otherwise, and may round to a neighbour
+        assert eager.shape == (8, 8) and abs(eager - compiled).max() <= 1
     said = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/sample.json"))]
     assert [s["compiled"] for s in said] == [True, False]
 

@@ -57,7 +57,7 @@ def test_a_diffusers_without_the_table_is_said_so(monkeypatch):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_a_pipeline_is_saved_under_our_name_and_loads(cls, pipeline, tmp_path):
+def test_a_pipeline_is_saved_under_our_name_and_loads(cls, pipeline, rounding, tmp_path):
     pipeline.register_modules(scheduler=cls(beta_schedule="squaredcos_cap_v2"))
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -67,7 +67,9 @@ def test_a_pipeline_is_saved_under_our_name_and_loads(cls, pipeline, tmp_path):
         assert type(loaded.scheduler) is cls
         assert _plain(loaded.scheduler.config) == _plain(pipeline.scheduler.config)
     if cls is not GeneralizedDDIMInverseScheduler:
-        assert (_sample(loaded) == _sample(pipeline)).all()
+        assert abs(_sample(loaded) - _sample(pipeline)).max() < rounding
+        loaded.scheduler = cls(beta_schedule="linear")  # the bound tells another setting
+        assert abs(_sample(loaded) - _sample(pipeline)).max() > 100 * rounding
 
 
 def test_the_index_passes_the_check_of_a_download(pipeline, tmp_path):

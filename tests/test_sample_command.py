@@ -1,5 +1,6 @@
 """Sampling to a folder, and the verbs `sample`, `reconstruct` and `interpolate`."""
 
+import io
 import json
 import os
 import re
@@ -66,6 +67,18 @@ def content(folder):
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
     }
+
+
+def assert_same_samples(one, other):
+    """Of two processes: each loaded the network anew, so a pixel may round to its neighbour."""
+    one, other = content(one), content(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        if name.endswith(".png"):
+            a, b = (np.asarray(Image.open(io.BytesIO(c[name]))).astype(int) for c in (one, other))
+            assert abs(a - b).max() <= 1, name
+        else:
+            assert one[name] == other[name], name
 
 
 def job(**kwargs):
@@ -257,7 +270,7 @@ def test_a_killed_run_on_two_processes_ends_like_an_undisturbed_one(model, tmp_p
     lines = sorted(x for x in out.splitlines() if x.startswith("process "))
     assert [x[:14] for x in lines] == ["process 1 of 2", "process 2 of 2"]
     assert all(int(x.split()[4]) > 0 for x in lines), lines  # both wrote files
-    assert content(target) == content(tmp_path / "alone")
+    assert_same_samples(target, tmp_path / "alone")
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
 
 
