@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from ddim_schedulers.pipelines.image_files import BadImageError, Reading, as_shown
 
 ImageInput = Any  # a PIL image or a list of them, an array or a tensor: see `to_model_space`
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -57,7 +60,7 @@ def to_model_space(
 
 
 def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
-    """Return the picture in a file as a viewer turns it (EXIF), in its own mode.
+    """Return the picture in a file as a viewer shows it, in its own mode; see `image_files`.
 
     Args:
         path: of the file.
@@ -67,15 +70,12 @@ def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
         ValueError: naming a file that is not there, cannot be read or is no image.
     """
     where = f"{name}: {os.fspath(path)!r}"
+    if not Path(path).exists():
+        raise ValueError(f"{where} does not exist.")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{where} is not an image.") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"{where} does not exist.") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{where} cannot be read: {error}") from error
+        return as_shown(Path(path), Reading(setting=name))
+    except BadImageError as error:
+        raise ValueError(f"{where} cannot be read: {error.reason}.") from error
 
 
 def _channels_first(array: torch.Tensor) -> torch.Tensor:

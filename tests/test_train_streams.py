@@ -11,10 +11,10 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ddim_schedulers.pipelines.image_files import BadImageError
 from ddim_schedulers.training import checkpoints, train
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.sources import BadImageError
 from ddim_schedulers.training.trainer import Trainer
 
 UNET = {

@@ -49,6 +49,12 @@ class DataConfig:
     image_mode: Literal["keep", "L", "RGB", "RGBA"] = option(
         "keep", "convert image files to grey, colour, or colour with alpha; 'keep' converts nothing"
     )
+    background: str = option(
+        "white", "colour (a name or #rrggbb) that is seen through transparent pixels of image files"
+    )
+    max_image_pixels: int | None = option(
+        None, "pixels of the largest image file that is opened; None is Pillow's limit, 178,956,970"
+    )
     value_range: list[float] | None = option(
         None, "the two values that become -1 and 1; None: 0 255 for 8-bit, 0 65535 for 16-bit data"
     )
@@ -306,7 +312,13 @@ COMPUTED_FROM = frozenset(
         EMAConfig,
     )
     for field in dataclasses.fields(group)
-) - {"stop_after", "num_workers", "gradient_accumulation_steps", "on_bad_image"} | {
+) - {
+    "stop_after",
+    "num_workers",
+    "gradient_accumulation_steps",
+    "on_bad_image",
+    "max_image_pixels",
+} | {
     "weights_dtype",
     "validation_fraction",
 }
@@ -336,6 +348,7 @@ AT_LEAST = {
     "hybrid_lambda": 0,
     "image_size": 1,
     "stop_after": 1,
+    "max_image_pixels": 1,
 }
 ABOVE_ZERO = ("lr", "adam_epsilon", "snr_gamma", "gamma_eta", "ema_inv_gamma", "ema_power")
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "validation_fraction", "sampling_uniform")
@@ -389,6 +402,8 @@ def _check_together(config: TrainingConfig) -> None:
         len(config.value_range) != 2 or not config.value_range[0] < config.value_range[1]
     ):
         raise ValueError(f"value_range is {config.value_range}; it must be two rising numbers")
+    if config.background != type(config).background:
+        _check_colour(config.background)
     if config.streaming and config.num_workers > 1:
         raise ValueError(
             f"num_workers is {config.num_workers}; a stream is read in order, by at most 1 worker"
@@ -401,6 +416,19 @@ def _check_together(config: TrainingConfig) -> None:
         raise ValueError("frechet_images is 1; a covariance needs at least 2, 0 switches it off")
     if config.loss == "vlb" and config.hybrid_lambda != type(config).hybrid_lambda:
         raise ValueError("hybrid_lambda has no meaning with loss 'vlb', which is the bound itself")
+
+
+def _check_colour(name: str) -> None:
+    from PIL import ImageColor
+
+    try:
+        opaque = len(ImageColor.getrgb(name)) == 3
+    except (ValueError, AttributeError, TypeError):
+        opaque = False
+    if not opaque:
+        raise ValueError(
+            f"background is {name!r}; it must be an opaque colour by name or as #rrggbb, e.g. white"
+        )
 
 
 def _check_push(config: TrainingConfig) -> None:

@@ -5,22 +5,19 @@ before any training begins, brings them to one size and to [-1, 1], and splits o
 part.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from ddim_schedulers.pipelines.image_files import BadImageError, Header
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
-from ddim_schedulers.training.sources import (
-    ArraySource,
-    BadImageError,
-    Header,
-    ImageSource,
-    open_source,
-)
+from ddim_schedulers.training.fitting import Fit, check_fit, fit_image
+from ddim_schedulers.training.inventory import Inventory, listed
+from ddim_schedulers.training.sources import ArraySource, ImageSource, open_source
 
 # The split of the digits is part of what the name "digits" means here: it depends on no setting.
 DIGITS_SPLIT_SEED = 0
@@ -41,6 +38,7 @@ class ImageData:
         fit: see `DataConfig`.
         on_bad_image: 'stop' raises `BadImageError`, 'skip' takes the next image instead.
         skipped: names of files that were left out because even their header was unreadable.
+        inventory: what was found in the source, for the line at the start of a run.
     """
 
     source: ImageSource
@@ -52,6 +50,7 @@ class ImageData:
     fit: str = "exact"
     on_bad_image: str = "stop"
     skipped: list[str] = field(default_factory=list)
+    inventory: Inventory = field(default_factory=Inventory)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,9 +77,10 @@ class ImageData:
             return self.scale(torch.from_numpy(self.source.many(ids))), 0
         images, replaced = [], 0
         for row, position in enumerate(np.asarray(indices)):
-            array, moved = self._read(int(position))
+            crop = None if crops is None else crops[row]
+            array, moved = self._read(int(position), crop)
             replaced += moved
-            images.append(self.prepare(array, None if crops is None else crops[row]))
+            images.append(self.prepare(array, crop))
         return torch.stack(images), replaced
 
     def all(self, limit: int | None = None) -> torch.Tensor:
@@ -120,45 +120,16 @@ class ImageData:
         rest, taken = np.sort(order[held_out:]), np.sort(order[:held_out])
         return replace(self, ids=rest), replace(self, ids=taken)
 
-    def _read(self, position: int) -> tuple[np.ndarray, int]:
+    def _read(self, position: int, crop: np.ndarray | None) -> tuple[np.ndarray, int]:
+        fit = Fit(self.size, self.fit)
         for tries in range(len(self)):
+            index = int(self.ids[(position + tries) % len(self)])
             try:
-                return self.source.read(int(self.ids[(position + tries) % len(self)])), min(
-                    tries, 1
-                )
+                return self.source.read(index, fit, crop), min(tries, 1)
             except BadImageError:
                 if self.on_bad_image == "stop":
                     raise
         raise BadImageError(self.source.name(int(self.ids[position])), "nor can any other")
-
-
-def fit_image(
-    image: torch.Tensor, size: tuple[int, int], how: str, crop: np.ndarray | None = None
-) -> torch.Tensor:
-    """An image (C, H, W) at `size`, by padding, cutting or resizing as `DataConfig.fit` says."""
-    height, width = image.shape[-2:]
-    if (height, width) == size or how == "exact":
-        return image
-    if how == "squash":
-        return _resize(image, size)
-    if how == "pad":
-        below, right = size[0] - height, size[1] - width
-        pad = (right // 2, right - right // 2, below // 2, below - below // 2)
-        return F.pad(image, pad, value=-1.0)
-    if how == "resize_crop":
-        factor = max(size[0] / height, size[1] / width)
-        height, width = max(size[0], round(height * factor)), max(size[1], round(width * factor))
-        image = _resize(image, (height, width))
-    at = np.array([0.5, 0.5]) if crop is None else crop
-    top = min(int(at[0] * (height - size[0] + 1)), height - size[0])
-    left = min(int(at[1] * (width - size[1] + 1)), width - size[1])
-    return image[:, top : top + size[0], left : left + size[1]]
-
-
-def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    # Cubic interpolation overshoots; the clamp is to the range that the data have.
-    resized = F.interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)
-    return resized[0].clamp(-1, 1)
 
 
 def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
@@ -174,7 +145,9 @@ def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
     if split not in parts:
         raise ValueError(f"split is {split!r}; it must be train, held_out or all")
     source = ArraySource(images, "digits")
-    return ImageData(source, np.sort(parts[split]), 1, (8, 8), (0.0, 16.0), 17)
+    data = ImageData(source, np.sort(parts[split]), 1, (8, 8), (0.0, 16.0), 17)
+    data.inventory = _taken(source, "digits", [source.header(0)], [], data)
+    return data
 
 
 def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
@@ -184,11 +157,14 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
         ValueError: nothing there, images that disagree in size or channels, an unknown dtype or
             range, a broken image while `on_bad_image` is 'stop'.
     """
+    if config.data == "digits" and config.split != "train":
+        raise ValueError(f"split is {config.split!r}, but digits have a held-out part of their own")
     if config.data == "digits" and config.fit == "exact" and config.image_size in (None, 8):
         return digits("train"), digits("held_out")
     source = digits("all").source if config.data == "digits" else open_source(config)
     if len(source) == 0:
-        raise ValueError(f"data: {config.data} holds no images")
+        left = f"; left out: {listed(source.left_out)}" if source.left_out else ""
+        raise ValueError(f"data: {config.data} holds no images{left}")
     data = checked(source, config)
     return data.split(config.validation_fraction, config.seed)
 
@@ -223,7 +199,7 @@ def checked(source: ImageSource, config: DataConfig) -> ImageData:
         for header, index in zip(headers, ids, strict=False):
             check_fit(header.size, size, config.fit, source.name(index))
     value_range, levels = find_range(headers[0].dtype, source, config.value_range)
-    return ImageData(
+    data = ImageData(
         source,
         np.array(ids, dtype=np.int64),
         headers[0].channels,
@@ -234,6 +210,24 @@ def checked(source: ImageSource, config: DataConfig) -> ImageData:
         config.on_bad_image,
         skipped,
     )
+    data.inventory = _taken(source, config.data, headers, skipped, data)
+    data.inventory.background = config.background
+    return data
+
+
+def _taken(
+    source: ImageSource, place: str, headers: list[Header], skipped: list[str], data: ImageData
+) -> Inventory:
+    """What was found in a source and what is used of it."""
+    left_out = source.left_out + Counter({"image that cannot be read": len(skipped)})
+    taken = Inventory(place, source.understood, len(source) + source.left_out.total())
+    taken.left_out = left_out
+    taken.count(headers, len(data) if source.uniform else 1)
+    how = (
+        "as they are" if data.fit == "exact" else f"by {data.fit} to {data.size[0]}x{data.size[1]}"
+    )
+    taken.becomes = f"{how}, {data.channels} channels"
+    return taken
 
 
 def _require_same(headers: list[Header], ids: list[int], source: ImageSource, what: str) -> None:
@@ -249,19 +243,6 @@ def _require_same(headers: list[Header], ids: list[int], source: ImageSource, wh
                 f"data: {what} of the images differ: {source.name(ids[0])} has {first}, "
                 f"{source.name(index)} has {getattr(header, what)}; {cure}"
             )
-
-
-def check_fit(have: tuple[int, int], want: tuple[int, int], how: str, name: str) -> None:
-    """Raises `ValueError` if an image of size `have` cannot become `want` in the way `how`."""
-    small = have[0] < want[0] or have[1] < want[1]
-    large = have[0] > want[0] or have[1] > want[1]
-    if how == "exact" and have != want:
-        raise ValueError(
-            f"data: {name} is {have[0]}x{have[1]}, image_size is {want[0]}; set fit to pad, crop, "
-            "resize_crop or squash"
-        )
-    if (how == "pad" and large) or (how == "crop" and small):
-        raise ValueError(f"data: {name} is {have[0]}x{have[1]}: cannot {how} it to {want[0]}")
 
 
 def find_range(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
@@ -19,7 +20,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
         help="'digits', a folder of images, a .npy/.npz/.parquet file, or the name of a data set",
     )
     group.add_argument("--data_config", help="configuration name of a data set")
-    group.add_argument("--split", default="train", help="split of a data set (train)")
+    group.add_argument("--split", default="train", help="split of a data set or folder (train)")
     group.add_argument(
         "--part",
         choices=("train", "held_out", "all"),
@@ -38,6 +39,16 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
     group.add_argument("--image_mode", choices=("keep", "L", "RGB", "RGBA"), default="keep")
     group.add_argument(
+        "--background",
+        default="white",
+        help="colour that is seen through transparent pixels of image files (white)",
+    )
+    group.add_argument(
+        "--max_image_pixels",
+        type=int,
+        help="pixels of the largest image file that is opened (Pillow's limit)",
+    )
+    group.add_argument(
         "--value_range", type=float, nargs=2, help="the two values that become -1 and 1"
     )
 
@@ -48,6 +59,7 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
     Raises:
         ValueError: as the trainer's `load_data`, or for images of other channels or another size.
     """
+    from ddim_schedulers.pipelines.bulk import process_of
     from ddim_schedulers.training.config import TrainingConfig
     from ddim_schedulers.training.data import digits, load_data
 
@@ -57,11 +69,14 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
         data = digits(args.part)
     else:
         names = ("data", "data_config", "split", "image_column", "array_key", "fit", "image_mode")
+        names += ("background", "max_image_pixels")
         settings = {name: getattr(args, name) for name in names}
         config = TrainingConfig(
             **settings, image_size=own, value_range=args.value_range, validation_fraction=0.0
         )
         data = load_data(config)[0]
+    if process_of()[0] == 0:
+        print(data.inventory.line(), file=sys.stderr)
     if data.channels != subject.channels:
         raise ValueError(
             f"data: the images have {data.channels} channels, the network {subject.channels}; "

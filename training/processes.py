@@ -1,8 +1,34 @@
 """How the processes that were started together come to know of each other."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import torch
 
 from ddim_schedulers.pipelines.bulk import process_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Result = TypeVar("Result")
+
+
+def from_main(accelerator: "Accelerator", make: Callable[[], Result]) -> Result:
+    """What `make` returns on the main process, on all; so is a `ValueError` or `OSError` of it."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = make()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    result: Result = found[0]
+    return result
 
 
 def on_cpu(cpu: bool) -> bool:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training.averaging import copy_into
-from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
-from ddim_schedulers.training.streams import held_out_of_stream
+from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.same_run import STAMPED, describe_data, require_same_run
 from ddim_schedulers.training.versions import versions
 from ddim_schedulers.training.watch import plot_losses
 
@@ -53,10 +53,11 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
         "best": trainer.best,
         "config": trainer.config.to_dict(),
         "data": describe_data(trainer),
+        "contents": trainer.contents,
         "scaler": None
         if trainer.accelerator.scaler is None
         else trainer.accelerator.scaler.state_dict(),
-        "versions": versions("torch", "diffusers", "accelerate", "ddim_schedulers"),
+        "versions": versions(*STAMPED),
     }
     files = {"state.json": checkpoints.to_json(state)}
     networks = {"unet": trainer.unet}
@@ -79,8 +80,7 @@ def restore(trainer: "Trainer", folder: Path) -> None:
         ValueError: it is of a run with other settings or other data.
     """
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    require_same_settings(trainer.config, state["config"])
-    require_same_data(describe_data(trainer), state["data"])
+    require_same_run(trainer, state, folder)
     copy_into(trainer.unet.named_parameters(), checkpoints.unpack(folder / "unet" / WEIGHTS))
     if trainer.average.ema is not None:
         trainer.average.load(checkpoints.unpack(folder / "unet_ema" / WEIGHTS), state["ema"])
@@ -93,40 +93,6 @@ def restore(trainer: "Trainer", folder: Path) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.best = state["step"], state["best"]
     trainer.place = tuple(state.get("place", (0, 0)))
-
-
-def require_same_settings(config: TrainingConfig, before: dict[str, Any]) -> None:
-    """Raises `ValueError` if a setting that changes what is computed is not as it was."""
-    now = config.to_dict()
-    changed = [
-        k for k in sorted(COMPUTED_FROM) if before.get(k) != now[k] and k != "max_train_steps"
-    ]
-    if now["streaming"] and not changed:
-        # They decide which images of a stream are trained on.
-        names = ["validate_every", "validation_images"]
-        parts = [held_out_of_stream(*(values[k] for k in names)) for values in (before, now)]
-        changed = names if parts[0] != parts[1] else []
-    if changed:
-        pairs = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in changed)
-        raise ValueError(
-            f"the checkpoint is of a run with other settings: {pairs}; start a new run "
-            "(from_pretrained takes its weights) or set them back"
-        )
-
-
-def describe_data(trainer: "Trainer") -> dict[str, Any]:
-    """What of the data a resumed run must find again, beside the settings."""
-    count = None if trainer.stream is not None else len(trainer.data)
-    return {"images": count, "shape": list(trainer.data.shape), "levels": trainer.data.levels}
-
-
-def require_same_data(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Raises `ValueError` if the training images are not as many, or not of the kind they were."""
-    if now != before:
-        raise ValueError(
-            f"the checkpoint is of a run on other data: they were {before} and are {now}; bring "
-            "the images back, or start a new run (from_pretrained takes its weights)"
-        )
 
 
 def export(trainer: "Trainer") -> Path:

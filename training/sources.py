@@ -1,49 +1,47 @@
 """Where images come from: arrays, a folder of files, Parquet, or the `datasets` library.
 
-A source hands out single images as arrays (C, H, W) in the dtype they are stored in. Nothing is
-converted here except what the user asked for (`image_mode`) and palettes, which have no other
-meaning.
+A source hands out single images as arrays (C, H, W) in the dtype they are stored in. What image
+files become is said in `image_files.py`, what is taken from a folder in `folders.py`.
 """
 
 import io
-import struct
-from dataclasses import dataclass
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ddim_schedulers.pipelines.image_files import (
+    Header,
+    Reading,
+    decode,
+    header_of,
+)
 from ddim_schedulers.training.config import DataConfig
+from ddim_schedulers.training.fitting import Fit
+from ddim_schedulers.training.folders import IMAGE_SUFFIXES, find_images
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
-_CHANNELS = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "LA": 2, "F": 1, "I": 1, "I;16": 1, "I;16B": 1}
-
-
-class BadImageError(ValueError):
-    """An image that cannot be decoded; `name` says which, `reason` why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
-        super().__init__(f"data: cannot read image {name}: {reason}")
-
-    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
-        return type(self), (self.name, self.reason)  # else its message is made twice in a worker
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is known of an image before its pixels are decoded."""
-
-    channels: int
-    size: tuple[int, int]
-    dtype: str
+# What `save_to_disk` of `datasets` leaves in a folder, of one split and of several.
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".7z"})
 
 
 class ImageSource(Protocol):
-    """Random access to images; `uniform` says that all have the shape and dtype of the first."""
+    """Random access to images.
+
+    Attributes:
+        uniform: whether all have the shape and dtype of the first.
+        left_out: what lies in the same place and is not used: how many, by the reason.
+        understood: what the place was taken for, where that had to be found out.
+    """
 
     uniform: bool
+    left_out: Counter[str]
+    understood: str
 
     def __len__(self) -> int: ...
 
@@ -55,8 +53,25 @@ class ImageSource(Protocol):
         """Shape and dtype. Raises `BadImageError`."""
         ...
 
-    def read(self, index: int) -> np.ndarray:
-        """The pixels (C, H, W). Raises `BadImageError`."""
+    def read(
+        self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The pixels (C, H, W), of a large image perhaps resized or cut as `fit` and `crop` say.
+
+        Raises `BadImageError`.
+        """
+        ...
+
+    def raw(self, index: int) -> tuple[str, Any]:
+        """Name within the source, and what is stored: bytes, an array, or the path of a file."""
+        ...
+
+    def stored_bytes(self) -> int:
+        """About how many bytes `raw` gives for all images together."""
+        ...
+
+    def listing(self) -> Iterable[str]:
+        """What is known of every image without reading it."""
         ...
 
 
@@ -64,6 +79,7 @@ class ArraySource:
     """An array (N, H, W) or (N, H, W, C), in memory or mapped from a file."""
 
     uniform = True
+    understood = ""
 
     def __init__(self, array: np.ndarray, label: str) -> None:
         if array.ndim not in (3, 4):
@@ -79,7 +95,7 @@ class ArraySource:
         if array.dtype.kind not in "uif":
             raise ValueError(f"data: the array of {label} holds {array.dtype}, not numbers")
         self.array = array if array.ndim == 4 else array[..., None]
-        self.label = label
+        self.label, self.left_out = label, Counter[str]()
 
     def __len__(self) -> int:
         return len(self.array)
@@ -91,11 +107,25 @@ class ArraySource:
     def header(self, index: int) -> Header:
         """Shape and dtype of the whole array."""
         _, height, width, channels = self.array.shape
-        return Header(channels, (height, width), self.array.dtype.name)
+        return Header(channels, (height, width), self.array.dtype.name, self.array.dtype.name)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(
+        self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
+    ) -> np.ndarray:
         """One row as (C, H, W)."""
         return self.many(np.array([index]))[0]
+
+    def raw(self, index: int) -> tuple[str, Any]:
+        """The row as it is stored; rows have no names."""
+        return "", self.array[index]
+
+    def stored_bytes(self) -> int:
+        """Of the whole array."""
+        return int(self.array.nbytes)
+
+    def listing(self) -> Iterable[str]:
+        """Shape and dtype say all."""
+        return [f"{self.array.shape} {self.array.dtype.str}"]
 
     def many(self, ids: np.ndarray) -> np.ndarray:
         """Rows as (B, C, H, W), in a dtype that torch has."""
@@ -105,17 +135,16 @@ class ArraySource:
 
 
 class FolderSource:
-    """Image files in a folder and its sub-folders, in sorted order."""
+    """Image files in a folder and its sub-folders, in sorted order; see `find_images`."""
 
     uniform = False
 
-    def __init__(self, folder: Path, mode: str) -> None:
-        self.folder, self.mode = folder, mode
-        self.paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
+    def __init__(self, folder: Path, reading: Reading, split: str) -> None:
+        self.folder, self.reading = folder, reading
+        found = find_images(folder, split)
+        self.paths, self.left_out = found.paths, found.left_out
+        self.understood, self.suffixes = found.understood, found.suffixes
+        self.sizes = found.sizes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -126,11 +155,27 @@ class FolderSource:
 
     def header(self, index: int) -> Header:
         """From the first bytes of the file."""
-        return header_of(self.paths[index], self.name(index), self.mode)
+        return header_of(self.paths[index], self.name(index), self.reading)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(
+        self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
+    ) -> np.ndarray:
         """The decoded file."""
-        return decode(self.paths[index], self.name(index), self.mode)
+        return decode(self.paths[index], self.name(index), self.reading, fit, crop)
+
+    def raw(self, index: int) -> tuple[str, Any]:
+        """The path in the folder, and the whole one."""
+        path = self.paths[index]
+        return path.relative_to(self.folder).as_posix(), path
+
+    def stored_bytes(self) -> int:
+        """Of the files."""
+        return sum(self.sizes)
+
+    def listing(self) -> Iterator[str]:
+        """The paths in the folder, with the sizes of the files."""
+        for index, size in enumerate(self.sizes):
+            yield f"{self.raw(index)[0]} {size}"
 
 
 class TableSource:
@@ -138,12 +183,15 @@ class TableSource:
 
     uniform = False
 
-    def __init__(self, table: Any, column: str, label: str, mode: str) -> None:
+    understood = ""
+
+    def __init__(self, table: Any, column: str, label: str, reading: Reading) -> None:
         from datasets import Image
 
         # Undecoded rows: headers are read without the pixels, and a broken image keeps its name.
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
-        self.column, self.label, self.mode = column, label, mode
+        self.column, self.label, self.reading = column, label, reading
+        self.left_out = Counter[str]()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -154,11 +202,31 @@ class TableSource:
 
     def header(self, index: int) -> Header:
         """From the first bytes of the file."""
-        return header_of(raw_file(self.table[index][self.column]), self.name(index), self.mode)
+        return header_of(raw_file(self.table[index][self.column]), self.name(index), self.reading)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(
+        self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
+    ) -> np.ndarray:
         """The decoded file."""
-        return decode(raw_file(self.table[index][self.column]), self.name(index), self.mode)
+        file = raw_file(self.table[index][self.column])
+        return decode(file, self.name(index), self.reading, fit, crop)
+
+    def raw(self, index: int) -> tuple[str, Any]:
+        """File name and bytes, or path, as the row holds them."""
+        return raw_row(self.table[index][self.column])
+
+    def stored_bytes(self) -> int:
+        """Of the image column."""
+        return int(self.table.data.nbytes)
+
+    def listing(self) -> Iterable[str]:
+        """Nothing is known of a row before it is read."""
+        return ()
+
+
+def reading_of(config: DataConfig) -> Reading:
+    """How the settings say that image files are read."""
+    return Reading(config.image_mode, config.background, config.max_image_pixels)
 
 
 def open_source(config: DataConfig) -> ImageSource:
@@ -168,15 +236,43 @@ def open_source(config: DataConfig) -> ImageSource:
         ValueError: nothing there, no image column or several, no array or several.
     """
     path = Path(config.data)
-    if path.suffix in ARRAY_SUFFIXES:
+    check_place(path)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        if config.split not in ("train", "all"):
+            raise ValueError(f"split is {config.split!r}, but {path} is an array, without splits")
         return ArraySource(_load_array(path, config.array_key), path.name)
-    if path.is_dir() and not (path / "dataset_info.json").exists():
-        found = FolderSource(path, config.image_mode)
-        if len(found) or not any(path.rglob("*.parquet")):
+    if path.is_dir() and not any((path / name).exists() for name in _SAVED):
+        found = FolderSource(path, reading_of(config), config.split)
+        if len(found) or ".parquet" not in found.suffixes:
             return found
     table = load_table(config, streaming=False)
     column = find_image_column(table.features, config)
-    return TableSource(table, column, config.data, config.image_mode)
+    return TableSource(table, column, config.data, reading_of(config))
+
+
+def check_place(path: Path) -> None:
+    """Refuse what is there and cannot be data: a pipe, an archive, a single image, another file.
+
+    Raises:
+        ValueError: saying what it is and what to give instead.
+    """
+    if not path.exists() or path.is_dir():
+        return
+    if not path.is_file():
+        raise ValueError(f"data: {path} is a pipe, socket or device; give a file or a folder")
+    suffix = path.suffix.lower()
+    if suffix in ARRAY_SUFFIXES | {".parquet"}:
+        return
+    if suffix in _ARCHIVES or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        raise ValueError(f"data: {path} is an archive; unpack it, and give the folder")
+    if suffix in IMAGE_SUFFIXES:
+        raise ValueError(
+            f"data: {path} is a single image; give the folder of the images to train on"
+        )
+    raise ValueError(
+        f"data: {path} is a file that holds no images as they are read here; give a folder of "
+        "image files, or a .npy, .npz or .parquet file"
+    )
 
 
 def load_table(config: DataConfig, *, streaming: bool) -> Any:
@@ -192,18 +288,31 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
     from datasets.exceptions import DatasetsError
 
     path = Path(config.data)
+    check_place(path)
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return load_dataset(
                 "parquet", data_files=str(path), split=config.split, streaming=streaming
             )
-        if (path / "dataset_info.json").exists():
-            return load_from_disk(str(path))
+        if any((path / name).exists() for name in _SAVED):
+            return _of_split(load_from_disk(str(path)), config)
         return load_dataset(
             config.data, config.data_config, split=config.split, streaming=streaming
         )
     except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
         raise ValueError(f"data: cannot load {config.data!r}: {error}") from error
+
+
+def _of_split(saved: Any, config: DataConfig) -> Any:
+    """The split that is wanted of what `save_to_disk` wrote: one table, or one for each split."""
+    if isinstance(saved, dict):
+        if config.split not in saved:
+            raise ValueError(f"split is {config.split!r}; the splits are {', '.join(saved)}")
+        return saved[config.split]
+    own = None if saved.split is None else str(saved.split)
+    if config.split not in {"train", "all", own}:
+        raise ValueError(f"split is {config.split!r}; the saved table is {own or 'without splits'}")
+    return saved
 
 
 def find_image_column(features: Any, config: DataConfig) -> str:
@@ -243,75 +352,20 @@ def path_note(value: dict[str, Any] | None) -> str:
     return f" ({value['path']})" if value and value["path"] else ""
 
 
-def header_of(file: io.BytesIO | Path | None, name: str, mode: str) -> Header:
-    """Channels, size and dtype of an image file, without decoding its pixels.
-
-    Raises:
-        BadImageError: it cannot be read.
-        ValueError: it can, but has no mode that is trained on.
-    """
-    with _opened(file, name) as image:
-        actual = _mode_of(image, name, mode)
-        return Header(_CHANNELS[actual], (image.height, image.width), _dtype(actual))
-
-
-def decode(file: io.BytesIO | Path | None, name: str, mode: str) -> np.ndarray:
-    """The pixels of an image file, (C, H, W), uint8, uint16 or float32. Raises as `header_of`."""
-    with _opened(file, name) as image:
-        actual = _mode_of(image, name, mode)
-        try:
-            image.load()
-        except _unreadable() as error:
-            raise BadImageError(name, str(error)) from error
-        same = image.mode == actual and actual != "1"
-        pixels = np.array(image if same else image.convert("L" if actual == "1" else actual))
-    pixels = pixels.astype(_dtype(actual), copy=False)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _opened(file: io.BytesIO | Path | None, name: str) -> Any:
-    from PIL import Image
-
-    if file is None:
-        raise BadImageError(name, "the row holds no image")
-    try:
-        return Image.open(file)
-    except _unreadable() as error:
-        raise BadImageError(name, str(error)) from error
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    """What PIL raises for broken or absurdly large files, depending on the format."""
-    from PIL import Image
-
-    return (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-def _mode_of(image: Any, name: str, wanted: str) -> str:
-    # PIL has no mode for colours of 16 bits: it would drop the lower half.
-    if not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile):
-        raise ValueError(
-            f"data: {name} has colours of 16 bits a channel, of which PIL reads only 8; store such "
-            "images as an array of uint16 in a .npy file, or convert them to 8 bits yourself"
-        )
-    if wanted != "keep":
-        if image.mode.startswith(("I", "F")):  # PIL would clip these to 8 bits
-            raise ValueError(f"data: {name} has mode {image.mode}; image_mode must be keep for it")
-        return wanted
-    if image.mode in ("P", "PA"):  # a palette is a way to store colours, not a kind of pixel
-        return "RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB"
-    if image.mode not in _CHANNELS:
-        raise ValueError(f"data: {name} has mode {image.mode}; convert it, or set image_mode")
-    return str(image.mode)
-
-
-def _dtype(mode: str) -> str:
-    return {"F": "float32", "I": "int32", "I;16": "uint16", "I;16B": "uint16"}.get(mode, "uint8")
+def raw_row(value: dict[str, Any] | None) -> tuple[str, Any]:
+    """Name and contents of an undecoded `datasets` image, as `ImageSource.raw` gives them."""
+    if value is None:
+        return "", None
+    name = Path(value["path"]).name if value["path"] else ""
+    file = raw_file(value)
+    return name, file.getbuffer() if isinstance(file, io.BytesIO) else file
 
 
 def _load_array(path: Path, key: str | None) -> np.ndarray:
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        loaded = np.load(
+            path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"data: cannot read {path}: {error}") from error
     if isinstance(loaded, np.ndarray):

@@ -6,7 +6,8 @@ buffer, with a seed of its own for each epoch. A resumed run reads up to the ima
 checkpoint was made.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,17 +15,18 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from ddim_schedulers.pipelines.image_files import BadImageError, Reading, decode, header_of
 from ddim_schedulers.training.batches import Batch, Draws, Share, derive_seed
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
-from ddim_schedulers.training.data import ImageData, check_fit, checked
+from ddim_schedulers.training.data import ImageData, checked
+from ddim_schedulers.training.fitting import Fit, check_fit
 from ddim_schedulers.training.sources import (
-    BadImageError,
-    decode,
     find_image_column,
-    header_of,
     load_table,
     path_note,
     raw_file,
+    raw_row,
+    reading_of,
 )
 
 # Images of a stream that are looked at before training, to learn what its images are like.
@@ -39,8 +41,10 @@ class ListSource:
 
     rows: list[Row]
     label: str
-    mode: str
+    reading: Reading
     uniform: bool = field(default=False, init=False)
+    left_out: Counter[str] = field(default_factory=Counter, init=False)
+    understood: str = field(default="", init=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,11 +55,25 @@ class ListSource:
 
     def header(self, index: int) -> Any:
         """From the first bytes."""
-        return header_of(raw_file(self.rows[index]), self.name(index), self.mode)
+        return header_of(raw_file(self.rows[index]), self.name(index), self.reading)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(
+        self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
+    ) -> np.ndarray:
         """The decoded image."""
-        return decode(raw_file(self.rows[index]), self.name(index), self.mode)
+        return decode(raw_file(self.rows[index]), self.name(index), self.reading, fit, crop)
+
+    def raw(self, index: int) -> tuple[str, Any]:
+        """File name and bytes, or path, as the row holds them."""
+        return raw_row(self.rows[index])
+
+    def stored_bytes(self) -> int:
+        """Of the rows that are kept."""
+        return sum(len(row["bytes"] or b"") for row in self.rows if row is not None)
+
+    def listing(self) -> Iterable[str]:
+        """All that is kept can be read."""
+        return ()
 
 
 def held_out_of_stream(validate_every: int, validation_images: int) -> int:
@@ -90,7 +108,8 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
             f"validation_images is {held_out}, but the stream {config.data} has only {len(rows)} "
             "images, which leaves none to train on"
         )
-    data = checked(ListSource(rows, config.data, config.image_mode), config)
+    data = checked(ListSource(rows, config.data, reading_of(config)), config)
+    data.inventory.looked_at = len(rows)
     if held_out == 0:
         return Stream(table, column, config), data, None
     kept = replace(data, ids=data.ids[data.ids < held_out])
@@ -169,9 +188,9 @@ class StreamBatches(IterableDataset[Batch]):
                 positions = self.share.positions(part)
                 images, replaced = [], 0
                 for position in positions.tolist():
-                    array, moved = self._read(taken, position)
-                    replaced += moved
                     crop = None if crops is None else crops[position]
+                    array, moved = self._read(taken, position, crop)
+                    replaced += moved
                     images.append(self._prepare(array, crop, taken[position]))
                 batch = self.draws.make_batch(
                     step, positions, torch.stack(images), self.ids(step)[positions], replaced
@@ -192,12 +211,15 @@ class StreamBatches(IterableDataset[Batch]):
         check_fit(array.shape[-2:], self.data.size, self.data.fit, self._name(row))
         return self.data.prepare(array, crop)
 
-    def _read(self, taken: list[Any], position: int) -> tuple[np.ndarray, int]:
+    def _read(
+        self, taken: list[Any], position: int, crop: np.ndarray | None
+    ) -> tuple[np.ndarray, int]:
+        reading, fit = reading_of(self.stream.config), Fit(self.data.size, self.data.fit)
         for tries in range(len(taken)):
             row = taken[(position + tries) % len(taken)]
             try:
-                mode = self.stream.config.image_mode
-                return decode(raw_file(row[2]), self._name(row), mode), min(tries, 1)
+                array = decode(raw_file(row[2]), self._name(row), reading, fit, crop)
+                return array, min(tries, 1)
             except BadImageError:
                 if self.data.on_bad_image == "stop":
                     raise

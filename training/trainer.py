@@ -5,6 +5,7 @@ optimiser's kernel itself; losses and flags of `log_every` steps are read togeth
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 from torch import Tensor
 
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training import checkpoints, saving
 from ddim_schedulers.training.averaging import AveragedUNet
 from ddim_schedulers.training.batches import (
@@ -29,12 +31,14 @@ from ddim_schedulers.training.batches import (
 )
 from ddim_schedulers.training.compiling import check_gradients, compile_for_training
 from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.contents import contents_of
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.launch import LearningRate, make_accelerator, make_optimizer
 from ddim_schedulers.training.models import load_unet, make_scheduler, make_unet
 from ddim_schedulers.training.objectives import make_objective
 from ddim_schedulers.training.outcome import NonFiniteError, TrainingResult, describe_left_out
 from ddim_schedulers.training.parsing import to_yaml
+from ddim_schedulers.training.processes import from_main
 from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
 from ddim_schedulers.training.streams import Stream, StreamBatches, open_stream
@@ -67,7 +71,10 @@ class Trainer:
         # The main process first: what it downloads or caches, the others find.
         with self.accelerator.main_process_first():
             self.data, self.held_out = self._load_data()
+        if self.accelerator.is_main_process:
+            print(self.data.inventory.line(), file=sys.stderr)
         self._build()
+        self.contents = from_main(self.accelerator, lambda: contents_of(self))
         self.records = Records(self.root, self.accelerator.is_main_process)
         self.step = 0
         self.place = (0, 0)  # in a stream: epoch, and how many images of it were used
@@ -382,6 +389,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            found = self.data.inventory.to_dict() | {"digest": self.contents["data"]}
+            write_bytes(self.root / "data.json", checkpoints.to_json(found))
         self.records.rewind(self.step)
         if self.config.tracker != "none":
             plain = {

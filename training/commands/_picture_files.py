@@ -1,5 +1,7 @@
 """Reading and writing pictures for the verbs `reconstruct` and `interpolate`."""
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,37 +10,38 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
 
 def find(places: Sequence[str], limit: int | None) -> list[Path]:
     """Lists image files: those that are named, and those in the folders that are named, sorted.
 
+    Says on the terminal what else lies in these folders.
+
     Raises:
         ValueError: for a place that does not exist, no image at all, or a limit below 1.
     """
+    from ddim_schedulers.training.folders import files_of
+    from ddim_schedulers.training.inventory import listed
+
     if limit is not None and limit < 1:
         raise ValueError(f"--num_images is {limit}; it must be >= 1.")
     found: list[Path] = []
+    left_out: Counter[str] = Counter()
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"--images {str(place)!r} does not exist.")
-        inside = (
-            sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
-            if place.is_dir()
-            else [place]
-        )
-        found.extend(inside)
+        found.extend(files_of(place, left_out) if place.is_dir() else [place])
     if not found:
-        raise ValueError(f"--images {list(places)} holds no image ({', '.join(SUFFIXES)}).")
+        raise ValueError(f"--images {list(places)} holds no image.")
+    if left_out:
+        print(f"images: {len(found):,} found; left out {listed(left_out)}", file=sys.stderr)
     return found[:limit]
 
 
 def read(paths: Sequence[Path]) -> "list[Image.Image]":
-    """Reads image files, as they are.
+    """Reads image files as every viewer shows them, see `ddim_schedulers.pipelines.image_files`.
 
     Raises:
-        ValueError: naming a file that is no image.
+        ValueError: naming a file that is no image, or none that can be used.
     """
     from ddim_schedulers.pipelines.images import read_image
 
