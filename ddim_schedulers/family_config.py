@@ -1,8 +1,9 @@
 """What a scheduler's config says: its keys, and what travels from one class to another."""
 
 import difflib
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class FamilyConfigMixin:
                 cls._check_argument_names(kwargs)
             own = cls._get_init_keys(cls)  # type: ignore[attr-defined]
             hidden = {k: kwargs.pop(k) for k in FAMILY_KEYS if k in kwargs and k not in own}
-            config = _with_own_process({**restore_settings(config), **hidden})
+            config = _with_own_process(cls, {**restore_settings(config), **hidden})
             _check_discrete_vp(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
@@ -139,8 +140,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def check_names(config: Any) -> None:
+def check_names(config: Any, own: Collection[str]) -> None:
     """Check the names in a config, and the numbers that its clipping uses.
+
+    Args:
+        config: of a scheduler.
+        own: the settings of its class; others only travel, and the class that uses them checks.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
@@ -151,14 +156,15 @@ def check_names(config: Any) -> None:
             f"`timestep_spacing` is {config.timestep_spacing!r}; it must be one of "
             f"{SCHEDULER_SPACINGS}."
         )
-    for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
+    clipping = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"} & set(own)
+    for name in sorted(clipping):
         value = config.get(name, 1.0)
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number > 0.")
-    if config.get("sample_max_value", 1.0) < 1:
+    if "sample_max_value" in clipping and config.sample_max_value < 1:
         raise ValueError(f"`sample_max_value` is {config.sample_max_value!r}; it must be >= 1.")
     ratio = config.get("dynamic_thresholding_ratio", 1.0)
-    if ratio > 1:
+    if "dynamic_thresholding_ratio" in clipping and ratio > 1:
         raise ValueError(f"`dynamic_thresholding_ratio` is {ratio!r}; it must lie in (0, 1].")
 
 
@@ -182,14 +188,15 @@ def check_planned(config: Any, big_t: int) -> None:
     check_quadratic_end(config.get("quadratic_end", 1.0))
 
 
-def _with_own_process(config: dict[str, Any]) -> dict[str, Any]:
+def _with_own_process(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with the process that it describes kept, also where it is a default.
 
     diffusers drops every key that its scheduler was not given, and lets the defaults of the new
     class stand in. For betas that is another process: those of Heun's or KDPM2's scheduler end at
-    0.012, ours at 0.02. A `variance_type` of None (DPM-Solver's "not learned") is no name of DDPM,
-    and a `solver_order` that came with another solver is not ours: a swap gives DDIM, unless a
-    setting that goes with a higher order of ours has travelled along.
+    0.012, ours at 0.02. Where both defaults agree, the key stays a default. A `variance_type` of
+    None (DPM-Solver's "not learned") is no name of DDPM, and a `solver_order` that came with
+    another solver is not ours: a swap gives DDIM, unless a setting that goes with a higher order of
+    ours has travelled along.
     """
     kept = {k: v for k, v in config.items() if not (k == "variance_type" and v is None)}
     if "solver_type" in kept:  # of DPM-Solver, UniPC, ...
@@ -198,8 +205,12 @@ def _with_own_process(config: dict[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in kept.items() if k not in theirs}
     kept = _without_shared_defaults(kept)
     if "_use_default_values" in kept:
-        defaults = kept["_use_default_values"]
-        kept["_use_default_values"] = [k for k in defaults if k not in PROCESS_KEYS]
+        ours = inspect.signature(cls.__init__).parameters
+        kept["_use_default_values"] = [
+            k
+            for k in kept["_use_default_values"]
+            if k not in PROCESS_KEYS or (k in kept and k in ours and kept[k] == ours[k].default)
+        ]
     return kept
 
 

@@ -133,7 +133,7 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         self.register_to_config(**written)  # type: ignore[attr-defined]
         config = self.config
         big_t = check_num_train_timesteps(config.num_train_timesteps)
-        check_names(config)
+        check_names(config, self._get_init_keys(type(self)))  # type: ignore[attr-defined]
         check_planned(config, big_t)
         if config.trained_betas is not None:
             betas = explicit_betas(config.trained_betas, big_t)

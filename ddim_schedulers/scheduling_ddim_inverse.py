@@ -8,8 +8,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import deprecate
 
 from .betas import alpha_bar_before
+from .family_config import FAMILY_KEYS
 from .parameterization import Coefficients, eps_coefficients, x0_coefficients
 from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, fold
 from .transition import transition
@@ -60,13 +62,12 @@ class GeneralizedDDIMInverseScheduler(
         timesteps: explicit trajectory, strictly decreasing as for the forward scheduler.
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
         calibration: statistics of the network, as for the forward scheduler.
+        **kwargs: settings of the forward schedulers (`thresholding`, `eta`, ...), which are kept in
+            the config for them and do not act here, and stock's deprecated `set_alpha_to_zero`.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-
-    ignore_for_config: list[str] = []
-    _deprecated_kwargs: list[str] = []
 
     @register_to_config
     def __init__(
@@ -86,9 +87,25 @@ class GeneralizedDDIMInverseScheduler(
         timesteps: Sequence[int] | None = None,
         quadratic_end: float = 0.8,
         calibration: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
+        self._keep_others(kwargs)
         self._make_tables()
         self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end, device="cpu")
+
+    def _keep_others(self, kwargs: dict[str, Any]) -> None:
+        """Keep settings of the forward schedulers, and read stock's old name of one of ours."""
+        oldest = kwargs.pop("set_alpha_to_zero", None)
+        if oldest is not None:
+            message = "Use `set_alpha_to_one`, which means the same here."
+            deprecate("set_alpha_to_zero", "1.0.0", message, standard_warn=False)
+            kwargs = {**kwargs, "set_alpha_to_one": oldest}
+        unknown = sorted(kwargs.keys() - FAMILY_KEYS)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}"
+            )
+        self.register_to_config(**kwargs)
 
     def _check_solver_order(self) -> None:
         order = self.config.get("solver_order", 1)

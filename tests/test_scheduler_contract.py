@@ -865,3 +865,41 @@ def test_ours_is_a_stock_scheduler_under_our_own_name(cls, tmp_path):
 
 def test_each_name_of_inherited_is_inherited_by_some_class():
     assert all(any(hasattr(stock, name) for stock in STOCK.values()) for name in INHERITED)
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # stock solvers, with NumPy 2
+@each_class
+@pytest.mark.parametrize("given", [{}, {"clip_sample": False, "prediction_type": "v_prediction"}])
+def test_a_trip_through_any_compatible_class_leaves_the_config_as_it_was(cls, given):
+    """Which keys were given and which are defaults is a part of it, as with stock."""
+    # betas that are not given are those of each class: Heun's differ
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    scheduler = cls(num_train_timesteps=1000, **betas, **given)
+    for other in scheduler.compatibles:
+        back = cls.from_config(other.from_config(scheduler.config).config).config
+        # what stock adds are its own class's keys, which travel hidden
+        assert {key: back[key] for key in scheduler.config} == dict(scheduler.config)
+
+
+def test_the_inverse_keeps_settings_of_the_forward_schedulers_without_using_them(tmp_path):
+    unused = {"thresholding": True, "sample_max_value": 0.5, "eta": 1.0, "variance_type": "other"}
+    plain, ours = (GeneralizedDDIMInverseScheduler(**settings) for settings in ({}, unused))
+    assert torch.equal(_run(plain), _run(ours))
+    ours.save_pretrained(tmp_path)
+    loaded = GeneralizedDDIMInverseScheduler.from_pretrained(tmp_path)
+    for scheduler in (ours, loaded):
+        assert {key: scheduler.config[key] for key in unused} == unused
+    with pytest.raises(ValueError, match="`sample_max_value` is 0.5"):
+        GeneralizedDDIMScheduler.from_config(loaded.config)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'thresholdin'"):
+        GeneralizedDDIMInverseScheduler(thresholdin=True)
+
+
+def test_the_inverse_takes_stocks_old_name_of_set_alpha_to_one():
+    for value in (False, True):
+        with pytest.warns(FutureWarning, match="set_alpha_to_one"):
+            ours = GeneralizedDDIMInverseScheduler(set_alpha_to_zero=value)
+        assert ours.config.set_alpha_to_one is value
+        with pytest.warns(FutureWarning, match="set_alpha_to_one"):
+            stock = diffusers.DDIMInverseScheduler(set_alpha_to_zero=value)
+        assert torch.equal(ours.initial_alpha_cumprod, stock.initial_alpha_cumprod)
