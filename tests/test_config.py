@@ -1,6 +1,7 @@
 """Settings from files and flags: types, names, bounds."""
 
 import dataclasses
+import itertools
 import json
 from importlib.resources import files
 
@@ -96,7 +97,7 @@ def test_bad_flags_are_named(argv, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- 1\n- 2\n", "must hold a mapping"), ("a: [", "not valid YAML"), (None, "cannot read")],
+    [("- 1\n- 2\n", "must hold a mapping"), ("a: [", "not valid YAML"), (None, "cannot be read")],
 )
 def test_unreadable_files_are_named(tmp_path, text, message):
     path = tmp_path / "run.yaml"
@@ -170,3 +171,16 @@ def test_help_names_every_setting(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainingConfig):
         assert f"--{field.name}" in text
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_settings_file_is_read_within_bounds(tmp_path, suffix):
+    path = tmp_path / f"settings{suffix}"
+    laughs = "\n".join(
+        ["a: &a [l,l,l,l,l,l,l,l,l]"]
+        + [f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]" for x, y in itertools.pairwise("abcdefghi")]
+    )
+    for text in (laughs, "[" * 10**5, '{"lr": 1, "lr": 2}', "\0", "{" * 99, "\xff" * 9):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"^config: '.*settings.* cannot be read: .*\.$"):
+            load_config(path)

@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ddim_schedulers.reading import DamagedFileError, read_json, read_yaml
 from ddim_schedulers.training.config import GROUPS, TrainingConfig
 
 # What the same settings are called in diffusers' `train_unconditional.py`.
@@ -144,20 +144,9 @@ def read_file(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, is not valid, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"config: cannot read {path}: {error.strerror}") from error
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml
-
-            values = yaml.safe_load(text)
-    except ValueError as error:
-        raise ValueError(f"config: {path} is not valid JSON: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not valid YAML: {error}") from error
+        values = read_json(path, None) if path.suffix == ".json" else read_yaml(path)
+    except DamagedFileError as error:
+        raise ValueError(f"config: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: {path} must hold a mapping of field names to values")
     return values
