@@ -74,7 +74,14 @@ def statistics_of(calibration: Any, alpha_bar: torch.Tensor) -> Statistics:
     Raises:
         ValueError: if it is no mapping, has no `gamma`, or a list that `check_statistic` refuses.
     """
-    if not isinstance(calibration, Mapping) or calibration.get("gamma") is None:
+    has_gamma = isinstance(calibration, Mapping) and calibration.get("gamma") is not None
+    if not has_gamma and isinstance(calibration, Mapping) and "trajectory" in calibration:
+        raise ValueError(
+            "`calibration` holds a trajectory alone, for timestep_spacing='calibrated', but "
+            "'optimal' noise or spacing needs the statistics of all timesteps (`gamma`); "
+            "`ddim-schedulers calibrate --data ...` measures them and adds them to the config."
+        )
+    if not has_gamma:
         raise ValueError(
             f"`calibration` is {str(calibration)[:60]!r}; it must be a dictionary with the list "
             "`gamma` (and `x0_error` or `eps_error`), as `ddim-schedulers calibrate` writes it."

@@ -318,6 +318,31 @@ def test_the_fine_trajectory_is_the_ode_whatever_the_config_samples_with(member)
     assert other == plain
 
 
+def test_a_trajectory_alone_leaves_the_likelihood_as_it_was(pipeline, tmp_path, capsys):
+    words = ["--pipeline", str(pipeline), "--cpu", "--num_images", "2"]
+    measure = ["likelihood", *words, "--data", "digits", "--steps", "3", "--output_dir"]
+    tables = [tmp_path / name / "likelihood.md" for name in ("before", "after")]
+    assert main([*measure, str(tables[0].parent)]) == 0
+    fine = ["--objective", "trajectory", "--trajectory_steps", "6"]
+    assert main(["calibrate", *words, *fine]) == 0
+    assert main([*measure, str(tables[1].parent)]) == 0
+    assert tables[0].read_text() == tables[1].read_text()
+    estimator = ["--estimator", "importance", "--num_calls", "2"]
+    assert main([*measure, str(tmp_path / "chosen"), *estimator]) == 0
+    capsys.readouterr()
+    assert main([*measure, str(tmp_path / "optimal"), "--variances", "optimal"]) == 2
+    assert "no statistics of its timesteps (`gamma`" in capsys.readouterr().err
+    sample = ["sample", *words, "--num_inference_steps", "3", "--output", str(tmp_path / "s")]
+    del sample[3]  # --cpu is --device cpu here
+    for option in (
+        ["--scheduler", "ddim", "--reverse_variance", "optimal"],
+        ["--scheduler", "ddim", "--timestep_spacing", "optimal"],
+        ["--scheduler", "ddpm", "--variance_type", "optimal"],
+    ):
+        assert main([*sample, "--device", "cpu", *option]) == 2
+        assert "holds a trajectory alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

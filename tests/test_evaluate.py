@@ -14,12 +14,13 @@ import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.training import evaluation as library
 from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.evaluation import Evaluation, run
 from ddim_schedulers.training.evaluation_config import load_evaluation, parse_evaluation
-from ddim_schedulers.training.evaluation_report import markdown, pivot
+from ddim_schedulers.training.evaluation_report import markdown, pivot, unsaid_lines
 from ddim_schedulers.training.metrics import frechet_distance
 
 STEPS = 12
@@ -89,6 +90,43 @@ def test_every_cell_is_there_with_its_n_and_its_cost(whole):
             assert (figures["frechet"]["std"] is None) == (cell["repeats"] == 1)
             assert ("inception_score" in figures) == (name == "classifier")
     assert results["classifier"]["classes"] == 10
+
+
+def test_the_name_of_a_row_is_true_whatever_the_pipeline_samples_with(tiny_ddpm, tmp_path):
+    plain = {"num_train_timesteps": STEPS, "beta_end": 0.5}
+    solver = {"solver_order": 2, "solver_corrector": True, "solver_form": "epsilon"}
+    own = {**solver, "lower_order_final": True, "steps_offset": 1, "clip_sample": False}
+    grid = [
+        {"steps": [3], "members": [0], "settings": {"clip_sample": False}},
+        {"steps": [3], "members": [0], "settings": {"solver_order": 3}},
+        {
+            "steps": [3],
+            "schedulers": [
+                {"class": "GeneralizedDDIMScheduler", "timestep_spacing": "trailing"},
+                {"name": "mine", "class": "GeneralizedDDIMScheduler", "eta": 1.0},
+            ],
+        },
+    ]
+    tables, found = [{"name": "First", "n": 10, "grid": grid}], []
+    for name, settings in (("plain", {}), ("own", own)):
+        tiny_ddpm(GeneralizedDDIMScheduler(**plain, **settings)).save_pretrained(tmp_path / name)
+        config = _config(tmp_path / name, tmp_path / f"{name}-out", tables=tables)
+        evaluation = Evaluation(config)
+        found.append([evaluation._pipe_of(cell).scheduler.config for cell in config.cells])
+        unsaid = {cell.row.name: evaluation.unsaid(cell) for cell in config.cells}
+    member, chosen, auto, mine = (cell.row.name for cell in config.cells)
+    assert (member, chosen) == ("eta 0, trailing", "eta 0, trailing, solver_order 3")
+    keys = [*solver, "lower_order_final", "steps_offset", "eta", "timestep_spacing", "sigma"]
+    assert all(found[0][0][key] == found[1][0][key] for key in keys)
+    assert unsaid == {
+        member: {"clip_sample": False},
+        chosen: {"clip_sample": False},
+        auto: own,
+        mine: {**own, "eta": 1.0},
+    }
+    said = unsaid_lines({"unsaid": unsaid})[0]
+    assert "`solver_order=2`" in said and f"`clip_sample=False` in {member}; {chosen}" in said
+    assert unsaid_lines({"unsaid": {member: {}}}) == unsaid_lines({}) == []
 
 
 def test_every_cell_says_with_what_it_was_sampled(whole):

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from ddim_schedulers.family_config import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory, settings_of
@@ -41,6 +42,7 @@ from ddim_schedulers.training.evaluation_config import (
     FIGURES,
     Cell,
     EvaluationConfig,
+    defaults_of,
     scheduler_class,
 )
 from ddim_schedulers.training.metrics import (
@@ -272,6 +274,19 @@ class Evaluation:
         scheduler = cls.from_config(self.pipe.scheduler.config, **copy.deepcopy(cell.row.settings))
         return self.pipe.sibling(GenerationPipeline, scheduler=scheduler)
 
+    def unsaid(self, cell: Cell) -> dict[str, Any]:
+        """The settings of a cell's scheduler that are no defaults and that its row's name omits.
+
+        What describes the process is the network's, the same in every row.
+        """
+        defaults, config = defaults_of(cell.row.scheduler), self._pipe_of(cell).scheduler.config
+        silent = {*PROCESS_KEYS, "calibration", *cell.row.said}
+        return {
+            key: config[key]
+            for key, default in sorted(defaults.items())
+            if key not in silent and key in config and config[key] != default
+        }
+
     def _job(self, cell: Cell) -> SamplingJob:
         return SamplingJob(
             num_images=cell.n,
@@ -494,6 +509,7 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": table.name, "n": table.n}
         entry["cells"] = summarise([done[cell.label] for cell in cells], config.features)
         entry["missing"] = [cell.label for cell in table.cells if cell.label not in done]
+        entry["unsaid"] = {cell.row.name: evaluation.unsaid(cell) for cell in cells}
         if team.index == 0:
             entry["real"] = evaluation.self_check[table.n]
         if cells and team.index == 0:

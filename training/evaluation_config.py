@@ -48,6 +48,19 @@ FIGURES = (
     "coverage",
     "inception_score",
 )
+# What else decides how a member is sampled. A row does not inherit it from the pipeline's
+# scheduler, so that its name says what it is.
+SAMPLING_KEYS = (
+    "lower_order_final",
+    "quadratic_end",
+    "set_alpha_to_one",
+    "sigma",
+    "solver_corrector",
+    "solver_form",
+    "solver_order",
+    "steps_offset",
+    "timesteps",
+)
 _EXPECTED = ("row", "steps", "features", "metric", "value", "tolerance", "source")
 _DATA_KEYS = frozenset(f.name for f in dataclasses.fields(DataConfig)) | {"validation_fraction"}
 
@@ -59,14 +72,16 @@ class Row:
     Attributes:
         name: what the tables call it.
         scheduler: class name, of this package or of diffusers.
-        settings: config keys that differ from the pipeline's own scheduler.
+        settings: config keys that replace those of the pipeline's own scheduler.
         use_clipped_model_output: passed to `step`; None leaves the scheduler's default.
+        said: the settings that the name says.
     """
 
     name: str
     scheduler: str
     settings: dict[str, Any]
     use_clipped_model_output: bool | None = None
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -311,14 +326,19 @@ def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
         for member in _list(block.get("members", []), f"{where}: members"):
             name, settings = _member(member, where)
             own = {"timestep_spacing": spacing, **common, **settings}
-            yield _checked_row(Row(f"{name}, {spacing}", FAMILY, own, clipped), where)
+            chosen = [key for key in common if key in SAMPLING_KEYS]
+            label = ", ".join([name, spacing, *(f"{key} {common[key]}" for key in chosen)])
+            said = ("timestep_spacing", *settings, *chosen)
+            plain = {key: defaults_of(FAMILY)[key] for key in SAMPLING_KEYS}
+            yield _checked_row(Row(label, FAMILY, {**plain, **own}, clipped, said), where)
     for given in _list(block.get("schedulers", []), f"{where}: schedulers"):
         settings = dict(_mapping(given, f"{where}: schedulers"))
         scheduler, name = str(settings.pop("class", "")), settings.pop("name", None)
         own_clipped = settings.pop("use_clipped_model_output", None)
         parts = [scheduler.removesuffix("Scheduler"), *(f"{k} {v}" for k, v in settings.items())]
         label = ", ".join(parts) if name is None else str(name)
-        yield _checked_row(Row(label, scheduler, settings, own_clipped), where)
+        said = tuple(settings) if name is None else ()
+        yield _checked_row(Row(label, scheduler, settings, own_clipped, said), where)
 
 
 def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
@@ -351,6 +371,12 @@ def _checked_row(row: Row, where: str) -> Row:
                 f"{where}: {row.scheduler} has no setting {key!r}{nearest(key, known, '')}"
             )
     return row
+
+
+def defaults_of(scheduler: str) -> dict[str, Any]:
+    """The settings of a scheduler class with their defaults."""
+    parameters = inspect.signature(scheduler_class(scheduler)).parameters  # type: ignore[arg-type]
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def scheduler_class(name: str) -> type | None:

@@ -104,6 +104,7 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
             ),
             "",
         ]
+    lines += unsaid_lines(table)
     if table["missing"]:
         lines += [f"Not run: {len(table['missing'])} cells.", ""]
     if not table["cells"]:
@@ -115,6 +116,17 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
         lines += [f"In `{name}`, n = {table['n']}:", "", *everything(table, name), ""]
     lines += ["</details>", "", *nearest_lines(table, stem)]
     return lines
+
+
+def unsaid_lines(table: dict[str, Any]) -> list[str]:
+    """What the names of the rows do not say of their schedulers: settings that are no defaults."""
+    groups: dict[str, list[str]] = {}
+    for row, settings in table.get("unsaid", {}).items():  # an earlier version recorded none
+        if settings:
+            said = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
+            groups.setdefault(said, []).append(row)
+    parts = [f"{said} in {'; '.join(rows)}" for said, rows in groups.items()]
+    return [f"Settings that the names do not say: {'. '.join(parts)}.", ""] if parts else []
 
 
 def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:

@@ -91,8 +91,10 @@ def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
     if "optimal" in (*settings.variances, *settings.trajectories):
         if subject.calibration is None:
             raise ValueError(
-                "the pipeline's scheduler holds no `calibration`, which the optimal variance and "
-                "trajectory need; run `ddim-schedulers calibrate` first"
+                "the pipeline's scheduler holds no statistics of its timesteps (`gamma` in "
+                "`calibration`), which the optimal variance and trajectory need; run "
+                "`ddim-schedulers calibrate --data ...` first (its --objective trajectory measures "
+                "others)"
             )
         statistics = statistics_of(subject.calibration, subject.alpha_bar)
     if "learned_range" in settings.variances and not subject.learned:

@@ -43,8 +43,12 @@ class Subject:
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The statistics in the config, if it was calibrated."""
-        return self.config.get("calibration")
+        """The statistics of all timesteps in the config, if they were measured.
+
+        A calibration for trajectories alone has none.
+        """
+        found = self.config.get("calibration")
+        return found if found is not None and found.get("gamma") is not None else None
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU."""
