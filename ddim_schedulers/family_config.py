@@ -61,6 +61,9 @@ PROCESS_KEYS = (
 # so that those keep theirs: UniPC without `lower_order_final` ends in NaN.
 SHARED_WITH_SOLVERS = {"solver_order": 1, "lower_order_final": False}
 
+# Which noise a scheduler adds where nobody has said it.
+UNSAID = {"reverse_variance": "sigma", "variance_type": "fixed_small"}
+
 # A scheduler knows the network, so two of its trajectories come from measurements of it.
 SCHEDULER_SPACINGS = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
 
@@ -113,8 +116,13 @@ class FamilyConfigMixin:
                 )
 
     def to_json_string(self) -> str:
-        """Return the config as diffusers writes it, without the defaults of shared settings."""
+        """Return the config as diffusers writes it, without the defaults of shared settings.
+
+        Nor does it say a noise that nobody has said.
+        """
         written = json.loads(super().to_json_string())  # type: ignore[misc]
+        for key in unsaid_noise(self.config):  # type: ignore[attr-defined]
+            del written[key]
         return json.dumps(_without_shared_defaults(written), indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -138,6 +146,27 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | range):
         return [plain(item) for item in value]
     return value
+
+
+def predicts_variance(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config says that the network predicts a variance in a second set of channels.
+
+    `variance_type` is DDPM's name for it, `reverse_variance` that of our DDIM; either travels.
+    """
+    learned = ("learned", "learned_range")
+    return config.get("variance_type") in learned or config.get("reverse_variance") in learned
+
+
+def unsaid_noise(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings of noise that are defaults, though the network predicts a variance.
+
+    With such a network a default is no choice: a step with noise asks for one. So these are not
+    written into files, where a default could not be told from a choice.
+    """
+    if not predicts_variance(config):
+        return []
+    defaults = config.get("_use_default_values", [])
+    return [key for key, value in UNSAID.items() if key in defaults and config.get(key) == value]
 
 
 def check_names(config: Any, own: Collection[str]) -> None:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from typing import Any
 
-from .family_config import plain
+from .family_config import plain, unsaid_noise
 from .settings import SETTINGS_KEY, restore_settings
 
 __all__ = ["SETTINGS_KEY", "STOCK_CLASSES", "register", "restore_settings", "to_portable"]
@@ -101,7 +101,10 @@ def to_portable(scheduler: Any) -> tuple[Any, list[str]]:
         )
     stand_ins = _stand_ins(stock.__name__, scheduler, config)
     stock_keys = inspect.signature(stock.__init__).parameters
-    settings = {k: v for k, v in config.items() if k not in stock_keys or k in stand_ins}
+    unsaid = unsaid_noise(scheduler.config)
+    settings = {
+        k: v for k, v in config.items() if k not in (*stock_keys, *unsaid) or k in stand_ins
+    }
     kept = {k: v for k, v in config.items() if k in stock_keys}
     portable = stock(**{**kept, **stand_ins})
     private = {"class": name, "settings": settings, "stand_ins": stand_ins}

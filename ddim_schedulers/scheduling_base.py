@@ -29,7 +29,15 @@ from .betas import (
     rescale_zero_terminal_snr,
 )
 from .config_types import check_types
-from .family_config import FamilyConfigMixin, check_names, check_planned, plain
+from .family_config import (
+    UNSAID,
+    FamilyConfigMixin,
+    check_names,
+    check_planned,
+    plain,
+    predicts_variance,
+    unsaid_noise,
+)
 from .optimal import (
     Statistics,
     late_noise_cap,
@@ -486,7 +494,7 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         variance_noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
-        prediction, raw_variance = _split_learned(model_output, sample, learned)
+        prediction, raw_variance = self._split(model_output, sample, learned)
         x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = self._look_up(table, timestep, sample)
         dtype = table.rows.dtype
         x, m = sample.to(dtype), prediction.to(dtype)
@@ -511,6 +519,71 @@ class FamilySchedulerMixin(FamilyConfigMixin):
                 std = std * _learned_std(learned, raw, *bounds)
             out.addcmul_(noise, std)
         return out.to(sample.dtype), x0.to(sample.dtype)
+
+    def _split(
+        self, model_output: torch.Tensor, sample: torch.Tensor, learned: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the prediction, and the variance that the network told if the step uses it.
+
+        Of an output of 2 C channels the second half is the variance. It is left out only where the
+        config says that the network predicts one and the step takes its noise, if any, from
+        elsewhere.
+
+        Args:
+            model_output: of the network.
+            sample: (B, C, ...).
+            learned: how the step uses the second half, or `None` where it does not.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        for name, tensor in (("sample", sample), ("model_output", model_output)):
+            if not tensor.is_floating_point():
+                raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
+        if learned is None and model_output.shape == sample.shape:
+            return model_output, None
+        has_half = _has_half(model_output, sample)
+        if has_half and (learned is not None or predicts_variance(self.config)):
+            prediction, variance = torch.split(model_output, sample.shape[1], dim=1)
+            return prediction, None if learned is None else variance
+        expected, why = tuple(sample.shape), ""
+        if learned is not None:
+            expected = (expected[0], 2 * expected[1], *expected[2:])
+            why = f", twice the channels because the variance is {learned!r}"
+        elif has_half:
+            why = (
+                "; if the network predicts a variance in the second half of its channels, pass "
+                "`variance_type='learned_range'` to `from_config`"
+            )
+        raise ValueError(
+            f"`model_output` has shape {tuple(model_output.shape)}; for a `sample` of shape "
+            f"{tuple(sample.shape)} it must be {expected}{why}."
+        )
+
+    def _check_noise_is_said(
+        self, key: str, model_output: torch.Tensor, sample: torch.Tensor
+    ) -> None:
+        """Refuse to leave out a variance that the network told where noise is added.
+
+        Args:
+            key: the setting that says which noise is added.
+            model_output: of the network.
+            sample: (B, C, ...).
+        """
+        config = self.config
+        if model_output.shape == sample.shape or key not in unsaid_noise(config):
+            return
+        if _has_half(model_output, sample):
+            used = "`reverse_variance='learned_range'` with `eta=1.0` uses it"
+            if key == "variance_type":
+                used = "`variance_type='learned_range'` uses it"
+            elif config.get("variance_type") == "learned":
+                used = "`MarkovianDDPMScheduler` uses it"
+            raise ValueError(
+                f"`{key}` is not set, but the step adds noise and `model_output` has twice the "
+                "channels of `sample`: a variance that the network predicts. Say in `from_config` "
+                f"which noise is added: {used}, `{key}={UNSAID[key]!r}` leaves it out."
+            )
 
     def _add_history(
         self,
@@ -680,26 +753,10 @@ def _noise_like(
     return variance_noise
 
 
-def _split_learned(
-    model_output: torch.Tensor, sample: torch.Tensor, learned: str | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split the variance channels off a model output of 2 C channels, and check the shapes."""
-    for name, tensor in (("sample", sample), ("model_output", model_output)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
-    expected = sample.shape
-    if learned is not None:
-        expected = torch.Size((expected[0], 2 * expected[1], *expected[2:]))
-    if model_output.shape != expected:
-        why = f", twice the channels because the variance is {learned!r}" if learned else ""
-        raise ValueError(
-            f"`model_output` has shape {tuple(model_output.shape)}; for a `sample` of shape "
-            f"{tuple(sample.shape)} it must be {tuple(expected)}{why}."
-        )
-    if learned is None:
-        return model_output, None
-    prediction, variance = torch.split(model_output, sample.shape[1], dim=1)
-    return prediction, variance
+def _has_half(model_output: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Tell whether the output has twice the channels of the sample, and is as large otherwise."""
+    shape = sample.shape
+    return len(shape) > 1 and model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
 
 
 def _learned_std(

@@ -125,6 +125,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         lower_order_final: bool = False,
     ) -> None:
         self._sigma: torch.Tensor | None = None
+        self._sigma_adds = False
         self._warned_of_eta = False
         self._make_tables()
         self._check_member()
@@ -243,6 +244,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         if member is not None or self._sigma is not None:  # no part of the trajectory
             self._forget_tables()
         self._sigma = None
+        self._sigma_adds = member is not None and bool(member.any())
         if member is not None:
             self._sigma = torch.full_like(self._alpha_bar, torch.nan)
             self._sigma[planned] = member
@@ -365,8 +367,9 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         The step that lands on alpha_bar = 1 adds no noise.
 
         Args:
-            model_output: prediction of the network, the shape of `sample` (2 C channels for
-                `learned_range`).
+            model_output: prediction of the network, the shape of `sample`; or 2 C channels, of a
+                network that predicts a variance in the second half. `reverse_variance` says whether
+                it is used; where no noise is added it is left out.
             timestep: t in 0 .. T - 1: an int, a 0-d tensor, or, with `solver_order` 1, a tensor of
                 shape (B,) with one t per sample.
             sample: x_t, (B, C, ...), any floating dtype; computed in float32 or better.
@@ -394,6 +397,8 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
         learned = "learned_range" if self.config.reverse_variance == "learned_range" else None
         adds_noise = member is None or member > 0 or self.config.reverse_variance == "optimal"
+        if self._sigma_adds if member is None else member > 0:
+            self._check_noise_is_said("reverse_variance", model_output, sample)
         prev_sample, x0 = self._step(
             table, adds_noise, model_output, timestep, sample, learned, generator, variance_noise
         )

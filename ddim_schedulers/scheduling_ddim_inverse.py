@@ -202,7 +202,8 @@ class GeneralizedDDIMInverseScheduler(
         """Take one encoding step, from the planned timestep below `timestep` up to it.
 
         Args:
-            model_output: prediction of the network at `timestep`, the shape of `sample`.
+            model_output: prediction of the network at `timestep`, the shape of `sample`; or 2 C
+                channels, of a network that predicts a variance in the second half: it is left out.
             timestep: t in 0 .. T - 1, the level that is reached: an int, a 0-d tensor, or shape
                 (B,).
             sample: x_s, (B, C, ...), any floating dtype; computed in float32 or better.

@@ -220,8 +220,8 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
         The step that lands on alpha_bar = 1 adds no noise.
 
         Args:
-            model_output: prediction of the network, the shape of `sample` (2 C channels for the
-                learned variances).
+            model_output: prediction of the network, the shape of `sample`; 2 C channels for the
+                learned variances, whose second half is the variance.
             timestep: t in 0 .. T - 1: an int, a 0-d tensor, or a tensor of shape (B,) with one t
                 per sample.
             sample: x_t, (B, C, ...), any floating dtype; computed in float32 or better.
@@ -238,6 +238,8 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
         table = self._table_for(sample.device, compute_dtype(sample, model_output))
         name = self.config.variance_type
         learned = name if name.startswith("learned") else None
+        if learned is None:
+            self._check_noise_is_said("variance_type", model_output, sample)
         prev_sample, x0 = self._step(
             table, True, model_output, timestep, sample, learned, generator, variance_noise
         )
