@@ -310,15 +310,14 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where there is none or what it says has no meaning."""
     try:
         # The method of a PNG decodes the pixels to see what follows them.
-        exif = Image.Image.getexif(image)
-        value = exif.get(_ORIENTATION)
+        value: Any = Image.Image.getexif(image).get(_ORIENTATION)
         if value is None and image.format == "PNG":
-            value = _exif_after_pixels(image.fp).get(_ORIENTATION)
+            value = _exif_after_pixels(image.fp).get(_ORIENTATION)  # type: ignore[attr-defined]
     except MemoryError:
         raise
     except Exception:  # viewers too take a picture as it is where its EXIF data are broken
         return 1
-    return value if value in range(1, 9) else 1
+    return int(value) if value in range(1, 9) else 1
 
 
 def _exif_after_pixels(file: Any) -> Any:
