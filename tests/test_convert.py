@@ -4,6 +4,7 @@ import math
 import pickle
 import resource
 import time
+import warnings
 
 import pytest
 import torch
@@ -244,6 +245,23 @@ def test_half_precision_becomes_float32(state, tmp_path):
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
     rounded = {key: value.bfloat16().float() for key, value in state.items()}
     assert largest_difference(pipe.unet, rounded) < 1e-5
+
+
+def test_a_warning_of_torch_is_no_damage_to_the_file(state, tmp_path, monkeypatch):
+    """pytest makes errors of warnings here, as `python -W error` does."""
+    real = torch.load
+
+    def warns(*args, **kwargs):
+        warnings.warn("sparse tensors take long", stacklevel=2)  # as torch 2.14 does
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", warns)
+    moments = {"exp_avg": torch.ones(3).to_sparse()}
+    torch.save([state, moments, 1, 2, state], tmp_path / "model.ckpt")
+    found = convert.load_checkpoint(tmp_path / "model.ckpt")
+    assert found.keys() == state.keys()
+    with pytest.raises(UserWarning, match="take long"):  # outside, the filter is as it was
+        torch.load(tmp_path / "model.ckpt", weights_only=True)
 
 
 class Harm:

@@ -23,7 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.training import checkpoints, saving, stopping, train
 from ddim_schedulers.training.checkpoints import CheckpointError
-from ddim_schedulers.training.compiling import check_gradients, compile_for_training
+from ddim_schedulers.training.compiling import (
+    check_gradients,
+    compile_for_training,
+    loses_gradients,
+)
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
 from ddim_schedulers.training.launch import LearningRate
 from ddim_schedulers.training.outcome import NonFiniteError
@@ -490,7 +494,29 @@ def test_sharded_engines_are_refused(settings, monkeypatch, name):
         Trainer(settings("a"))
 
 
+@pytest.fixture
+def before_the_repair(monkeypatch):
+    """The installed torch counts as one whose compiler loses gradients on the CPU."""
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+
+
+def test_the_compiler_is_mistrusted_on_the_cpu_below_torch_2_14(monkeypatch, settings):
+    cpu, kind = torch.device("cpu"), type(torch.__version__)
+    for version, wrong in (("2.9.1", True), ("2.13.0+cpu", True), ("2.14.0a0+git", True)):
+        monkeypatch.setattr(torch, "__version__", kind(version))
+        assert loses_gradients(cpu) is wrong and not loses_gradients(torch.device("cuda"))
+    for version in ("2.14.0", "2.14.1+cu130", "2.20.0", "3.0"):
+        monkeypatch.setattr(torch, "__version__", kind(version))
+        assert not loses_gradients(cpu)
+        unet = UNet2DModel(sample_size=8, **UNET)
+        compile_for_training(unet, None, "eager")
+        assert unet.up_blocks[0].upsamplers[0].interpolate
+    monkeypatch.setattr(Trainer, "_check_compiled", lambda self: pytest.fail("checked"))
+    Trainer(settings("a", compile=True, compile_backend="eager"))
+
+
 @dynamo_warns_of_diffusers
+@pytest.mark.usefixtures("before_the_repair")
 def test_a_compiler_that_loses_gradients_is_refused(settings):
     """Its output is right, so nothing else would show: whole layers stay as they were drawn."""
 
@@ -509,6 +535,7 @@ def test_a_compiler_that_loses_gradients_is_refused(settings):
 
 
 @dynamo_warns_of_diffusers
+@pytest.mark.usefixtures("before_the_repair")
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"channels_last": True}])
 def test_the_check_of_compiled_gradients_leaves_no_trace(settings, options):
     """Nothing but the sums of rounding tells a run that was compiled from one that was not."""
@@ -543,6 +570,7 @@ def test_weights_that_begin_at_zero_hide_no_lost_gradient(zero):
         check_gradients(unet, unet, x, t)
 
 
+@pytest.mark.usefixtures("before_the_repair")
 def test_dropout_and_accelerates_own_compiler_are_refused(settings, monkeypatch):
     dropout = settings("a").model.replace("unet", "dropout")
     with pytest.raises(ValueError, match="the network has dropout, whose masks would differ"):
@@ -552,6 +580,7 @@ def test_dropout_and_accelerates_own_compiler_are_refused(settings, monkeypatch)
         Trainer(settings("a"))
 
 
+@pytest.mark.usefixtures("before_the_repair")
 def test_a_network_that_upsamples_by_copies_gives_the_same():
     torch.manual_seed(0)
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **UNET)
@@ -562,6 +591,7 @@ def test_a_network_that_upsamples_by_copies_gives_the_same():
     torch.testing.assert_close(unet(x, t).sample, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("before_the_repair")
 def test_upsampling_by_copies_gives_the_same_values():
     torch.manual_seed(0)
     layer = Upsample2D(3, use_conv=True)

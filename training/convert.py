@@ -9,6 +9,7 @@ are counted from below. Files are read with `weights_only=True`: no code in them
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,11 @@ def load_checkpoint(
     if not path.is_file():
         raise ValueError(f"`checkpoint` is {path}, which is not a file.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch 2.14 warns of the time that sparse tensors take; under `-W error` that would
+            # read as a file that cannot be loaded
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and zip errors of many kinds
         raise ValueError(
             f"{path} is not a PyTorch file of tensors alone ({type(error).__name__}); it was not "

@@ -29,7 +29,11 @@ from ddim_schedulers.training.batches import (
     derive_seed,
     open_loader,
 )
-from ddim_schedulers.training.compiling import check_gradients, compile_for_training
+from ddim_schedulers.training.compiling import (
+    check_gradients,
+    compile_for_training,
+    loses_gradients,
+)
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.contents import contents_of
 from ddim_schedulers.training.data import ImageData, load_data
@@ -108,7 +112,7 @@ class Trainer:
         if config.compile:
             network = compile_for_training(self.unet, config.compile_mode, config.compile_backend)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
-        if config.compile and self.device.type == "cpu":
+        if config.compile and loses_gradients(self.device):
             self._check_compiled()
         self.learning_rate = LearningRate(config)
         draws = Draws(
@@ -137,8 +141,9 @@ class Trainer:
         """Refuse a compiler that loses gradients, by a batch of noise of the size of a real one."""
         if self.has_dropout:
             raise ValueError(
-                "compile is true on the CPU, where its gradients are compared with those without "
-                "it, and the network has dropout, whose masks would differ; set dropout to 0"
+                "compile is true on the CPU with torch below 2.14, where gradients are compared "
+                "with those without it, and the network has dropout, whose masks would differ; "
+                "set dropout to 0"
             )
         source = torch.Generator().manual_seed(self.config.seed)
         x = torch.randn(self.share.rows, *self.data.shape, generator=source, dtype=self.dtype)

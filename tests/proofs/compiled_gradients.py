@@ -2,8 +2,8 @@
 
     python tests/proofs/compiled_gradients.py [--device cuda] [--channels_last] [--plain]
 
-The network is compiled as the trainer does it; with `--plain` as it is, for which torch 2.13's
-inductor gives the right loss on the CPU and 0 for the gradients of whole layers
+The network is compiled as the trainer does it; with `--plain` as it is, for which the inductor of
+torch below 2.14 gives the right loss on the CPU and 0 for the gradients of whole layers
 (https://github.com/pytorch/pytorch/issues/185509). Prints, for each parameter that differs, the
 relative difference of its gradient and both norms. Exit code 1 when any differs. Takes a minute of
 compilation, so it is not collected by pytest.
