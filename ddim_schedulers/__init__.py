@@ -7,6 +7,8 @@ with diffusers, so that pipelines holding them can be saved and loaded. The math
 the top of `process`.
 """
 
+from pathlib import Path as _Path
+
 from .plugin import register, to_portable
 from .scheduling_ddim import FEW_STEPS, GeneralizedDDIMScheduler
 from .scheduling_ddim_inverse import GeneralizedDDIMInverseScheduler
@@ -24,3 +26,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 register()
+
+# `python -m` and `torchrun -m` at the root of a clone import this folder, not what is installed;
+# the folders of its sub-packages lie beside it there. An installed package has no such neighbours.
+_root = _Path(__file__).resolve().parent.parent
+if all((_root / name).exists() for name in ("pyproject.toml", "pipelines", "training")):
+    __path__.append(str(_root))

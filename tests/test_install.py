@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +112,29 @@ assert not found, found
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("at_the_root", [True, False])
+def test_modules_run_where_the_folder_hides_the_package(at_the_root, tmp_path):
+    """As `python -m` and `torchrun -m` do at the root; without what an editable install adds."""
+    code = """
+import runpy, sys
+sys.meta_path[:] = [f for f in sys.meta_path if not hasattr(f, "find_spec") or
+                    not f.__module__.startswith("__editable__")]
+sys.path[:] = [p for p in sys.path if not p.startswith("__editable__")]
+sys.argv[1:] = ["--version"]
+runpy.run_module("ddim_schedulers.training.cli", run_name="__main__")
+"""
+    folder = tmp_path / "ddim_schedulers"
+    if not at_the_root:  # the folder alone, as if somebody had copied it
+        shutil.copytree(ROOT / "ddim_schedulers", folder)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT if at_the_root else tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode == 0) is at_the_root, done.stderr
+    assert ddim_schedulers.__version__ in done.stdout or "No module named" in done.stderr
