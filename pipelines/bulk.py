@@ -11,9 +11,9 @@ other; each writes its files under a temporary name and renames them.
 """
 
 import hashlib
+import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from diffusers.utils import logging
+from PIL import Image, UnidentifiedImageError
 
 from ddim_schedulers.pipelines.base import check_batch_size, chunks
 from ddim_schedulers.pipelines.files import (
@@ -32,11 +33,14 @@ from ddim_schedulers.pipelines.files import (
     write_png,
 )
 from ddim_schedulers.pipelines.generation import GenerationPipeline
-from ddim_schedulers.pipelines.images import check_pil_channels, to_pil, to_uint8
+from ddim_schedulers.pipelines.images import PIL_MODES, check_pil_channels, to_pil, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.pictures import make_grid
 from ddim_schedulers.pipelines.records import warn_of_clipping
 from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
+from ddim_schedulers.reading import DamagedFileError, opened, read_bytes, read_json, read_npz
+
+logger = logging.get_logger(__name__)
 
 FORMATS = ("png", "npz")
 FOLDERS = {"png": "images", "npz": "shards"}
@@ -94,11 +98,19 @@ class SamplingJob:
 
 @dataclass(frozen=True)
 class SamplingReport:
-    """What one process did: files written, files found, and whether all files are there."""
+    """What one process did.
+
+    Attributes:
+        written: files that it wrote.
+        present: files that it found whole.
+        complete: are all files there?
+        sampled: images that it computed.
+    """
 
     written: int
     present: int
     complete: bool
+    sampled: int = 0
 
 
 def process_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -130,7 +142,9 @@ def sample_to_directory(
     rank: int = 0,
     world_size: int = 1,
 ) -> SamplingReport:
-    """Sample this process's share of a job into a folder, leaving out what is there already.
+    """Sample this process's share of a job into a folder, leaving out what is there and whole.
+
+    A file that is damaged, or not of the size and mode of the job, is made anew and warned about.
 
     Args:
         pipe: the pipeline, on its device.
@@ -141,9 +155,9 @@ def sample_to_directory(
 
     Raises:
         ValueError: if the folder holds a job with other settings, naming what differs, or images
-            without settings, if a file that is needed is damaged, naming it, if the
-            network's channels do not fit PNG, for steps or an eta that the scheduler refuses, or
-            for samples that are not finite, of which no file is written.
+            without settings, if its settings are damaged, if the network's channels do not fit
+            PNG, for steps or an eta that the scheduler refuses, or for samples that are not
+            finite, of which no file is written.
     """
     if job.file_format == "png":
         check_pil_channels(pipe.image_shape[0])
@@ -152,19 +166,20 @@ def sample_to_directory(
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     folder = Path(output)
     check_folders(folder, FOLDERS[job.file_format], "`output`")
-    files = _Files(folder, job, rank)
+    files = _Files(folder, job, rank, pipe.image_shape)
     files.folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.folder):
         remove_leftovers(place, rank, world_size)
     settings = settings_of(pipe, job)
     _check_origin(folder, files.folder)
     _compare(folder / SETTINGS, settings)
-    written = present = 0
+    written = present = sampled = 0
     clipped: list[tuple[float, int]] = []
     with pipe.progress_bar(total=len(files.chunks[rank::world_size])) as bar:
         for start, stop in files.chunks[rank::world_size]:
             missing = files.missing(start, stop)
             if missing:
+                sampled += stop - start
                 images, share = _sample(pipe, job, start, stop)
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
@@ -177,18 +192,30 @@ def sample_to_directory(
     if clipped:  # every image counts as many values
         total = sum(count for _, count in clipped)
         warn_of_clipping(sum(s * count for s, count in clipped) / total, pipe.scheduler.config)
-    complete = all(not files.missing(start, stop) for start, stop in files.chunks)
-    if complete and not (folder / GRID).exists():
-        write_png(folder / GRID, make_grid(files.read(min(job.num_images, GRID_IMAGES))), rank)
-    return SamplingReport(written, present, complete)
+    files.tell_of_damage()
+    # the whole ones of this process are known; others look at theirs
+    complete = all((files.folder / n).is_file() for c in files.chunks for n in files.names(*c))
+    if complete and not _is_whole_png(folder / GRID):
+        try:
+            first = files.read(min(job.num_images, GRID_IMAGES))
+        except DamagedFileError:
+            if world_size == 1:
+                raise
+            complete = False  # another process is about to make it anew
+        else:
+            write_png(folder / GRID, make_grid(first), rank)
+    return SamplingReport(written, present, complete, sampled)
 
 
 class _Files:
     """Names, presence, writing and reading of a job's files."""
 
-    def __init__(self, folder: Path, job: SamplingJob, rank: int) -> None:
+    def __init__(
+        self, folder: Path, job: SamplingJob, rank: int, shape: tuple[int, int, int]
+    ) -> None:
         self.job, self.chunks, self.rank = job, chunks(job.num_images, job.batch_size), rank
-        self.folder = folder / FOLDERS[job.file_format]
+        self.folder, self.shape = folder / FOLDERS[job.file_format], shape
+        self.damaged: list[DamagedFileError] = []
 
     def names(self, start: int, stop: int) -> list[str]:
         """The files of a chunk, in order."""
@@ -197,48 +224,115 @@ class _Files:
         return [f"{start:06d}-{stop - 1:06d}.npz"]
 
     def missing(self, start: int, stop: int) -> list[str]:
-        return [name for name in self.names(start, stop) if not (self.folder / name).exists()]
+        """The files of a chunk that are not there, or not whole."""
+        return [name for name in self.names(start, stop) if not self._is_whole(name, start, stop)]
+
+    def _is_whole(self, name: str, start: int, stop: int) -> bool:
+        if not (self.folder / name).exists():
+            return False
+        try:
+            self._load(name, start, stop)
+        except DamagedFileError as error:
+            self.damaged.append(error)
+            return False
+        return True
+
+    def tell_of_damage(self) -> None:
+        """Warn once of all files that were made anew."""
+        if self.damaged:
+            more = f" So are {len(self.damaged) - 1} more." if len(self.damaged) > 1 else ""
+            logger.warning(f"{self.damaged[0]} It was made anew.{more}")
 
     def write(self, start: int, images: np.ndarray, missing: list[str]) -> None:
         """Write the missing files of a chunk; what is there stays untouched."""
         stop = start + len(images)
         if self.job.file_format == "npz":
-            seeds = np.arange(self.job.seed + start, self.job.seed + stop, dtype=np.int64)
-            write_npz(self.folder / missing[0], {"images": images, "seeds": seeds}, self.rank)
+            arrays = {"images": images, "seeds": self._seeds(start, stop)}
+            write_npz(self.folder / missing[0], arrays, self.rank)
             return
         for name, image in zip(self.names(start, stop), to_pil(images), strict=True):
             if name in missing:
                 write_png(self.folder / name, image, self.rank)
+
+    def _seeds(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(self.job.seed + start, self.job.seed + stop, dtype=np.int64)
 
     def read(self, count: int) -> list[Image.Image]:
         """Read the first images back, for the grid."""
         images: list[Image.Image] = []
         for start, stop in self.chunks:
             for name in self.names(start, stop)[: count - len(images)]:
-                images.extend(_load(self.folder / name))
+                images.extend(self._load(name, start, stop))
             if len(images) >= count:
                 break
         return images[:count]
 
+    def _load(self, name: str, start: int, stop: int) -> list[Image.Image]:
+        """Read a file of the chunk.
 
-def _load(path: Path) -> list[Image.Image]:
-    try:
-        return _read_images(path)
-    except (OSError, ValueError, KeyError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({error}); delete it, and the next call makes it again."
-        ) from error
-
-
-def _read_images(path: Path) -> list[Image.Image]:
-    if path.suffix == ".npz":
-        with open(path, "rb") as file, np.load(file) as shard:
-            images = shard["images"]
+        Raises:
+            DamagedFileError: it is not whole, or not of the job's size, mode or seeds.
+        """
+        channels, height, width = self.shape
+        path = self.folder / name
+        if self.job.file_format == "png":
+            return [read_png(path, (width, height), PIL_MODES[channels])]
+        shape, seeds = (stop - start, height, width, channels), self._seeds(start, stop)
+        images = read_shard(path, shape, seeds)
         # a grid of data that has no colours shows its first channel
-        return to_pil(images if images.shape[-1] in (1, 3, 4) else images[..., :1])
-    with Image.open(path) as image:
-        image.load()
-        return [image]
+        return to_pil(images if channels in PIL_MODES else images[..., :1])
+
+
+def read_shard(path: Path, shape: tuple[int, ...], seeds: np.ndarray) -> np.ndarray:
+    """Return the images of a shard, uint8 `shape`.
+
+    Raises:
+        DamagedFileError: it is not whole, or of other images than those of the seeds.
+    """
+    found = read_npz(path, ("images", "seeds"), limit=int(np.prod(shape)) + seeds.nbytes)
+    images = found["images"]
+    if images.shape != shape or images.dtype != np.uint8:
+        raise DamagedFileError(
+            path, f"its images are {images.shape} of {images.dtype}, not {shape} of uint8"
+        )
+    if not np.array_equal(found["seeds"], seeds):
+        raise DamagedFileError(path, f"its seeds are not {seeds[0]} .. {seeds[-1]}")
+    return images
+
+
+def read_png(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
+    """Return the image of a PNG; the check sums of all its parts are compared.
+
+    Raises:
+        DamagedFileError: it is not whole, or not of that size (width, height) and mode.
+    """
+    # what a PNG of that many values can take, stored, with room for what other programs add
+    data = read_bytes(path, 16 * size[0] * size[1] + (1 << 20))
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if (image.size, image.mode) != (size, mode):
+                raise DamagedFileError(
+                    path, f"it is {image.size} of mode {image.mode}, not {size} of {mode}"
+                )
+            image.verify()  # leaves it unusable
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.load()
+            return image
+    except DamagedFileError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DamagedFileError(path, "it is no PNG") from error
+    except Exception as error:  # PIL has many, and struct's and zlib's beside its own
+        raise DamagedFileError(path, f"it is no whole PNG ({error})") from error
+
+
+def _is_whole_png(path: Path) -> bool:
+    try:
+        with opened(path) as file, Image.open(file, formats=("PNG",)) as image:
+            image.verify()
+    except Exception:
+        return False
+    return True
 
 
 def _sample(
@@ -345,13 +439,11 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it holds no settings")
-    except ValueError as error:
+        before = read_json(path)
+    except DamagedFileError as error:
         raise ValueError(
-            f"{str(path)!r} is damaged ({error}), so nothing says how the images beside it were "
-            "made; choose another folder, or delete them and it."
+            f"{str(path)!r} is damaged ({error.reason}), so nothing says how the images beside it "
+            "were made; choose another folder, or delete them and it."
         ) from error
     old, new = _flat(before), _flat(settings)
     differing = [

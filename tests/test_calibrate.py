@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.likelihood import make_plan, variational_bound
 from ddim_schedulers.pipelines.files import write_atomically
-from ddim_schedulers.training import calibration, passes
+from ddim_schedulers.reading import safetensors_header
+from ddim_schedulers.training import calibration, checkpoints, passes
 from ddim_schedulers.training import likelihood as library
 from ddim_schedulers.training.calibration import calibrate, save_calibration
 from ddim_schedulers.training.cli import main
@@ -124,8 +127,10 @@ def test_any_number_of_processes_and_any_interruption_give_the_same(tmp_path, mo
 
 
 def test_nobody_may_delete_the_parts_before_all_have_read_them(tmp_path, monkeypatch):
-    events, real = [], passes.unpack
-    monkeypatch.setattr(passes, "unpack", lambda path: events.append("read") or real(path))
+    events, real = [], passes.read_sealed
+    monkeypatch.setattr(
+        passes, "read_sealed", lambda *a, **k: events.append("read") or real(*a, **k)
+    )
     team = Team()
     monkeypatch.setattr(team, "wait", lambda: events.append("wait"))
     run_pass(
@@ -139,6 +144,75 @@ def test_nobody_may_delete_the_parts_before_all_have_read_them(tmp_path, monkeyp
         team=team,
     )
     assert events[-3:] == ["read", "read", "wait"]
+
+
+def test_a_part_that_was_changed_is_measured_anew(tmp_path, monkeypatch, caplog):
+    subject, images = subject_of(_unet(), dict(_stock().config)), _images(4)
+
+    def go(work="work"):
+        return run_pass(
+            subject,
+            images,
+            range(STEPS),
+            clip=1.0,
+            seed=0,
+            batch_size=2,
+            work_dir=tmp_path / work,
+        )
+
+    def values(change):
+        """The part with other numbers in it, and the check sum that it had."""
+        header = safetensors_header(whole, part)
+        changed = {name: change(t.clone()) for name, t in load_tensors(whole).items()}
+        return save_tensors(changed, header["__metadata__"])
+
+    before = go()
+    part, other = sorted((tmp_path / "work").glob("part-*"))
+    whole = part.read_bytes()
+    edits = {
+        "empty": b"",
+        "cut short": whole[:-1],
+        "longer": whole + b"\0",
+        "of another chunk": other.read_bytes(),
+        "scaled": values(lambda t: t * 1.0000001),
+        "NaN": values(lambda t: t * float("nan")),
+        "negative": values(lambda t: -t),
+        "without a check sum": checkpoints.pack(load_tensors(whole)),
+        "random": bytes(range(256)) * 8,
+    }
+    for place in range(8, len(whole), 97):
+        edits[f"flipped at {place}"] = (
+            whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]
+        )
+    for kind, data in edits.items():
+        part.write_bytes(data)
+        caplog.clear()
+        again = go()
+        assert again.calls == STEPS, kind
+        assert "It is measured anew." in caplog.text and part.name in caplog.text
+        assert torch.equal(again.statistics, before.statistics), kind
+        assert part.read_bytes() == whole
+    assert go().calls == 0
+    # what says of which pass the parts are
+    claim = tmp_path / "work" / "pass.json"
+    good = claim.read_bytes()
+    for text in (b"", b"{", b"[]", b"[" * 10**5, good.replace(b"256", b"NaN"), b"\xff"):
+        if text != good:
+            claim.write_bytes(text)
+            caplog.clear()
+            assert go().calls == 0 and "made anew" in caplog.text
+            assert claim.read_bytes() == good
+    # parts of an earlier version have no check sums: they are taken if they fit
+    claim.write_bytes(
+        checkpoints.to_json({k: v for k, v in json.loads(good).items() if k != "sealed"})
+    )
+    for path in (part, other):
+        path.write_bytes(checkpoints.pack(load_tensors(path.read_bytes())))
+    old = go()
+    assert old.calls == 0 and torch.equal(old.statistics, before.statistics)
+    part.write_bytes(checkpoints.pack({"statistics": torch.full((3, 2, STEPS), float("nan"))}))
+    again = go()
+    assert again.calls == STEPS and torch.equal(again.statistics, before.statistics)
 
 
 @pytest.mark.parametrize(

@@ -184,24 +184,80 @@ def test_images_without_settings_are_refused(tmp_path):
     assert content(tmp_path) == before
 
 
+def damage(data):
+    """Edits of a file's bytes: every one must be noticed."""
+    yield "empty", b""
+    yield "cut short", data[: len(data) // 2]
+    yield "without its end", data[:-6]
+    yield "random", bytes(range(256))
+    for place in (len(data) // 4, len(data) // 3, len(data) // 2):  # of the pixels
+        yield "a flipped bit", data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
+
+
+def as_png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def as_npz(**arrays):
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def other_files(file_format):
+    """Whole files that are not the job's."""
+    if file_format == "png":
+        yield "another size", as_png(np.zeros((9, 8), np.uint8))
+        yield "another mode", as_png(np.zeros((8, 8, 3), np.uint8))
+        jpeg = io.BytesIO()
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(jpeg, "JPEG")
+        yield "another format", jpeg.getvalue()
+        yield "a bomb", as_png(np.zeros((6000, 6000), np.uint8))
+        return
+    images, seeds = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, 8) + job().seed
+    yield "other seeds", as_npz(images=images, seeds=seeds + 1)
+    yield "no seeds", as_npz(images=images)
+    yield "another shape", as_npz(images=images[:3], seeds=seeds)
+    yield "another dtype", as_npz(images=images.astype(np.int8), seeds=seeds)
+    yield "a bomb", as_npz(images=np.zeros((4, 5000, 5000, 1), np.uint8), seeds=seeds)
+    yield "objects", as_npz(images=np.array([None]), seeds=seeds)
+
+
 @pytest.mark.parametrize("file_format", ["png", "npz"])
-def test_a_damaged_file_is_named(tmp_path, file_format):
+def test_a_damaged_file_is_made_anew(tmp_path, file_format):
     wanted = job(file_format=file_format)
     sample_to_directory(pipeline(), tmp_path, wanted)
     whole = content(tmp_path)
     name = {"png": "images/000001.png", "npz": "shards/000004-000007.npz"}[file_format]
-    for kept in (0, 60):
-        (tmp_path / "grid.png").unlink()
-        (tmp_path / name).write_bytes(whole[name][:kept])
-        with pytest.raises(ValueError, match=f"{name}' is damaged .*delete it"):
-            sample_to_directory(pipeline(), tmp_path, wanted)
-        (tmp_path / name).unlink()
-        assert sample_to_directory(pipeline(), tmp_path, wanted).complete
-        assert content(tmp_path) == whole
-    for text in ("{", "[]"):
-        (tmp_path / "sample.json").write_text(text)
+    for kind, data in [*damage(whole[name]), *other_files(file_format)]:
+        (tmp_path / name).write_bytes(data)
+        report = sample_to_directory(pipeline(), tmp_path, wanted)
+        assert report.complete and report.written == 1, kind
+        assert content(tmp_path) == whole, kind
+    (tmp_path / "grid.png").write_bytes(b"")
+    assert sample_to_directory(pipeline(), tmp_path, wanted).written == 0
+    assert content(tmp_path) == whole
+
+
+def test_damage_is_told_once(tmp_path, caplog):
+    sample_to_directory(pipeline(), tmp_path, job())
+    for i in (1, 2, 5):
+        (tmp_path / f"images/{i:06d}.png").write_bytes(b"")
+    caplog.clear()
+    sample_to_directory(pipeline(), tmp_path, job())
+    said = caplog.text
+    assert said.count("made anew") == 1 and "000001.png' cannot be read" in said
+    assert "So are 2 more." in said
+
+
+def test_damaged_settings_are_refused(tmp_path):
+    sample_to_directory(pipeline(), tmp_path, job())
+    for text in ("", "[]", "{", "[" * 10**5, '{"job": 1, "job": 1}', "\xff"):
+        (tmp_path / "sample.json").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match="sample.json' is damaged"):
-            sample_to_directory(pipeline(), tmp_path, wanted)
+            sample_to_directory(pipeline(), tmp_path, job())
 
 
 def test_bad_jobs_raise(tmp_path):

@@ -14,18 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from ddim_schedulers.betas import alpha_bar_before
 from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.batches import generator
-from ddim_schedulers.training.checkpoints import pack, to_json, unpack
+from ddim_schedulers.training.checkpoints import to_json
 from ddim_schedulers.training.processes import check_joined, on_cpu
+from ddim_schedulers.training.seals import pack_sealed, read_sealed
 from ddim_schedulers.training.subject import Subject
+
+logger = logging.get_logger(__name__)
 
 STATISTICS = ("gamma", "eps_error", "x0_error")
 TIMESTEPS_PER_PART = 50
+CLAIM = "pass.json"
+SEALED = "sealed"  # in the claim: every part has a check sum
 
 
 class Team:
@@ -152,13 +159,14 @@ def run_pass(
     if team.index == 0:
         _claim(work_dir, subject, images, asked, clip, seed, batch_size)
     team.wait()
-    todo = [p for p in parts if not _file(work_dir, p).exists()]
+    kept = _Parts(work_dir, images.shape, blocks, batch_size)
+    todo = [p for p in parts if not kept.is_whole(p, team.index == 0)]
     mine = todo[team.index :: team.count]
     team.wait()  # nobody writes before all have seen what is left
     for number, (c, b) in enumerate(mine):
         batch = images[c * batch_size : (c + 1) * batch_size]
         values = measure(subject, batch, blocks[b], clip, seed, c)
-        write_bytes(_file(work_dir, (c, b)), pack(values))
+        write_bytes(_file(work_dir, (c, b)), pack_sealed(values, kept.about((c, b))))
         if progress is not None:
             progress(f"part {number + 1} of {len(mine)}")
     team.wait()
@@ -167,7 +175,7 @@ def run_pass(
             f"work_dir: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
             "folder that all processes see"
         )
-    read = [[unpack(_file(work_dir, (c, b))) for b in range(len(blocks))] for c in range(chunks)]
+    read = [[kept.read((c, b)) for b in range(len(blocks))] for c in range(chunks)]
     statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)
     first = torch.cat([row[0]["x0_hat"] for row in read])
     team.wait()  # nobody deletes the parts before all have read them
@@ -177,7 +185,7 @@ def run_pass(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
-    for pattern in ("pass.json", "part-*.safetensors", ".part-*.tmp"):
+    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp"):
         for path in work_dir.glob(pattern):
             path.unlink(missing_ok=True)
     if work_dir.is_dir() and not any(work_dir.iterdir()):
@@ -186,6 +194,60 @@ def discard(work_dir: Path) -> None:
 
 def _file(work_dir: Path, part: tuple[int, int]) -> Path:
     return work_dir / f"part-{part[0]:05d}-{part[1]:05d}.safetensors"
+
+
+class _Parts:
+    """The parts of one pass: what each must be, and whether it is.
+
+    Args:
+        work_dir: where they are; its `pass.json` says what they are of.
+        images: shape (N, C, H, W) of all images.
+        blocks: the timesteps of each block.
+        batch_size: images in a chunk.
+    """
+
+    def __init__(
+        self, work_dir: Path, images: torch.Size, blocks: list[list[int]], batch_size: int
+    ) -> None:
+        self.work_dir, self.images, self.blocks = work_dir, images, blocks
+        self.batch_size = batch_size
+        self.claim = read_json(work_dir / CLAIM, finite=True)
+        self.claimed = json.dumps(self.claim, sort_keys=True)
+
+    def about(self, part: tuple[int, int]) -> str:
+        """What a part is of, for its check sum."""
+        return f"{self.claimed} {part}"
+
+    def read(self, part: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The tensors of a part.
+
+        Raises:
+            DamagedFileError: it is not what was written.
+        """
+        path, (c, b) = _file(self.work_dir, part), part
+        # a pass of an earlier version goes on with the parts that it has
+        found = read_sealed(path, self.about(part), unsealed=SEALED not in self.claim)
+        rows = min(self.batch_size, self.images[0] - c * self.batch_size)
+        block = self.blocks[b]
+        first = (rows, *self.images[1:]) if 0 in block else (0,)
+        shapes = {"statistics": (len(STATISTICS), rows, len(block)), "x0_hat": first}
+        if {name: tuple(t.shape) for name, t in found.items()} != shapes:
+            raise DamagedFileError(path, f"it does not hold {shapes}")
+        if found["statistics"].dtype != torch.float64 or bool((found["statistics"] < 0).any()):
+            raise DamagedFileError(path, "its statistics are no mean squares")
+        return found
+
+    def is_whole(self, part: tuple[int, int], tell: bool) -> bool:
+        """Whether a part is there and whole; else it is measured, and if damaged that is told."""
+        if not _file(self.work_dir, part).exists():
+            return False
+        try:
+            self.read(part)
+        except DamagedFileError as error:
+            if tell:
+                logger.warning(f"{error} It is measured anew.")
+            return False
+        return True
 
 
 def _claim(
@@ -207,13 +269,18 @@ def _claim(
         "seed": seed,
         "batch_size": batch_size,
     }
-    path = work_dir / "pass.json"
+    path = work_dir / CLAIM
     if path.exists():
-        kept = json.loads(path.read_text())
-        if other := [name for name, value in own.items() if kept.get(name) != value]:
-            raise ValueError(
-                f"work_dir {work_dir} holds an unfinished pass that differs in {other}; delete it "
-                "or name another folder"
-            )
-        return
-    write_bytes(path, to_json(own))
+        try:
+            kept = read_json(path, finite=True)
+        except DamagedFileError as error:
+            # the parts that were sealed for this very pass are still recognised
+            logger.warning(f"{error} It is made anew, and parts of this pass are used.")
+        else:
+            if other := [name for name, value in own.items() if kept.get(name) != value]:
+                raise ValueError(
+                    f"work_dir {work_dir} holds an unfinished pass that differs in {other}; delete "
+                    "it or name another folder"
+                )
+            return
+    write_bytes(path, to_json({**own, SEALED: True}))
