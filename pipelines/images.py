@@ -60,7 +60,7 @@ def to_model_space(
 
 
 def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
-    """Return the picture in a file as a viewer shows it, in its own mode; see `image_files`.
+    """Return the picture in a file as every viewer shows it; see `image_files`.
 
     Args:
         path: of the file.
@@ -69,13 +69,10 @@ def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
     Raises:
         ValueError: naming a file that is not there, cannot be read or is no image.
     """
-    where = f"{name}: {os.fspath(path)!r}"
-    if not Path(path).exists():
-        raise ValueError(f"{where} does not exist.")
     try:
         return as_shown(Path(path), Reading(setting=name))
     except BadImageError as error:
-        raise ValueError(f"{where} cannot be read: {error.reason}.") from error
+        raise ValueError(f"{name}: {error.name} cannot be read: {error.reason}.") from error
 
 
 def _channels_first(array: torch.Tensor) -> torch.Tensor:

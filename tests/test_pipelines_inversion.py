@@ -244,7 +244,7 @@ def test_paths_are_images_as_a_viewer_shows_them(tmp_path):
         assert torch.equal(to_model_space(given, shape, torch.float32), expected)
     both = to_model_space([picture, turned], shape, torch.float32)
     assert torch.equal(both[1], expected[0].rot90(1, (1, 2)))
-    for bad, message in ((tmp_path, "cannot be read"), (tmp_path / "none", "does not exist")):
+    for bad, message in ((tmp_path, "is no regular file"), (tmp_path / "none", "does not exist")):
         with pytest.raises(ValueError, match=message):
             to_model_space(bad, shape, torch.float32)
     (tmp_path / "text.png").write_text("no picture")
@@ -258,7 +258,7 @@ def test_paths_are_images_as_a_viewer_shows_them(tmp_path):
         (Image.new("RGB", (SIZE, SIZE)), "mode 'RGB'"),
         (Image.new("L", (SIZE, 9)), "8x9"),
         ([], "non-empty"),
-        ("picture.png", "`images`: 'picture.png' does not exist"),
+        ("picture.png", "`images`: 'picture.png' cannot be read: it does not exist"),
         ([5], "list"),
         (np.zeros((2, 1, SIZE, SIZE), np.uint8), "shape"),
         (np.zeros((SIZE, SIZE), np.uint8), "shape"),

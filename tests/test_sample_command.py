@@ -25,7 +25,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddim_schedulers import GeneralizedDDIMScheduler, to_portable
+from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler, to_portable
 from ddim_schedulers.pipelines import GenerationPipeline, bulk, files, records
 from ddim_schedulers.pipelines.bulk import SamplingJob, process_of, sample_to_directory
 from ddim_schedulers.pipelines.records import ClipCounter
@@ -352,6 +352,55 @@ def test_sample_options(model, tmp_path, capsys):
         assert cli.main(["sample", *common, *extra, "--output", str(tmp_path / "bad")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()  # no settings that a corrected call would contradict
+
+
+def test_the_preset_and_the_solver_are_flags(model, tmp_path, capsys):
+    saved = DDPMPipeline.from_pretrained(model)
+    noisy = GeneralizedDDIMScheduler(eta=1.0, reverse_variance="sigma_hat", timesteps=[700, 30])
+    saved.register_modules(scheduler=noisy)
+    saved.save_pretrained(tmp_path / "noisy")
+    common = ["--num_images", "1", "--device", "cpu", "--output"]
+
+    def config_of(*extra, pipeline=model):
+        output = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+        assert cli.main(["sample", "--pipeline", str(pipeline), *common, output, *extra]) == 0
+        settings = json.loads((tmp_path / output / "sample.json").read_text())
+        return settings["scheduler_config"], settings["job"]
+
+    for pipeline in (model, tmp_path / "noisy"):
+        config, given = config_of("--preset", "few", pipeline=pipeline)
+        assert {key: config[key] for key in FEW_STEPS} == FEW_STEPS and config["eta"] == 0
+        assert given["num_inference_steps"] == 10 and config["timesteps"] is None
+    config, given = config_of("--preset", "few", "--timesteps", "500", "3", "--solver_order", "3")
+    assert config["solver_order"] == 3 and given["timesteps"] == [500, 3]
+    config, _ = config_of("--preset", "few", "--solver_order", "1", "--num_inference_steps", "2")
+    assert config["solver_order"] == 1 and not config["solver_corrector"]
+    words = ["--solver_order", "2", "--solver_form", "epsilon", "--lower_order_final"]
+    words += ["--timestep_spacing", "quadratic", "--quadratic_end", "0.9", "--solver_corrector"]
+    few = ["--num_inference_steps", "3", "--scheduler", "ddim"]
+    config, _ = config_of(*few, *words, "--clip_sample_range", "0.5")
+    expected = {"solver_order": 2, "solver_form": "epsilon", "lower_order_final": True}
+    expected |= {"solver_corrector": True, "timestep_spacing": "quadratic", "quadratic_end": 0.9}
+    assert expected.items() <= config.items() and config["clip_sample_range"] == 0.5
+    capsys.readouterr()
+    photo = str(tmp_path / "photo.png")
+    Image.new("L", (SIZE, SIZE), 80).save(photo)
+    output = ["--pipeline", model, "--device", "cpu", "--output", str(tmp_path / "bad")]
+    for verb, extra, message in (
+        ("sample", ["--num_images", "1", "--solver_order", "2"], "needs --scheduler ddim"),
+        ("sample", ["--num_images", "1", "--scheduler", "ddpm", "--preset", "few"], "--preset few"),
+        (
+            "sample",
+            ["--num_images", "1", "--scheduler", "ddpm", "--solver_order", "2"],
+            "--solver_order does not belong to --scheduler ddpm",
+        ),
+        ("reconstruct", ["--images", photo, "--preset", "few"], "--preset does nothing here"),
+        ("interpolate", ["--images", photo, photo, "--solver_order", "2"], "does nothing here"),
+    ):
+        assert cli.main([verb, *output, *extra]) == 2
+        assert message in capsys.readouterr().err
+    words = ["interpolate", *output[:-1], str(tmp_path / "chain"), "--seeds", "1", "2"]
+    assert cli.main([*words, "--preset", "few", "--num_points", "2"]) == 0
 
 
 def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):

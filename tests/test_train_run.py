@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from diffusers.models.upsampling import Upsample2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -423,6 +423,34 @@ def test_without_averaging_the_raw_weights_are_named(settings):
     assert result.weights == "raw" and result.evaluations[0]["weights"] == "raw"
     assert "raw weights" in result.summary()
     assert not (checkpoints.folder_of(config_root(config), 3) / "unet_ema").exists()
+
+
+@pytest.mark.parametrize(
+    ("variance", "saved"), [(None, "fixed_small"), ("fixed_large", "fixed_large")]
+)
+def test_the_saved_scheduler_is_the_clean_one_unless_another_is_asked_for(
+    settings, variance, saved
+):
+    given = {} if variance is None else {"variance_type": variance}
+    result = run(settings("a", max_train_steps=2, **given))
+    config = DDPMPipeline.from_pretrained(result.pipeline_dir).scheduler.config
+    assert (config.variance_type, config.timestep_spacing) == (saved, "trailing")
+
+
+def test_a_fixed_variance_matters_to_the_bound_alone(settings):
+    losses = {}
+    for loss in ("simple", "vlb"):
+        for variance in ("auto", "fixed_large", "fixed_small"):
+            changes = {"max_train_steps": 2, "loss": loss, "variance_type": variance}
+            losses[loss, variance] = run(settings(f"{loss}-{variance}", **changes)).losses
+    assert losses["simple", "auto"] == losses["simple", "fixed_small"]
+    assert losses["vlb", "auto"] == losses["vlb", "fixed_large"] != losses["vlb", "fixed_small"]
+    # a run of an earlier version goes on with the new default
+    more = {"max_train_steps": 3, "resume": "latest"}
+    assert run(settings("simple-fixed_large", **more)).steps == 3
+    assert run(settings("vlb-fixed_large", loss="vlb", **more)).steps == 3
+    with pytest.raises(ValueError, match="variance_type was 'fixed_small' and is 'auto'"):
+        run(settings("vlb-fixed_small", loss="vlb", **more))
 
 
 def test_the_pipeline_loads_and_samples(settings):

@@ -93,8 +93,11 @@ class ProcessConfig:
     prediction_type: Literal["epsilon", "sample", "v_prediction", "posterior_mean"] = option(
         "epsilon", "what the network outputs"
     )
-    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = option(
-        "fixed_large", "variance of the reverse steps; learned_range trains it (Improved DDPM)"
+    variance_type: Literal["auto", "fixed_small", "fixed_large", "learned_range"] = option(
+        "auto",
+        "variance of the reverse steps: of the saved scheduler and of the bound of loss vlb; "
+        "learned_range trains it (Improved DDPM), auto saves fixed_small and takes fixed_large "
+        "for the bound",
     )
 
 

@@ -161,7 +161,6 @@ def _train(
     config = TrainingConfig(
         data="digits",
         model="mini",
-        variance_type="fixed_large",
         batch_size=settings.batch_size,
         max_train_steps=settings.train_steps,
         lr=3e-3,

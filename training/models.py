@@ -137,14 +137,19 @@ def load_unet(
 
 
 def make_scheduler(config: ProcessConfig) -> MarkovianDDPMScheduler:
-    """The process that the network is trained for, which is how a pipeline records it."""
+    """The process that the network is trained for, with a sampler that is clean in few steps.
+
+    A pipeline records the one by the other. sigma-hat (`fixed_large`) adds more noise than the
+    last steps of a short trajectory can remove, and `leading` ends at a t whose noise stays.
+    """
     return MarkovianDDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
+        variance_type="fixed_small" if config.variance_type == "auto" else config.variance_type,
+        timestep_spacing="trailing",
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
 

@@ -194,11 +194,16 @@ def make_objective(config: TrainingConfig, levels: int | None) -> Objective:
         alpha_bar,
         config.prediction_type,
         loss_weights(config, alpha_bar),
-        variance_type=config.variance_type,
+        variance_type=bound_variance(config.variance_type),
         vlb=config.loss == "vlb",
         hybrid_lambda=config.hybrid_lambda,
         levels=levels,
     )
+
+
+def bound_variance(variance_type: str) -> str:
+    """The variance of the bound that a setting `variance_type` stands for."""
+    return "fixed_large" if variance_type == "auto" else variance_type
 
 
 def loss_weights(config: TrainingConfig, alpha_bar: torch.Tensor) -> torch.Tensor:

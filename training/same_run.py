@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers.utils import logging
 
 from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
+from ddim_schedulers.training.objectives import bound_variance
 from ddim_schedulers.training.streams import held_out_of_stream
 from ddim_schedulers.training.versions import versions
 
@@ -81,7 +82,8 @@ def _require_same_settings(
 ) -> None:
     now, defaults = config.to_dict(), TrainingConfig().to_dict()
     before = defaults | before  # a setting that is younger than the run had no other value
-    names = sorted(COMPUTED_FROM - same_files - {"max_train_steps"})
+    same = {"variance_type"} if _trained_variance(before) == _trained_variance(now) else set()
+    names = sorted(COMPUTED_FROM - same_files - same - {"max_train_steps"})
     changed = [name for name in names if before[name] != now[name]]
     if now["streaming"] and not changed:
         # They decide which images of a stream are trained on.
@@ -94,6 +96,12 @@ def _require_same_settings(
             f"the checkpoint is of a run with other settings: {pairs}; start a new run "
             "(from_pretrained takes its weights) or set them back"
         )
+
+
+def _trained_variance(settings: dict[str, Any]) -> str | None:
+    """What the training depends on in `variance_type`: a fixed one matters to the bound alone."""
+    variance = bound_variance(settings["variance_type"])
+    return variance if variance == "learned_range" or settings["loss"] == "vlb" else None
 
 
 def _require_same_data(now: dict[str, Any], before: dict[str, Any]) -> None:

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound="UnconditionalPipeline")
 
 # Options that set something in a scheduler of ours, by the config key.
-SCHEDULER_OPTIONS = ("timestep_spacing", "reverse_variance", "variance_type", "clip_sample")
+SOLVER_OPTIONS = ("solver_order", "solver_form", "solver_corrector", "lower_order_final")
+SCHEDULER_OPTIONS = (
+    "timestep_spacing",
+    "quadratic_end",
+    "reverse_variance",
+    "variance_type",
+    *SOLVER_OPTIONS,
+    "clip_sample",
+    "clip_sample_range",
+)
+PRESETS = ("few",)
+FEW_CALLS = 10  # steps of the preset `few`, unless another number is given
 # What `--scheduler` calls our classes.
 NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -27,6 +38,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     from ddim_schedulers.family_config import SCHEDULER_SPACINGS
+    from ddim_schedulers.multistep import MAX_ORDER, SOLVER_FORMS
     from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
     from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
 
@@ -38,7 +50,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="the pipeline's own, or the scheduler classes of this package on its config (saved)",
     )
     parser.add_argument(
-        "--num_inference_steps", type=int, help="steps; the trajectory of the config, else 50"
+        "--preset",
+        choices=PRESETS,
+        help="few: good pictures in 5 to 50 network calls, by ddim with eta 0, solver_order 2, "
+        "solver_corrector and trailing timesteps; options that are given win",
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        help=f"steps; the trajectory of the config, else 50; {FEW_CALLS} with --preset few",
     )
     parser.add_argument("--timesteps", type=int, nargs="+", help="explicit trajectory, decreasing")
     parser.add_argument("--eta", type=float, help="DDIM's eta; the saved one, else 0")
@@ -46,6 +66,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--timestep_spacing",
         choices=SCHEDULER_SPACINGS,
         help="of ddim or ddpm; the saved one if not given",
+    )
+    parser.add_argument(
+        "--quadratic_end",
+        type=float,
+        help="of ddim or ddpm: where the quadratic trajectory ends, as a share of T; the saved one",
     )
     parser.add_argument(
         "--reverse_variance",
@@ -57,11 +82,38 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=VARIANCE_TYPES,
         help="of ddpm, e.g. fixed_large; the saved one if not given",
     )
+    orders = range(1, MAX_ORDER + 1)
+    parser.add_argument(
+        "--solver_order",
+        type=int,
+        choices=orders,
+        help="of ddim: how many predictions a step uses; the saved one if not given",
+    )
+    parser.add_argument(
+        "--solver_form",
+        choices=SOLVER_FORMS,
+        help="of ddim: what is interpolated at a higher order; the saved one if not given",
+    )
+    for option, what in (
+        ("solver_corrector", "take each step of a higher order once more, at no network call"),
+        ("lower_order_final", "end with a step of order 1"),
+    ):
+        parser.add_argument(
+            f"--{option}",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=f"of ddim: {what}; the saved setting if not given",
+        )
     parser.add_argument(
         "--clip_sample",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="clip x_0-hat in ddim or ddpm; the saved setting if not given",
+    )
+    parser.add_argument(
+        "--clip_sample_range",
+        type=float,
+        help="of ddim or ddpm: the largest |x_0-hat|; the saved one if not given",
     )
     parser.add_argument(
         "--batch_size", type=int, default=64, help="images in one network call (64)"
@@ -78,6 +130,41 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--channels_last", action="store_true", help="the network in channels_last memory format"
     )
+
+
+def apply_preset(args: argparse.Namespace) -> None:
+    """Puts the settings of `--preset` where no option says otherwise.
+
+    Raises:
+        ValueError: for `--scheduler ddpm`, which has none of them.
+    """
+    if args.preset is None:
+        return
+    from ddim_schedulers import FEW_STEPS
+
+    if args.scheduler == "ddpm":
+        raise ValueError("--preset few does not belong to --scheduler ddpm, but to ddim.")
+    args.scheduler = "ddim"
+    # a solver of higher order follows the ODE, whatever noise the saved scheduler adds
+    few = {**FEW_STEPS, "eta": 0.0, "reverse_variance": "sigma"}
+    if args.solver_order == 1:
+        del few["solver_corrector"]
+    for key, value in few.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.num_inference_steps is None and args.timesteps is None:
+        args.num_inference_steps = FEW_CALLS
+
+
+def refuse_solver(args: argparse.Namespace, why: str) -> None:
+    """Refuses options of the solver where every step has order 1.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for key in ("preset", *SOLVER_OPTIONS):
+        if getattr(args, key) is not None:
+            raise ValueError(f"--{key} does nothing here: {why}.")
 
 
 def eta_of_call(args: argparse.Namespace) -> float | None:
@@ -226,14 +313,18 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
         return saved
     from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 
-    foreign = "variance_type" if args.scheduler == "ddim" else "reverse_variance"
-    if foreign in given:
-        raise ValueError(f"--{foreign} does not belong to --scheduler {args.scheduler}.")
-    if args.scheduler == "ddpm":
-        return MarkovianDDPMScheduler.from_config(saved.config, **given)
-    if args.eta is not None:
+    cls = GeneralizedDDIMScheduler if args.scheduler == "ddim" else MarkovianDDPMScheduler
+    own = inspect.signature(cls.__init__).parameters
+    for key in given:
+        if key not in own:
+            raise ValueError(f"--{key} does not belong to --scheduler {args.scheduler}.")
+    if args.scheduler == "ddim" and args.eta is not None:
         given["eta"] = args.eta
-    return GeneralizedDDIMScheduler.from_config(saved.config, **given)
+    if args.preset is not None:  # the trajectory and the noise of the saved one are not its own
+        given |= {"timesteps": None, "sigma": None}
+    if given.get("solver_order") == 1 and "solver_corrector" not in given:
+        given["solver_corrector"] = False  # it goes with a higher order alone
+    return cls.from_config(saved.config, **given)
 
 
 def _device(name: str | None) -> str:

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.inversion import DEFAULT_TOLERANCE
     from ddim_schedulers.training.commands import _picture_files
 
+    _model_options.refuse_solver(args, "reconstruction encodes and decodes with order 1")
     if args.eta:
         raise ValueError(
             f"--eta {args.eta} does not fit: reconstruction is deterministic, eta = 0."

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.bulk import FOLDERS, SamplingJob, process_of, sample_to_directory
     from ddim_schedulers.pipelines.files import check_folders
 
+    _model_options.apply_preset(args)
     rank, world_size = process_of()
     job = SamplingJob(
         num_images=args.num_images,
