@@ -233,6 +233,13 @@ def _with_own_process(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
         theirs = ("solver_type", "lower_order_final", *(() if higher else ("solver_order",)))
         kept = {k: v for k, v in kept.items() if k not in theirs}
     kept = _without_shared_defaults(kept)
+    defaults = kept.get("_use_default_values", [])
+    if kept.get("reverse_variance") == "learned_range" and "reverse_variance" not in defaults:
+        # the network goes on predicting a variance where another noise is chosen
+        if "variance_type" not in kept or "variance_type" in defaults:
+            kept["variance_type"] = "learned_range"
+            if defaults:
+                kept["_use_default_values"] = [k for k in defaults if k != "variance_type"]
     if "_use_default_values" in kept:
         ours = inspect.signature(cls.__init__).parameters
         kept["_use_default_values"] = [

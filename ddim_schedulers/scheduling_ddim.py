@@ -150,11 +150,10 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         ):
             raise ValueError(
                 f"`reverse_variance` is {config.reverse_variance!r}, which needs `eta=1.0` in the "
-                f"config; it is "
-                f"eta={config.eta!r}"
-                + (", and `sigma` is set." if config.sigma is not None else ".")
+                f"config; it is eta={config.eta!r}"
+                + (", and `sigma` is set" if config.sigma is not None else "")
+                + f". Every other member goes with one of {ANY_MEMBER}."
             )
-
         self._check_solver()
 
     def _check_solver(self) -> None:

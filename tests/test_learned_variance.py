@@ -1,10 +1,13 @@
 """A network that predicts a variance in a second set of channels, under every scheduler class."""
 
 import json
+import shutil
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -12,6 +15,7 @@ from ddim_schedulers import (
     MarkovianDDPMScheduler,
     to_portable,
 )
+from ddim_schedulers.training.cli import main
 
 LEARNED = ("learned", "learned_range")
 
@@ -142,13 +146,29 @@ def test_the_inverse_leaves_the_variance_out(config):
     assert _same(*_both(ours))
 
 
-def test_ddpm_asks_which_where_only_a_ddim_config_told_of_the_variance():
-    config = GeneralizedDDIMScheduler(eta=1.0, reverse_variance="learned_range").config
-    ours = MarkovianDDPMScheduler.from_config(config)
+@pytest.mark.parametrize("saved", [False, True])
+def test_another_noise_does_not_make_the_network_forget_its_variance(saved, tmp_path):
+    """`reverse_variance` alone told of it; a swap that replaces it keeps that."""
+    first = GeneralizedDDIMScheduler(eta=1.0, reverse_variance="learned_range")
+    first.save_pretrained(tmp_path)
+    config = first.load_config(tmp_path) if saved else first.config
+    with pytest.raises(ValueError, match="`reverse_variance` is 'learned_range', which needs `eta"):
+        GeneralizedDDIMScheduler.from_config(config, eta=0.0)
+    for eta in (0.0, 0.5):
+        ours = GeneralizedDDIMScheduler.from_config(config, eta=eta, reverse_variance="sigma")
+        ours.set_timesteps(4)
+        assert _same(*_both(ours, generator=True))
+    ddpm = MarkovianDDPMScheduler.from_config(config)
+    assert ddpm.config.variance_type == "learned_range"
+    fixed = MarkovianDDPMScheduler.from_config(config, variance_type="fixed_small")
+    assert _same(*_both(fixed, generator=True))
+
+
+def test_ddpm_asks_which_where_nobody_said_it():
+    ours = MarkovianDDPMScheduler()
+    ours.register_to_config(reverse_variance="learned_range")
     with pytest.raises(ValueError, match="`variance_type` is not set"):
         _both(ours)
-    ours = MarkovianDDPMScheduler.from_config(config, variance_type="fixed_small")
-    assert _same(*_both(ours, generator=True))
 
 
 @pytest.mark.parametrize(
@@ -166,3 +186,123 @@ def test_nothing_is_dropped_that_the_config_does_not_tell_of(cls):
     for wrong in (doubled[:, :4], torch.cat([doubled, doubled], dim=1), doubled[..., :3]):
         with pytest.raises(ValueError, match="`model_output` has shape"):
             told.step(wrong, told.timesteps[1], x)
+
+
+# -- the command line
+
+
+def _unet(out_channels):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=out_channels,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+
+
+def _save_both(folder, scheduler):
+    """The same network with and without a second half of its channels."""
+    narrow, wide = _unet(1), _unet(2)
+    weights = wide.state_dict()
+    for name, value in narrow.state_dict().items():
+        weights[name][: len(value)] = value
+    wide.load_state_dict(weights)
+    for name, unet in (("narrow", narrow), ("wide", wide)):
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned")
+    trained = diffusers.DDPMScheduler(variance_type="learned_range", num_train_timesteps=20)
+    _save_both(folder, trained)
+    return folder
+
+
+def _images(folder):
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png"))}
+
+
+DDIM = ["--scheduler", "ddim", "--num_inference_steps", "3", "--device", "cpu"]
+OWN = ["--reverse_variance", "sigma"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "--num_images", "2", *DDIM, "--eta", "0"],
+        ["sample", "--num_images", "2", *DDIM, "--eta", "0.5", *OWN],
+        ["sample", "--num_images", "2", *DDIM, "--eta", "1", "--reverse_variance", "sigma_hat"],
+        ["interpolate", "--seeds", "0", "1", *DDIM],
+        ["reconstruct", *DDIM],
+    ],
+    ids=lambda arguments: f"{arguments[0]}-{arguments[-1]}",
+)
+def test_verbs_make_the_same_images_whether_or_not_a_variance_is_told(
+    arguments, pipelines, tmp_path
+):
+    (tmp_path / "data").mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "data/0.png")
+    if arguments[0] == "reconstruct":
+        arguments = [*arguments, "--images", str(tmp_path / "data")]
+    found = []
+    for name in ("narrow", "wide"):
+        output = tmp_path / name
+        words = ["--pipeline", str(pipelines / name), "--output", str(output)]
+        assert main([*arguments, *words]) == 0
+        found.append(_images(output))
+    assert found[0] and found[0].keys() == found[1].keys()
+    # two networks round apart
+    assert all(abs(found[0][name] - found[1][name]).max() <= 1 for name in found[0])
+
+
+@pytest.mark.parametrize("arguments", [["--eta", "0.5"], ["--eta", "1"]])
+def test_a_verb_with_noise_asks_which(arguments, pipelines, tmp_path, capsys):
+    words = ["--pipeline", str(pipelines / "wide"), "--output", str(tmp_path / "out")]
+    assert main(["sample", "--num_images", "2", *DDIM, *arguments, *words]) == 2
+    assert "`reverse_variance` is not set" in capsys.readouterr().err
+    assert main(["sample", "--num_images", "2", "--num_inference_steps", "3", *words]) == 0
+
+
+def test_evaluate_compares_members_of_a_network_that_tells_a_variance(pipelines, tmp_path):
+    for name in ("narrow", "wide"):
+        settings = {
+            "pipeline": str(pipelines / name),
+            "output_dir": str(tmp_path / name),
+            "data": {"data": "digits"},
+            "features": ["pixels"],
+            "batch_size": 4,
+            "tables": [{"name": "First", "n": 8, "grid": [{"steps": [2], "members": [0, 0.5]}]}],
+        }
+        (tmp_path / "e.json").write_text(json.dumps(settings))
+        assert main(["evaluate", "--config", str(tmp_path / "e.json"), "--cpu"]) == 0
+    first, second = (
+        [
+            cell["metrics"]["pixels"]["frechet"]["mean"]
+            for cell in json.loads((tmp_path / name / "metrics.json").read_text())["tables"][0][
+                "cells"
+            ]
+        ]
+        for name in ("narrow", "wide")
+    )
+    assert len(first) == 2 and first == pytest.approx(second, rel=1e-3)
+
+
+def test_calibrate_and_likelihood_measure_the_prediction_alone(pipelines, tmp_path):
+    found = []
+    for name in ("narrow", "wide"):
+        shutil.copytree(pipelines / name, tmp_path / name)
+        words = ["--pipeline", str(tmp_path / name), "--data", "digits", "--num_images", "2"]
+        assert main(["calibrate", *words, "--cpu"]) == 0
+        scheduler = json.loads((tmp_path / name / "scheduler/scheduler_config.json").read_text())
+        output = tmp_path / "likelihood" / name
+        likelihood = ["likelihood", *words, "--cpu", "--steps", "3", "--output_dir", str(output)]
+        assert main([*likelihood, "--variances", "fixed_large"]) == 0
+        gamma = MarkovianDDPMScheduler.from_config(scheduler).config.calibration["gamma"]
+        found.append(gamma)
+    assert len(found[0]) == 20 and found[0] == pytest.approx(found[1], rel=1e-4)

@@ -21,6 +21,8 @@ from diffusers import (
     DiTTransformer2DModel,
     LDMPipeline,
     MotionAdapter,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -233,6 +235,31 @@ def dit():
     return pipe, {"class_labels": [1], "num_inference_steps": STEPS, "output_type": "np"}
 
 
+def pixart():
+    network = PixArtTransformer2DModel(
+        sample_size=SIZE,
+        in_channels=4,
+        out_channels=8,  # predicts a variance too, which the pipeline drops
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        caption_channels=8,
+        cross_attention_dim=8,
+        norm_type="ada_norm_single",
+        use_additional_conditions=False,
+    )
+    trained = DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    scheduler = DDIMScheduler.from_config(trained.config)
+    pipe = PixArtSigmaPipeline(None, None, vae(), network, scheduler)
+    words, mask = torch.ones(1, 4, 8), torch.ones(1, 4)
+    call = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}
+    call |= {"prompt_embeds": words, "prompt_attention_mask": mask}
+    call |= {"negative_prompt_embeds": -words, "negative_prompt_attention_mask": mask}
+    call |= {"height": SIZE, "width": SIZE}
+    return pipe, {**call, "num_inference_steps": STEPS, "output_type": "np"}
+
+
 CASES = [
     inpaint,
     inpaint_of_nine_channels,
@@ -246,6 +273,7 @@ CASES = [
     animatediff,
     latent_diffusion,
     dit,
+    pixart,
 ]
 
 
