@@ -5,7 +5,8 @@ so that every image is computed in the same company whatever the number of proce
 takes the chunks r, r + W, ... Image i has the seed `seed + i`. The processes do not talk to each
 other; each writes its files under a temporary name and renames them.
 
-    OUTPUT/sample.json          the settings; a second call with others is refused
+    OUTPUT/sample.json          the settings; a second call with others is refused, except that a
+                                larger number of images adds those that are missing
     OUTPUT/images/000000.png    or OUTPUT/shards/000000-000063.npz with `images` uint8 (n, H, W, C),
     `seeds` OUTPUT/grid.png             the first images, once all are there
 """
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ FOLDERS = {"png": "images", "npz": "shards"}
 SETTINGS = "sample.json"
 GRID = "grid.png"
 GRID_IMAGES = 64
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def sample_to_directory(
     for place in (folder, files.folder):
         remove_leftovers(place, rank, world_size)
     settings = settings_of(pipe, job)
-    _check_origin(folder, files.folder)
+    _check_origin(folder, files)
     _compare(folder / SETTINGS, settings)
     written = present = sampled = 0
     clipped: list[tuple[float, int]] = []
@@ -195,6 +198,8 @@ def sample_to_directory(
     files.tell_of_damage()
     # the whole ones of this process are known; others look at theirs
     complete = all((files.folder / n).is_file() for c in files.chunks for n in files.names(*c))
+    if complete:
+        files.drop_short_shards()
     if complete and not _is_whole_png(folder / GRID):
         try:
             first = files.read(min(job.num_images, GRID_IMAGES))
@@ -253,6 +258,14 @@ class _Files:
         for name, image in zip(self.names(start, stop), to_pil(images), strict=True):
             if name in missing:
                 write_png(self.folder / name, image, self.rank)
+
+    def drop_short_shards(self) -> None:
+        """Delete the last shard of a job that was extended: a longer one holds its images."""
+        if self.job.file_format == "npz":
+            own = {name for chunk in self.chunks for name in self.names(*chunk)}
+            for path in self.folder.glob("*.npz"):
+                if path.name not in own:
+                    path.unlink(missing_ok=True)
 
     def _seeds(self, start: int, stop: int) -> np.ndarray:
         return np.arange(self.job.seed + start, self.job.seed + stop, dtype=np.int64)
@@ -401,20 +414,33 @@ def fingerprint(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_origin(folder: Path, images: Path) -> None:
-    """Refuse images of which nothing says how they were made.
+def _check_origin(folder: Path, files: _Files) -> None:
+    """Refuse images of which nothing says how they were made, or that are not of this job.
 
     Raises:
         ValueError: naming one of them.
     """
     # images first: who starts at the same time writes the settings before the first image
-    there = next((p.name for p in images.glob("*") if p.suffix in (".png", ".npz")), None)
-    if there is not None and not (folder / SETTINGS).exists():
+    found = [p for place in (files.folder, folder) for p in place.glob("*") if _is_picture(p)]
+    if not (folder / SETTINGS).exists():
+        if found:
+            raise ValueError(
+                f"`output` {str(folder)!r} holds images (e.g. {found[0].relative_to(folder)}) but "
+                f"no {SETTINGS}, which would say how they were made; choose another folder, or "
+                "delete them."
+            )
+        return
+    own = re.compile(r"\d{6,}\.png" if files.job.file_format == "png" else r"\d{6,}-\d{6,}\.npz")
+    others = [p for p in found if p.parent == files.folder and not own.fullmatch(p.name)]
+    if others:
         raise ValueError(
-            f"`output` {str(folder)!r} holds images (e.g. {images.name}/{there}) but no "
-            f"{SETTINGS}, which would say how they were made; choose another folder, or delete "
-            "them."
+            f"`output` {str(folder)!r} holds images that are not of its samples ({len(others)}, "
+            f"e.g. {others[0].relative_to(folder)}); choose another folder, or take them away."
         )
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
 
 
 def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
@@ -423,21 +449,25 @@ def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    if path.exists():
-        _compare(path, settings)
-    else:
+    earlier, count = _compare(path, settings), settings["job"]["num_images"]
+    if earlier is not None and earlier < min(count, GRID_IMAGES):
+        (path.parent / GRID).unlink(missing_ok=True)  # it shows fewer images
+    if earlier != count:
         # processes that start together write the same
         write_json(path, settings, rank)
 
 
-def _compare(path: Path, settings: dict[str, Any]) -> None:
+def _compare(path: Path, settings: dict[str, Any]) -> int | None:
     """Compare the settings with those of the run that is continued, if there is one.
+
+    Returns:
+        The number of images of that run, which may be smaller; None if there is none.
 
     Raises:
         ValueError: naming what differs.
     """
     if not path.exists():
-        return
+        return None
     try:
         before = read_json(path)
     except DamagedFileError as error:
@@ -446,6 +476,9 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
             "were made; choose another folder, or delete them and it."
         ) from error
     old, new = _flat(before), _flat(settings)
+    count = old.get("job.num_images")
+    if type(count) is int and count < new["job.num_images"]:
+        old["job.num_images"] = new["job.num_images"]
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -457,6 +490,7 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
             f"({'; '.join(differing)}); choose another folder, or the settings of the run to "
             "continue."
         )
+    return count
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_finished_chunks_are_not_sampled_again(tmp_path, monkeypatch):
     [
         ({"num_inference_steps": 4}, r"job.num_inference_steps: 3 there, 4 now"),
         ({"seed": 1}, "job.seed"),
-        ({"num_images": 11}, "job.num_images"),
+        ({"num_images": 9}, "job.num_images: 10 there, 9 now"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, change, message):
@@ -173,6 +173,49 @@ def test_another_network_config_or_memory_format_is_refused(tmp_path):
         sample_to_directory(pipe, tmp_path, job())
     with pytest.raises(ValueError, match=r"[(]channels_last: False there, True now[)]"):
         sample_to_directory(pipeline().speed_up(channels_last=True), tmp_path, job())
+
+
+@pytest.mark.parametrize("file_format", ["png", "npz"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_folder_is_extended(tmp_path, file_format, world_size):
+    def sample(folder, count):
+        wanted = job(num_images=count, file_format=file_format)
+        for rank in range(world_size):
+            report = sample_to_directory(
+                pipeline(), folder, wanted, rank=rank, world_size=world_size
+            )
+        assert report.complete
+
+    sample(tmp_path / "grown", 6)
+    first = content(tmp_path / "grown")
+    sample(tmp_path / "grown", 6)
+    assert content(tmp_path / "grown") == first
+    sample(tmp_path / "grown", 11)
+    sample(tmp_path / "whole", 11)
+    grown, whole = content(tmp_path / "grown"), content(tmp_path / "whole")
+    assert grown.keys() == whole.keys() and grown["sample.json"] == whole["sample.json"]
+    if file_format == "npz":
+        assert grown == whole
+    else:  # what was there stays; a smaller batch rounds otherwise
+        kept = [name for name in first if name.startswith("images")]
+        assert len(kept) == 6 and all(grown[name] == first[name] for name in kept)
+    with Image.open(tmp_path / "grown/grid.png") as a, Image.open(tmp_path / "whole/grid.png") as b:
+        assert a.size == b.size
+
+
+def test_a_folder_of_other_images_is_refused(tmp_path):
+    for place in ("photo.JPG", "images/photo.png", "images/000000.png"):
+        folder = tmp_path / place.replace("/", "-")
+        (folder / "images").mkdir(parents=True)
+        Image.new("L", (SIZE, SIZE)).save(folder / place)
+        before = content(folder)
+        with pytest.raises(ValueError, match=f"holds images .*{place}.* but no sample.json"):
+            sample_to_directory(pipeline(), folder, job())
+        assert content(folder) == before
+    sample_to_directory(pipeline(), tmp_path / "mixed", job())
+    Image.new("L", (SIZE, SIZE)).save(tmp_path / "mixed" / "images" / "cat.jpg")
+    with pytest.raises(ValueError, match="not of its samples .1, e.g. images/cat.jpg"):
+        sample_to_directory(pipeline(), tmp_path / "mixed", job())
 
 
 def test_images_without_settings_are_refused(tmp_path):
