@@ -31,8 +31,10 @@ NUMBERS = (
     "dynamic_thresholding_ratio",
     "quadratic_end",
     "sample_max_value",
+    "snr_shift_scale",
     "steps_offset",
 )
+OPTIONAL_NUMBERS = ("eta", "late_noise_cap")
 NAMES = (
     "beta_schedule",
     "prediction_type",
@@ -50,7 +52,7 @@ def check_types(config: Mapping[str, Any]) -> None:
     """Check the type of every setting that `config` has.
 
     Args:
-        config: a scheduler's config; `None` is allowed for lists and for `eta`.
+        config: a scheduler's config; `None` is allowed for lists and for `OPTIONAL_NUMBERS`.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
@@ -69,8 +71,9 @@ def check_types(config: Mapping[str, Any]) -> None:
     if isinstance(statistics, Mapping):
         for name in STATISTICS:
             _check_list(f"calibration[{name!r}]", statistics.get(name), _is_number, "numbers")
-    if config.get("eta") is not None:
-        _require(config, "eta", _is_number, "a finite number >= 0")
+    for name in OPTIONAL_NUMBERS:
+        if config.get(name) is not None:
+            _require(config, name, _is_number, "None or a number")
 
 
 def check_numbers(name: str, values: Any) -> None:
@@ -116,13 +119,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if not isinstance(value, Real) or _is_flag(value):
+    if _is_flag(value):
         return False
-    try:
-        float(value)
-    except OverflowError:  # an integer beyond the largest float
-        return False
-    return True
+    # torch and numpy take no integer of more than 64 bits for a number
+    return _is_integer(value) if isinstance(value, Integral) else isinstance(value, Real)
 
 
 def _is_name(value: Any) -> bool:

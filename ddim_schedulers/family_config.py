@@ -1,7 +1,6 @@
 """What a scheduler's config says: its keys, and what travels from one class to another."""
 
 import difflib
-import inspect
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,10 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from .config_reading import (
+    OLD_NAMES,
+    PROCESS_KEYS,
+    SAMPLING_KEYS,
+    UNKNOWN_TO_STOCK,
+    read_config,
+    with_new_names,
+    without_shared_defaults,
+)
 from .parameterization import check_prediction_type
 from .settings import restore_settings
 from .sigmas import check_sigma
-from .timesteps import TIMESTEP_SPACINGS, check_quadratic_end, check_timesteps
+from .timesteps import TIMESTEP_SPACINGS, check_original_steps, check_quadratic_end, check_timesteps
 
 # Constructor arguments that one of our classes has and another lacks. They travel through
 # `from_config` as hidden keys, without diffusers' warning about unexpected ones.
@@ -20,6 +28,7 @@ FAMILY_KEYS = (
     "calibration",
     "dynamic_thresholding_ratio",
     "eta",
+    "late_noise_cap",
     "lower_order_final",
     "quadratic_end",
     "reverse_variance",
@@ -46,21 +55,6 @@ LOADING_KEYS = (
     "variant",
 )
 
-# What says which process a network was trained on.
-PROCESS_KEYS = (
-    "beta_end",
-    "beta_schedule",
-    "beta_start",
-    "num_train_timesteps",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "trained_betas",
-)
-
-# Settings that stock multistep solvers have too, with another default. Ours is left out of configs,
-# so that those keep theirs: UniPC without `lower_order_final` ends in NaN.
-SHARED_WITH_SOLVERS = {"solver_order": 1, "lower_order_final": False}
-
 # Which noise a scheduler adds where nobody has said it.
 UNSAID = {"reverse_variance": "sigma", "variance_type": "fixed_small"}
 
@@ -77,6 +71,9 @@ class FamilyConfigMixin:
     ) -> Any:
         """Build the scheduler from any discrete variance-preserving diffusers scheduler's config.
 
+        The process that the network was trained on is kept: a key that the config leaves out has
+        the default of the class that the config names (`config_reading`).
+
         Args:
             config: a scheduler's config; `kwargs` override its keys. Settings that a portable
                 export keeps under `_ddim_schedulers` are restored.
@@ -84,17 +81,17 @@ class FamilyConfigMixin:
             **kwargs: constructor arguments, of any scheduler that can be swapped with this one.
 
         Raises:
-            ValueError: if the config has no betas of its own (EDM, flow matching) or predicts a
-                flow; or for an argument that none of those schedulers has. Keys of the config are
-                as free as in diffusers.
+            ValueError: if the config is of another process (EDM, flow matching, continuous time),
+                leaves the process open, or says it twice, in two ways; or for an argument that
+                none of those schedulers has. Other keys of the config are as free as in diffusers.
         """
         if isinstance(config, dict):
             if not return_unused_kwargs:
                 cls._check_argument_names(kwargs)
             own = cls._get_init_keys(cls)  # type: ignore[attr-defined]
+            kwargs = with_new_names(kwargs)
             hidden = {k: kwargs.pop(k) for k in FAMILY_KEYS if k in kwargs and k not in own}
-            config = _with_own_process(cls, {**restore_settings(config), **hidden})
-            _check_discrete_vp(config, kwargs)
+            config = read_config({**restore_settings(config), **hidden}, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -106,6 +103,7 @@ class FamilyConfigMixin:
             return
         for other in host._get_compatibles():  # one that lacks a dependency has a stand-in
             known |= {*host._get_init_keys(other), *getattr(other, "_deprecated_kwargs", ())}
+        known |= {*OLD_NAMES, "predict_epsilon"}
         known -= {"self", "args", "kwargs"}
         for name in names:
             if name not in known and not name.startswith("_"):
@@ -123,7 +121,7 @@ class FamilyConfigMixin:
         written = json.loads(super().to_json_string())  # type: ignore[misc]
         for key in unsaid_noise(self.config):  # type: ignore[attr-defined]
             del written[key]
-        return json.dumps(_without_shared_defaults(written), indent=2, sort_keys=True) + "\n"
+        return json.dumps(without_shared_defaults(written), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def extract_init_dict(
@@ -169,6 +167,19 @@ def unsaid_noise(config: Mapping[str, Any]) -> list[str]:
     return [key for key, value in UNSAID.items() if key in defaults and config.get(key) == value]
 
 
+def written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a new scheduler's config in Python's types, its process said outright.
+
+    diffusers drops a value that is a default where the next class is built, which has other
+    defaults: Heun's betas end at 0.012.
+    """
+    told = {name: plain(value) for name, value in config.items()}
+    if "_use_default_values" in told:
+        said = {*PROCESS_KEYS, *SAMPLING_KEYS} - {*UNKNOWN_TO_STOCK}
+        told["_use_default_values"] = sorted(set(told["_use_default_values"]) - said)
+    return told
+
+
 def check_names(config: Any, own: Collection[str]) -> None:
     """Check the names in a config, and the numbers that its clipping uses.
 
@@ -192,13 +203,16 @@ def check_names(config: Any, own: Collection[str]) -> None:
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number > 0.")
     if "sample_max_value" in clipping and config.sample_max_value < 1:
         raise ValueError(f"`sample_max_value` is {config.sample_max_value!r}; it must be >= 1.")
+    cap = config.get("late_noise_cap")
+    if "late_noise_cap" in own and cap is not None and not (np.isfinite(cap) and cap > 0):
+        raise ValueError(f"`late_noise_cap` is {cap!r}; it must be None or a finite number > 0.")
     ratio = config.get("dynamic_thresholding_ratio", 1.0)
     if "dynamic_thresholding_ratio" in clipping and ratio > 1:
         raise ValueError(f"`dynamic_thresholding_ratio` is {ratio!r}; it must lie in (0, 1].")
 
 
 def check_planned(config: Any, big_t: int) -> None:
-    """Refuse a trajectory or a sigma that no plan could have; each plan checks the rest.
+    """Refuse timesteps or a sigma that no plan could have; each plan checks the rest.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
@@ -215,63 +229,5 @@ def check_planned(config: Any, big_t: int) -> None:
                 "for each."
             )
     check_quadratic_end(config.get("quadratic_end", 1.0))
-
-
-def _with_own_process(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Return `config` with the process that it describes kept, also where it is a default.
-
-    diffusers drops every key that its scheduler was not given, and lets the defaults of the new
-    class stand in. For betas that is another process: those of Heun's or KDPM2's scheduler end at
-    0.012, ours at 0.02. Where both defaults agree, the key stays a default. A `variance_type` of
-    None (DPM-Solver's "not learned") is no name of DDPM, and a `solver_order` that came with
-    another solver is not ours: a swap gives DDIM, unless a setting that goes with a higher order of
-    ours has travelled along.
-    """
-    kept = {k: v for k, v in config.items() if not (k == "variance_type" and v is None)}
-    if "solver_type" in kept:  # of DPM-Solver, UniPC, ...
-        higher = kept.get("solver_corrector") or kept.get("solver_form") == "epsilon"
-        theirs = ("solver_type", "lower_order_final", *(() if higher else ("solver_order",)))
-        kept = {k: v for k, v in kept.items() if k not in theirs}
-    kept = _without_shared_defaults(kept)
-    defaults = kept.get("_use_default_values", [])
-    if kept.get("reverse_variance") == "learned_range" and "reverse_variance" not in defaults:
-        # the network goes on predicting a variance where another noise is chosen
-        if "variance_type" not in kept or "variance_type" in defaults:
-            kept["variance_type"] = "learned_range"
-            if defaults:
-                kept["_use_default_values"] = [k for k in defaults if k != "variance_type"]
-    if "_use_default_values" in kept:
-        ours = inspect.signature(cls.__init__).parameters
-        kept["_use_default_values"] = [
-            k
-            for k in kept["_use_default_values"]
-            if k not in PROCESS_KEYS or (k in kept and k in ours and kept[k] == ours[k].default)
-        ]
-    return kept
-
-
-def _without_shared_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    ours = SHARED_WITH_SOLVERS  # by type, too: True is no order, and must be refused
-    return {k: v for k, v in config.items() if k not in ours or repr(v) != repr(ours[k])}
-
-
-def _check_discrete_vp(config: dict[str, Any], overrides: dict[str, Any]) -> None:
-    merged = {**config, **overrides}
-    name = merged.get("_class_name", "the given scheduler")
-    if merged.get("prediction_type") == "flow_prediction" or merged.get("use_flow_sigmas"):
-        raise ValueError(
-            f"The config of {name} predicts a flow "
-            f"(`prediction_type`={merged.get('prediction_type')!r}, "
-            f"`use_flow_sigmas`={merged.get('use_flow_sigmas')!r}); only discrete "
-            f"variance-preserving "
-            "processes can be converted."
-        )
-    has_betas = merged.get("trained_betas") is not None or "beta_schedule" in merged
-    # the config of a scheduler object has no class name, unlike the JSON of a saved one
-    of_a_scheduler = any(k in merged for k in ("_class_name", "_use_default_values", "sigma_data"))
-    if of_a_scheduler and not has_betas:
-        raise ValueError(
-            f"The config of {name} has no betas of its own (`beta_schedule` or `trained_betas`); "
-            f"only discrete "
-            "variance-preserving processes can be converted."
-        )
+    if config.original_inference_steps is not None:
+        check_original_steps(config.original_inference_steps, config.timestep_spacing, big_t)

@@ -117,7 +117,9 @@ def _stand_ins(stock: str, scheduler: Any, config: dict[str, Any]) -> dict[str, 
     stand_ins: dict[str, Any] = {}
     if config["timestep_spacing"] not in STOCK_SPACINGS[stock]:
         stand_ins["timestep_spacing"] = "leading"
-    if config["trained_betas"] is None and config["beta_schedule"] not in STOCK_SCHEDULES[stock]:
+    shifted = config["snr_shift_scale"] != 1
+    unknown = config["beta_schedule"] not in STOCK_SCHEDULES[stock]
+    if shifted or (unknown and config["trained_betas"] is None):
         # the betas themselves can always be said in numbers
         stand_ins["trained_betas"] = scheduler.betas.tolist()
     if stock == "DDPMScheduler" and config["variance_type"] in STOCK_VARIANCE_TYPES:

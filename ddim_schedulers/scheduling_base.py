@@ -25,8 +25,11 @@ from .betas import (
     alpha_bar_from_betas,
     check_num_train_timesteps,
     explicit_betas,
+    has_linear_betas,
     make_betas,
     rescale_zero_terminal_snr,
+    shift_snr,
+    terminal_signal,
 )
 from .config_types import check_types
 from .family_config import (
@@ -34,9 +37,9 @@ from .family_config import (
     FamilyConfigMixin,
     check_names,
     check_planned,
-    plain,
     predicts_variance,
     unsaid_noise,
+    written,
 )
 from .optimal import (
     Statistics,
@@ -137,8 +140,7 @@ class FamilySchedulerMixin(FamilyConfigMixin):
     def _make_tables(self) -> None:
         """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
         check_types(self.config)
-        written = {name: plain(value) for name, value in self.config.items()}
-        self.register_to_config(**written)  # type: ignore[attr-defined]
+        self.register_to_config(**written(self.config))  # type: ignore[attr-defined]
         config = self.config
         big_t = check_num_train_timesteps(config.num_train_timesteps)
         check_names(config, self._get_init_keys(type(self)))  # type: ignore[attr-defined]
@@ -147,6 +149,7 @@ class FamilySchedulerMixin(FamilyConfigMixin):
             betas = explicit_betas(config.trained_betas, big_t)
         else:
             betas = make_betas(config.beta_schedule, big_t, config.beta_start, config.beta_end)
+        betas = shift_snr(betas, config.snr_shift_scale)
         if config.rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
         self._alpha_bar = alpha_bar_from_betas(betas)
@@ -163,6 +166,7 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         self._newest: tuple[Table, dict[int, tuple[torch.Tensor, ...]]] | None = None
         self._plan: list[int] = []
         self._planned_config: Any = None
+        self._warned_of_terminal = False
         self._planned = False  # compiled code would recompile for each `num_inference_steps`
         self._set_plan(list(range(big_t - 1, -1, -1)))
         self.timesteps = self._plan_tensor()
@@ -258,6 +262,7 @@ class FamilySchedulerMixin(FamilyConfigMixin):
             big_t,
             config.steps_offset,
             config.quadratic_end,
+            config.original_inference_steps,
         )
 
     def _needs_calibration(self) -> bool:
@@ -326,21 +331,34 @@ class FamilySchedulerMixin(FamilyConfigMixin):
             )
         return self._optimal_plans[key]
 
-    def _optimal_std(self, sigma: torch.Tensor, eta: float | None) -> torch.Tensor:
+    def _optimal_std(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return the std of Analytic-DPM's optimal noise for the member sigma, (T,).
 
-        For clipped data, i.e. pixels, the noise of the second-to-last step is capped as in the
-        paper, App. F: by 2 pixels for DDPM on its linear schedule, by 1 otherwise.
+        The noise of the second-to-last step is capped by `late_noise_cap` pixels; without one, for
+        clipped data, i.e. pixels, as in the paper, App. F: by 2 for DDPM on its linear schedule, by
+        1 otherwise.
         """
-        config = self.config
         own = x0_variance(self._statistics().gamma, self._alpha_bar, self._x0_limit**2)
         variance = optimal_variance(self._alpha_bar, self._alpha_bar_s, sigma, own)
-        if not self._clips():
+        pixels = self.config.late_noise_cap
+        if pixels is None and not self._clips():
             return variance.sqrt()
-        is_paper = config.trained_betas is None and config.beta_schedule == "linear"
-        cap = late_noise_cap(2.0 if eta == 1 and is_paper else 1.0)
+        if pixels is None:
+            ddpm = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)[self._plan]
+            is_ddpm = torch.allclose(sigma[self._plan], ddpm, rtol=1e-6, atol=0.0)
+            pixels = 2.0 if is_ddpm and has_linear_betas(self._alpha_bar) else 1.0
         is_late = self._landing == self._plan[-1]
+        cap = late_noise_cap(pixels)
         return torch.where(is_late, variance.sqrt().clamp(max=cap), variance.sqrt())
+
+    def _warn_of_terminal_signal(self) -> None:
+        """Say once where sampling cannot start from what training ended with."""
+        if self._warned_of_terminal or torch.compiler.is_compiling():
+            return
+        self._warned_of_terminal = True
+        wrong = terminal_signal(self._alpha_bar)
+        if wrong is not None:
+            logger.warning(wrong)
 
     def planned_pairs(self) -> list[tuple[int, int]]:
         """Return the planned steps [(t, s), ...] in the order of sampling; s = -1 is the end."""

@@ -90,6 +90,14 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         solver_corrector: with `solver_order` above 1, take each step once more, one order higher,
             when the prediction where it landed is there; no network call (UniPC, arXiv:2302.04867).
         lower_order_final: end with a step of order 1, after one of at most order 2.
+        snr_shift_scale: divide alpha_bar / (1 - alpha_bar) by this before the rescaling to zero
+            terminal SNR, > 0 (CogVideoX, arXiv:2408.06072).
+        original_inference_steps: with `trailing`, pick the timesteps from this many equally spaced
+            ones, those that a distilled network (LCM, TCD) knows.
+        late_noise_cap: for the optimal noise: how many of its 256 levels the noise of the
+            second-to-last step may move a pixel in the mean, > 0 (Analytic-DPM, App. F). `None`
+            takes the paper's numbers, where x0_hat is clipped: 2 for eta = 1 and linear betas, 1
+            otherwise (the authors use 1 for LSUN, too).
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -123,6 +131,9 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
         solver_form: str = "sample",
         solver_corrector: bool = False,
         lower_order_final: bool = False,
+        snr_shift_scale: float = 1.0,
+        original_inference_steps: int | None = None,
+        late_noise_cap: float | None = None,
     ) -> None:
         self._sigma: torch.Tensor | None = None
         self._sigma_adds = False
@@ -224,6 +235,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
                 f"give one for each."
             )
         self._commit(planned, member)
+        self._warn_of_terminal_signal()
         self.timesteps = self._plan_tensor().to(device)
 
     def _commit(self, planned: list[int], member: torch.Tensor | None) -> None:
@@ -286,7 +298,7 @@ class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMix
             elif config.reverse_variance == "learned_range":
                 std = None
             elif config.reverse_variance == "optimal":
-                std = self._optimal_std(sigma, eta)
+                std = self._optimal_std(sigma)
             made = self._table(sigma, std, rederive and clips, device, dtype)
             if config.solver_order > 1:
                 made = made._replace(multistep=self._multistep(sigma, clips, device, dtype))

@@ -62,6 +62,10 @@ class GeneralizedDDIMInverseScheduler(
         timesteps: explicit trajectory, strictly decreasing as for the forward scheduler.
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
         calibration: statistics of the network, as for the forward scheduler.
+        snr_shift_scale: divide alpha_bar / (1 - alpha_bar) by this before the rescaling to zero
+            terminal SNR, > 0 (CogVideoX, arXiv:2408.06072).
+        original_inference_steps: with `trailing`, pick the timesteps from this many equally spaced
+            ones, those that a distilled network (LCM, TCD) knows.
         **kwargs: settings of the forward schedulers (`thresholding`, `eta`, ...), which are kept in
             the config for them and do not act here, and stock's deprecated `set_alpha_to_zero`.
 
@@ -87,6 +91,8 @@ class GeneralizedDDIMInverseScheduler(
         timesteps: Sequence[int] | None = None,
         quadratic_end: float = 0.8,
         calibration: dict[str, Any] | None = None,
+        snr_shift_scale: float = 1.0,
+        original_inference_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._keep_others(kwargs)

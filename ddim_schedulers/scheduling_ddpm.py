@@ -55,6 +55,14 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
         quadratic_end: where the quadratic trajectory ends as a share of T, in (0, 1].
         calibration: statistics of the network as `ddim-schedulers calibrate` writes them: a
             dictionary with the list `gamma`, T values of E||eps_theta||^2 / d, and the like.
+        snr_shift_scale: divide alpha_bar / (1 - alpha_bar) by this before the rescaling to zero
+            terminal SNR, > 0 (CogVideoX, arXiv:2408.06072).
+        original_inference_steps: with `trailing`, pick the timesteps from this many equally spaced
+            ones, those that a distilled network (LCM, TCD) knows.
+        late_noise_cap: for the optimal noise: how many of its 256 levels the noise of the
+            second-to-last step may move a pixel in the mean, > 0 (Analytic-DPM, App. F). `None`
+            takes the paper's numbers, where x0_hat is clipped: 2 for eta = 1 and linear betas, 1
+            otherwise (the authors use 1 for LSUN, too).
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -81,6 +89,9 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
         timesteps: Sequence[int] | None = None,
         quadratic_end: float = 0.8,
         calibration: dict[str, Any] | None = None,
+        snr_shift_scale: float = 1.0,
+        original_inference_steps: int | None = None,
+        late_noise_cap: float | None = None,
     ) -> None:
         self.custom_timesteps = False
         self.one = torch.tensor(1.0, device="cpu")
@@ -136,6 +147,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
         except ValueError:
             self._set_plan(before)
             raise
+        self._warn_of_terminal_signal()
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(self._plan)
         self.timesteps = self._plan_tensor().to(device)
@@ -153,7 +165,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
             elif name.startswith("learned"):
                 std = None
             elif name == "optimal":
-                std = self._optimal_std(sigma, 1.0)
+                std = self._optimal_std(sigma)
             # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
             # re-derived
             table = self._keep(key, self._table(sigma, std, clips, device, dtype))
@@ -199,7 +211,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
             log_variance = share * large.log().float() + (1 - share) * small.log().float()
             return predicted_variance if name == "learned" else log_variance
         if name == "optimal":
-            stds = self._optimal_std(sigma_eta(self._alpha_bar, self._alpha_bar_s), 1.0)
+            stds = self._optimal_std(sigma_eta(self._alpha_bar, self._alpha_bar_s))
             return self._at(stds, t).square().float()
         if name.startswith("fixed_large"):
             return (large.log() if name.endswith("_log") else large).float()

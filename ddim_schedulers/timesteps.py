@@ -22,6 +22,7 @@ def make_timesteps(
     num_train_timesteps: int,
     steps_offset: int = 0,
     quadratic_end: float = 0.8,
+    original_inference_steps: int | None = None,
 ) -> list[int]:
     """Return the n timesteps of a named spacing, strictly decreasing.
 
@@ -37,9 +38,15 @@ def make_timesteps(
         quadratic_end: where `quadratic` ends as a share of T, in (0, 1]; the authors' code has 0.8,
             and 1.0 reaches T - 1.
 
+        original_inference_steps: m, for `trailing` alone: pick the timesteps from the m equally
+            spaced ones i (T // m) - 1 that a distilled network (LCM, arXiv:2310.04378) knows.
+
     Raises:
         ValueError: for an unknown name, n out of range or an offset that leaves the range.
     """
+    if original_inference_steps is not None:
+        check_original_steps(original_inference_steps, spacing, num_train_timesteps)
+        return _distilled(num_inference_steps, original_inference_steps, num_train_timesteps)
     n, big_t = (
         check_num_inference_steps(num_inference_steps, num_train_timesteps),
         num_train_timesteps,
@@ -73,6 +80,36 @@ def make_timesteps(
             f"`timestep_spacing` is {spacing!r}; it must be one of {TIMESTEP_SPACINGS}."
         )
     return ascending[::-1]
+
+
+def check_original_steps(steps: int, spacing: str, num_train_timesteps: int) -> None:
+    """Check `original_inference_steps`, and that it goes with the spacing.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    m = _as_int(steps)
+    if m is None or not 1 <= m <= num_train_timesteps:
+        raise ValueError(
+            f"`original_inference_steps` is {steps!r}; it must be None or an integer from 1 to "
+            f"`num_train_timesteps`={num_train_timesteps}."
+        )
+    if spacing != "trailing":
+        raise ValueError(
+            f"`timestep_spacing` is {spacing!r}, but `original_inference_steps` is {steps}, the "
+            "noise levels that a distilled network knows; it must be 'trailing', or pass "
+            "`original_inference_steps=None`."
+        )
+
+
+def _distilled(n: int, m: int, big_t: int) -> list[int]:
+    if _as_int(n) is None or not 1 <= n <= m:
+        raise ValueError(
+            f"`num_inference_steps` is {n!r}; it must be an integer from 1 to "
+            f"`original_inference_steps`={m}."
+        )
+    # the arithmetic of `numpy.linspace`, as in stock, decides where i m / n is an integer
+    return [(m - math.floor(i * (m / n))) * (big_t // m) - 1 for i in range(n)]
 
 
 def _quadratic(n: int, big_t: int, end: float) -> list[int]:
