@@ -29,9 +29,8 @@ def digest_of_images(source: ImageSource) -> dict[str, str]:
     limit = None if whole else _FIRST
     chosen = range(count) if whole else np.linspace(0, count - 1, min(SAMPLE, count)).astype(int)
     digest = hashlib.sha256(str(count).encode())
-    if not whole:
-        for line in source.listing():
-            digest.update(line.encode(errors="surrogateescape") + b"\n")
+    for line in source.listing():
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
     for index in chosen:
         name, raw = source.raw(int(index))
         data = _bytes_of(raw, limit)

@@ -83,7 +83,7 @@ class Inventory:
                 f"alpha kept as a channel in {self.alpha['kept']:,}, unseen pixels "
                 f"{self.background}"
             )
-        return "; ".join(parts)
+        return " ".join("; ".join(parts).split())  # names of folders may hold line breaks
 
     def to_dict(self) -> dict[str, Any]:
         """The same for the record of a run."""
