@@ -203,7 +203,7 @@ def test_sizes_and_modes_are_in_the_line(tmp_path):
         Image.new("RGB", (8, 6)).save(tmp_path / f"{number}.png")
     Image.new("L", (4, 4)).save(tmp_path / "grey.png")
     line = load(tmp_path, image_size=4, fit="resize_crop", image_mode="RGB").inventory.line()
-    assert "height x width 6x8 (3), 4x4 (1), taken by resize_crop to 4x4, 3 channels" in line
+    assert "height x width 6x8 (3), 4x4 (1), taken by resize_crop to 4x4, channels: 3" in line
     assert "modes RGB (3), L (1)" in line and "\n" not in line
 
 

@@ -31,7 +31,9 @@ class DataConfig:
         "or the name of a data set of the `datasets` library",
     )
     data_config: str | None = option(None, "configuration name of a `datasets` data set")
-    split: str = option("train", "split of a `datasets` data set")
+    split: str = option(
+        "train", "split of a data set, or of a folder whose sub-folders are splits; a+b, all"
+    )
     image_column: str | None = option(None, "image column; None takes the only image column")
     array_key: str | None = option(None, "array in an .npz file; None takes the only one")
     streaming: bool = option(

@@ -147,6 +147,7 @@ def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
     source = ArraySource(images, "digits")
     data = ImageData(source, np.sort(parts[split]), 1, (8, 8), (0.0, 16.0), 17)
     data.inventory = _taken(source, "digits", [source.header(0)], [], data)
+    data.inventory.found = len(data)
     return data
 
 
@@ -226,7 +227,7 @@ def _taken(
     how = (
         "as they are" if data.fit == "exact" else f"by {data.fit} to {data.size[0]}x{data.size[1]}"
     )
-    taken.becomes = f"{how}, {data.channels} channels"
+    taken.becomes = f"{how}, channels: {data.channels}"
     return taken
 
 

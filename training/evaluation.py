@@ -142,6 +142,10 @@ class Evaluation:
             )
         if self.config.held_out is not None:
             held_out = load_data(self.config.held_out)[0]
+        if self.team.index == 0:
+            self.progress(reference.inventory.line())
+            if self.config.held_out is not None and held_out is not None:
+                self.progress(f"held out: {held_out.inventory.line()}")
         if held_out is None or len(held_out) < 2 or held_out.shape != reference.shape:
             found = "none" if held_out is None else f"{len(held_out)} of {held_out.shape}"
             raise ValueError(
@@ -581,6 +585,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
             "shape": list(evaluation.reference.shape),
             "reference_n": len(evaluation.order),
             "held_out_n": len(evaluation.held_out),
+            "found": evaluation.reference.inventory.counts(),
         },
         "features": config.features,
         "reference_fingerprints": {

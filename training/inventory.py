@@ -87,9 +87,11 @@ class Inventory:
 
     def to_dict(self) -> dict[str, Any]:
         """The same for the record of a run."""
+        return {"line": self.line(), "place": self.place, **self.counts()}
+
+    def counts(self) -> dict[str, Any]:
+        """The numbers alone, without a path of this machine."""
         return {
-            "line": self.line(),
-            "place": self.place,
             "understood": self.understood,
             "found": self.found,
             "used": self.used,
