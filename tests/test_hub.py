@@ -235,7 +235,9 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     cut, server, folder, tmp_path, waits, monkeypatch
 ):
     """The real client against ETag, ranges and redirect of the loopback Hub."""
+    import huggingface_hub
     from huggingface_hub import HfApi, constants
+    from packaging.version import Version
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # it keeps whole chunks
     hub.push_pipeline(folder, REPO)
@@ -245,8 +247,8 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     options = {"cache_dir": tmp_path / "cache"}
     try:
         path = api.hf_hub_download(REPO, WEIGHTS, **options)
-    except Exception:  # huggingface_hub 1.23 gives up where the first request is cut
-        assert cut == "before"
+    except Exception:  # huggingface_hub 1.23 gives up where the first request is cut, 1.6 anywhere
+        assert cut == "before" or Version(huggingface_hub.__version__) < Version("1.23")
         path = api.hf_hub_download(REPO, WEIGHTS, **options)
     assert Path(path).read_bytes() == (folder / WEIGHTS).read_bytes()
     gets = [status for method, _, _, status in server.requests if method == "GET"]

@@ -832,6 +832,8 @@ INHERITED = {
     "_dict_from_json_file": "reads a file",
     "__repr__": "prints our `to_json_string`",
 }
+# What diffusers 0.38 has besides.
+OLDER = {"_get_config_file_from_dduf": "reads a file"}
 
 PYTHONS = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"}
 PYTHONS |= {"__firstlineno__", "__static_attributes__"}  # from Python 3.13 on
@@ -844,7 +846,7 @@ def test_what_is_inherited_from_stock_is_known_and_does_not_compute(cls):
     names = {name for base in bases for name in vars(base)} - PYTHONS
     ours = [base for base in cls.__mro__ if base.__module__.startswith("ddim_schedulers.")]
     inherited = {name for name in names if not any(name in vars(base) for base in ours)}
-    assert inherited <= INHERITED.keys()
+    assert inherited <= INHERITED.keys() | OLDER.keys()
     computing = {name for name in vars(STOCK[cls]) if callable(getattr(STOCK[cls], name))}
     assert not computing & inherited
     stock = STOCK[cls]()
