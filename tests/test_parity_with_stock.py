@@ -10,7 +10,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -504,3 +509,95 @@ def test_threshold_sample(stock, ours, dtype):
     wanted = stock(**settings)._threshold_sample(x0)
     got = ours(**settings)._threshold_sample(x0)
     assert torch.equal(got, wanted) and got.dtype == dtype and torch.equal(x0, before)
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [
+        (DDIMScheduler, GeneralizedDDIMScheduler),
+        (DDPMScheduler, MarkovianDDPMScheduler),
+        (DDIMInverseScheduler, GeneralizedDDIMInverseScheduler),
+    ],
+)
+def test_stock_accepts_a_process_that_is_none(stock, ours):
+    """A beta above 1 has no root of 1 - beta; two betas are no process of 1000 timesteps."""
+    assert (stock(beta_start=0.1, beta_end=2.0).alphas < 0).any()
+    with pytest.raises(ValueError, match="`beta_end` is 2.0"):
+        ours(beta_start=0.1, beta_end=2.0)
+    assert len(stock(trained_betas=[0.1, 0.3]).alphas_cumprod) == 2
+    with pytest.raises(ValueError, match="`trained_betas` has shape"):
+        ours(trained_betas=[0.1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [(DDIMScheduler, GeneralizedDDIMScheduler), (DDPMScheduler, MarkovianDDPMScheduler)],
+)
+def test_stock_accepts_a_threshold_below_1(stock, ours):
+    """torch clamps to the upper bound: every sample is divided by 0.5, whatever is in it."""
+    settings = {"thresholding": True, "sample_max_value": 0.5}
+    x0 = torch.full((1, 1, 2, 2), 0.25)
+    assert torch.equal(stock(**settings)._threshold_sample(x0), 2 * x0)
+    with pytest.raises(ValueError, match="`sample_max_value` is 0.5"):
+        ours(**settings)
+
+
+def test_stock_ddpm_loses_digits_near_x0():
+    """Two steps from t = 1 with a network t / (t + 1) x: stock's own golden sum is 387.9466."""
+    n = 4 * 3 * 8 * 8
+    x0, eps = (
+        (v.reshape(3, 8, 8, 4) / n).permute(3, 0, 1, 2)
+        for v in (torch.arange(n), torch.arange(n).flip(0))
+    )
+    noise = torch.randn(2, *x0.shape, generator=torch.Generator().manual_seed(0))
+    sums = []
+    for scheduler in (DDPMScheduler(), MarkovianDDPMScheduler()):
+        x = scheduler.add_noise(x0, eps, torch.tensor([1]))
+        generator = torch.Generator().manual_seed(0)
+        for t in (1, 0):
+            x = scheduler.step(x * t / (t + 1), t, x, generator=generator).prev_sample
+        sums.append(float(x.abs().sum()))
+    a = [*torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[:2], 1.0]
+    x = a[1] ** 0.5 * x0.double() + (1 - a[1]) ** 0.5 * eps.double()
+    for t in (1, 0):
+        a_t, a_s = a[t], a[t - 1]  # a[-1] is 1, where the last step lands
+        beta = 1 - a_t / a_s
+        x0_hat = ((x - (1 - a_t) ** 0.5 * x * t / (t + 1)) / a_t**0.5).clamp(-1, 1)
+        mean = a_s**0.5 * beta * x0_hat + (a_t / a_s) ** 0.5 * (1 - a_s) * x
+        x = mean / (1 - a_t) + ((1 - a_s) / (1 - a_t) * beta) ** 0.5 * noise[0]
+    exact = float(x.abs().sum())
+    assert abs(sums[0] - exact) > 0.02
+    assert abs(sums[1] - exact) < 2e-4
+
+
+def test_a_saved_config_leaves_two_defaults_to_the_class_that_reads_it(tmp_path):
+    """Stock lists none after loading; ours lists the two for which UniPC has another default."""
+    stock, ours = tmp_path / "stock", tmp_path / "ours"
+    DDIMScheduler().save_pretrained(stock)
+    assert "_use_default_values" not in DDIMScheduler.from_pretrained(stock).config
+    GeneralizedDDIMScheduler().save_pretrained(ours)
+    loaded = GeneralizedDDIMScheduler.from_pretrained(ours).config
+    assert sorted(loaded["_use_default_values"]) == ["lower_order_final", "solver_order"]
+    assert UniPCMultistepScheduler.from_config(loaded).config.solver_order == 2
+
+
+def test_stock_get_variance_returns_what_it_does_not_have():
+    """An unknown name is taken for `fixed_small`, and `learned` without an output is None."""
+    stock, ours = DDPMScheduler(), MarkovianDDPMScheduler()
+    assert stock._get_variance(5, None, "other") == stock._get_variance(5)
+    assert stock._get_variance(5, None, "learned") is None
+    for name in ("other", "learned"):
+        with pytest.raises(ValueError, match="variance"):
+            ours._get_variance(5, None, name)
+
+
+def test_stock_ddim_broadcasts_no_variance():
+    """Stock DDIM fails on an output of 2 C channels, also where it adds no noise."""
+    stock = DDIMScheduler.from_config(DDPMScheduler(variance_type="learned_range").config)
+    ours = GeneralizedDDIMScheduler.from_config(stock.config)
+    x = torch.zeros(1, 2, 2, 2)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(4)
+    with pytest.raises(RuntimeError, match="size"):
+        stock.step(torch.zeros(1, 4, 2, 2), 250, x)
+    assert ours.step(torch.zeros(1, 4, 2, 2), 250, x).prev_sample.shape == x.shape

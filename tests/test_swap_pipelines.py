@@ -6,6 +6,7 @@ embeddings are passed in, so that no tokenizer is needed. `DDPMPipeline`, `Stabl
 and its img2img are in test_swap.py.
 """
 
+import inspect
 import logging
 
 import numpy as np
@@ -33,6 +34,8 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from diffusers import LEditsPPPipelineStableDiffusion as LEditsPP
+from diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion import compute_noise
 from diffusers.training_utils import compute_snr
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
@@ -516,3 +519,20 @@ def test_swapping_back_and_forth_loses_nothing():
     assert np.array_equal(images(pipe, call), stock)
     again = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)
     assert again.config.eta == 0.4
+
+
+def test_ledits_keeps_ours_and_finds_the_same_noise():
+    """It asks whether the scheduler is a DDIM, and computes with its private methods."""
+    stock = DDIMScheduler(**LATENT)
+    ours = GeneralizedDDIMScheduler.from_config(stock.config)
+    parts = {**stable_diffusion().components, "scheduler": ours}
+    parts = {k: parts[k] for k in inspect.signature(LEditsPP.__init__).parameters if k in parts}
+    assert LEditsPP(**parts).scheduler is ours
+    x, earlier, eps = torch.randn(3, 1, 4, SIZE, SIZE)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(10)
+    for t in (901, 101, 1):
+        expected = compute_noise(stock, earlier, x, t, eps, 1.0)
+        found = compute_noise(ours, earlier, x, t, eps, 1.0)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
