@@ -433,6 +433,33 @@ def read_safetensors(
         _not_tensors(path, error)
 
 
+def safetensors_shapes(path: Place) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype and shape of every tensor of a safetensors file, without its contents.
+
+    Raises:
+        DamagedFileError: it cannot be read, or its header is none.
+    """
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        data = start + file.read(min(length, JSON_BYTES))
+    header = safetensors_header(data, path)
+    found, stop = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape = tuple(int(side) for side in entry["shape"])
+            found[name] = (str(entry["dtype"]), shape)
+            stop = max(stop, int(entry["data_offsets"][1]))
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise DamagedFileError(path, f"its header does not describe {name[:80]!r}") from error
+    if stop + len(data) != size:
+        raise DamagedFileError(path, f"its {size} bytes are no whole safetensors file")
+    return found
+
+
 def safetensors_header(data: bytes, path: Place) -> dict[str, Any]:
     """Return the header of the contents of a safetensors file; `path` is for the message.
 

@@ -1,5 +1,6 @@
 """The evaluation: what is asked for, that it is measured on the right images, and by whom."""
 
+import io
 import json
 import os
 import subprocess
@@ -13,8 +14,12 @@ import torch
 import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.reading import safetensors_header
+from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training import evaluation as library
 from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.cli import main
@@ -296,28 +301,105 @@ def test_another_number_of_neighbours_is_measured_anew(pipeline, tmp_path, monke
     assert cell["metrics"]["pixels"]["k"] == 2
 
 
-def test_damaged_files_are_named_and_a_lost_preview_is_made_again(pipeline, tmp_path):
+def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
     tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
-    config = _config(pipeline, tmp_path, tables=tables, keep_images=True)
-    before = run(Evaluation(config))
+    config = _config(
+        pipeline,
+        tmp_path,
+        tables=tables,
+        keep_images=True,
+        features=["classifier"],
+        classifier_epochs=1,
+    )
+    figures = run(Evaluation(config))["tables"][0]["cells"][0]["metrics"]
+    said = []
+
+    def again():
+        said.clear()
+        results = run(Evaluation(config, progress=said.append))
+        assert results["tables"][0]["cells"][0]["metrics"] == figures
+        return " ".join(said)
+
     label = config.cells[0].label
     own, preview = (tmp_path / "cells" / f"{label}{suffix}" for suffix in (".json", ".npz"))
-    preview.unlink()
-    assert run(Evaluation(config))["tables"] == before["tables"] and preview.exists()
-    reference = next(tmp_path.glob("reference-*"))
+    whole = json.loads(own.read_text())
+    old = {key: value for key, value in whole.items() if key not in ("sha256", "preview")}
+
+    def edited(cell, **changes):
+        cell = json.loads(json.dumps(cell))
+        cell["metrics"]["classifier"] |= changes
+        return json.dumps(cell).encode()
+
+    (reference,) = tmp_path.glob("reference-*")
+    kept = load_tensors(reference.read_bytes())
+    lost = {**kept, "train": kept["train"] * float("nan")}
+    classifier = tmp_path / "classifier.safetensors"
+    weights = load_tensors(classifier.read_bytes())
+    header = safetensors_header(classifier.read_bytes(), classifier)["__metadata__"]
+    cell_changes = [
+        edited(whole, frechet=-1.0),
+        edited(whole, frechet=figures["classifier"]["frechet"]["mean"] + 1),
+    ]
+    cell_changes += [json.dumps({**whole, "network_calls": 3}).encode()]
+    cell_changes += [
+        edited(old, **change)
+        for change in (
+            {"frechet": -1.0},
+            {"frechet": None},
+            {"precision": 1.5},
+            {"k": -1},
+            {"coverage": "1"},
+            {"kernel": True},
+            {"inception_score": 0.0},
+            {"reference": []},
+        )
+    ]
+    cell_changes += [
+        json.dumps({**old, **change}).encode()
+        for change in (
+            {"row": "eta 1"},
+            {"n": 9},
+            {"steps": 2.0},
+            {"metrics": []},
+            {"settings": 5},
+            {"images_per_second": -3.0},
+            {"processes": 0},
+            {"made_with": "x"},
+        )
+    ]
+    cell_changes += [b"", b"[]", b"{", b"[" * 10**5, b"\xff"]
+    cell_changes += [edited(whole).replace(b'"coverage": ', b'"coverage": NaN, "x": ')]
+    flipped = bytearray(preview.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    black = io.BytesIO()
+    np.savez_compressed(black, images=np.zeros((8, 8, 8, 1), np.uint8))
+    changes = {
+        own: cell_changes,
+        preview: [b"", bytes(flipped), black.getvalue()],
+        reference: [b"", reference.read_bytes()[:-1], checkpoints.pack(lost), checkpoints.pack({})],
+        classifier: [
+            b"",
+            save_tensors(weights, {**header, "record": header["record"].replace("0.", "0.9")}),
+            save_tensors({**weights, "output.bias": weights["output.bias"] + 1}, header),
+        ],
+    }
+    for path, edits in changes.items():
+        for data in edits:
+            path.write_bytes(data)
+            lines = again()
+            assert path.name in lines and " anew." in lines, (path.name, data[:300])
+            assert again().count(" anew.") == 0
+    # what an earlier version wrote is used as it is
+    own.write_bytes(json.dumps(old).encode())
+    reference.write_bytes(checkpoints.pack(kept))
+    before = own.read_bytes(), reference.read_bytes()
+    assert " anew." not in again()
+    assert (own.read_bytes(), reference.read_bytes()) == before
     shard = tmp_path / "cells" / label / "shards" / "000000-000003.npz"
-    for path in (own, reference, shard):
-        content = path.read_bytes()
-        path.write_bytes(content[:40])
-        if path == shard:  # which is not looked at while the cell's figures are there
-            own.unlink()
-        with pytest.raises(ValueError, match=f"{path.name} is damaged"):
-            run(Evaluation(config))
-        path.write_bytes(content)
-    assert (
-        run(Evaluation(config))["tables"][0]["cells"][0]["metrics"]
-        == (before["tables"][0]["cells"][0]["metrics"])
-    )
+    shard.write_bytes(shard.read_bytes()[:40])
+    own.unlink()
+    again()
+    assert json.loads(own.read_text())["sampled"] == 4
 
 
 def test_a_cell_made_with_other_settings_is_refused(pipeline, tmp_path):

@@ -1,7 +1,9 @@
 """Checkpoints are whole or absent, and the newest whole one is found."""
 
 import errno
+import hashlib
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -11,14 +13,33 @@ import pytest
 import torch
 
 from ddim_schedulers.training import checkpoints
+from ddim_schedulers.training.checkpoint_contents import WEIGHTS
 from ddim_schedulers.training.checkpoints import CheckpointError
 
 
 def contents(step):
+    weights = torch.arange(50.0) + step
+    moments = {"exp_avg": weights, "exp_avg_sq": weights**2, "step": torch.tensor(float(step))}
+    state = {"step": step, "config": {}, "data": {}, "ema": {}, "best": {}}
     return {
-        "state.json": checkpoints.to_json({"step": step}),
-        "unet/weights.safetensors": checkpoints.pack({"w": torch.arange(50.0) + step}),
+        "state.json": checkpoints.to_json(state),
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": checkpoints.pack({"w": weights}),
+        "unet/weights.safetensors": checkpoints.pack({"w": weights}),
+        "optimizer.safetensors": checkpoints.pack({f"0.{k}": v for k, v in moments.items()}),
     }
+
+
+def rewrite(folder, name, data):
+    """Changes a file together with what the manifest says of it; None takes it out of both."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if data is None:
+        (folder / name).unlink()
+        del manifest[name]
+    else:
+        (folder / name).write_bytes(data)
+        manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -42,10 +63,17 @@ def test_what_is_written_is_what_is_read(root):
     [
         (lambda p: (p / "unet/weights.safetensors").unlink(), "weights.safetensors is missing"),
         (lambda p: (p / "unet/weights.safetensors").write_bytes(b"short"), "has 5 bytes instead"),
-        (lambda p: (p / "state.json").write_bytes(b'{\n "step": 31\n}\n'), "have changed"),
+        (
+            lambda p: (p / "state.json").write_bytes(contents(31)["state.json"]),
+            "the contents of state.json have changed",
+        ),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be used"),
         (lambda p: (p / "manifest.json").write_text("{}"), "does not list state.json"),
+        (lambda p: (p / "manifest.json").write_text("[" * 10**5), "nested deeper"),
+        (lambda p: (p / "manifest.json").write_text('{"state.json": 5}'), "cannot be used"),
+        (lambda p: (p / "manifest.json").write_bytes(b"\xff"), "not UTF-8"),
+        (lambda p: rewrite(p, "../../x", b"{}"), "cannot be used: its entry"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(root, damage, message):
@@ -55,6 +83,61 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(root, damage, messag
     assert "using the one before" in str(caught[0].message)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.chosen(str(root / "step-00000030"), root)
+
+
+MOMENTS = torch.arange(50.0)
+STATES = [
+    ({"step": value}, "step is") for value in (-5, 31, 30.0, "30", None, True, 10**18, [], math.nan)
+] + [
+    ({"config": []}, "config is"),
+    ({"data": None}, "data is"),
+    ({"best": 5}, "best is"),
+    ({"best": {"step": 40, "value": 1.0, "figure": "f", "weights": "ema"}}, "best.step is"),
+    ({"best": {"step": 10, "value": math.nan, "figure": "f", "weights": "ema"}}, "best.value is"),
+    ({"best": {"step": 10, "value": 1.0, "figure": 5, "weights": "ema"}}, "best.figure is"),
+    ({"place": [0]}, "place is"),
+    ({"place": [0, -1]}, "place is"),
+    ({"place": "00"}, "place is"),
+    ({"ema": {"optimization_step": -1}}, "optimization_step is"),
+    ({"ema": {"optimization_step": "3"}}, "optimization_step is"),
+    ({"ema": {}, "config": {"use_ema": True}}, "optimization_step is"),
+    ({"ema": {"optimization_step": 30}}, "does not list unet_ema"),
+    ({"config": {"timestep_sampling": "loss_aware"}}, "does not list sampler.safetensors"),
+    ({"scaler": 5}, "scaler is"),
+    ({"scaler": {"scale": 1.0}}, "scaler is"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        *[
+            ("state.json", checkpoints.to_json(json.loads(contents(30)["state.json"]) | change), m)
+            for change, m in STATES
+        ],
+        ("state.json", b"", "not valid JSON"),
+        ("state.json", b"{}", "step is 'None'"),
+        ("state.json", b"[" * 10**5, "nested deeper"),
+        ("state.json", b'{"step": 30, "step": 30}', "stands twice"),
+        ("unet/config.json", None, "does not list unet/config.json"),
+        ("unet/config.json", b"[]", "must hold an object"),
+        (f"unet/{WEIGHTS}", None, "does not list unet/"),
+        (f"unet/{WEIGHTS}", b"", "no whole safetensors file"),
+        (f"unet/{WEIGHTS}", checkpoints.pack({}), "holds no weights"),
+        ("optimizer.safetensors", None, "does not list optimizer.safetensors"),
+        ("optimizer.safetensors", b"x" * 99, "no whole safetensors file"),
+        ("optimizer.safetensors", checkpoints.pack({}), "holds no moments"),
+        ("optimizer.safetensors", checkpoints.pack({"0.exp_avg": MOMENTS}), "not .'exp_avg', 'exp"),
+        ("optimizer.safetensors", checkpoints.pack({"7.exp_avg": MOMENTS}), "of no parameter"),
+        ("optimizer.safetensors", checkpoints.pack({"x": MOMENTS}), "of no parameter"),
+        ("optimizer.safetensors", checkpoints.pack({"0.exp_avg": MOMENTS[1:]}), "no weight has"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_passed_over(root, name, data, message):
+    """The manifest fits the files; what they hold does not do."""
+    rewrite(root / "step-00000030", name, data)
+    with pytest.warns(UserWarning, match=f"step-00000030 is damaged .*{message}"):
+        assert checkpoints.newest_whole(root) == root / "step-00000020"
 
 
 def test_one_flipped_bit_is_noticed(root):

@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -25,13 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+
+from ddim_schedulers.reading import DamagedFileError, read_bytes, read_json, read_safetensors
+from ddim_schedulers.training.checkpoint_contents import lacks
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 TEMPORARY = ".writing-"
 DISCARDED = ".discarded-"
+FILE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # in the checkpoint, not beside it
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -126,20 +130,42 @@ def prune(root: Path, step: int, keep_last: int, best_step: int | None) -> None:
 
 
 def verify(folder: Path) -> str | None:
-    """None if every file has the size and hash that the manifest says, else what is wrong."""
+    """None if the checkpoint is whole and a run can go on from it, else what is wrong.
+
+    Every file has the size and hash that the manifest says, and the files are those that are
+    needed, see `checkpoint_contents`.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest.items():
-            data = (folder / name).read_bytes()
-            if len(data) != entry["size"]:
-                return f"{name} has {len(data)} bytes instead of {entry['size']}"
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                return f"the contents of {name} have changed"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be used: {error}"
-    return None if "state.json" in manifest else f"{MANIFEST} does not list state.json"
+        manifest = read_json(folder / MANIFEST)
+    except DamagedFileError as error:
+        if not (folder / MANIFEST).exists():
+            return f"{MANIFEST} is missing"
+        return f"{MANIFEST} cannot be used: {error.reason}"
+    for name, entry in manifest.items():
+        if (damage := _verify_file(folder, name, entry)) is not None:
+            return damage
+    if "state.json" not in manifest:
+        return f"{MANIFEST} does not list state.json"
+    return lacks(folder, manifest)
+
+
+def _verify_file(folder: Path, name: str, entry: Any) -> str | None:
+    """None if a file is the one of the manifest's entry, else what is wrong."""
+    known = isinstance(entry, dict) and type(entry.get("size")) is int
+    if not known or not isinstance(entry.get("sha256"), str) or not FILE.fullmatch(name):
+        return f"{MANIFEST} cannot be used: its entry {name[:80]!r} is {str(entry)[:80]}"
+    path = folder / name
+    if not path.exists():
+        return f"{path.name} is missing"
+    try:
+        if (size := path.stat().st_size) != entry["size"]:
+            return f"{name} has {size} bytes instead of {entry['size']}"
+        data = read_bytes(path, entry["size"])
+    except (DamagedFileError, OSError) as error:
+        return f"{name} cannot be read: {error}"
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        return f"the contents of {name} have changed"
+    return None
 
 
 def newest_whole(root: Path) -> Path | None:
@@ -198,7 +224,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 def unpack(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; empty if there is none."""
-    return load_tensors(path.read_bytes()) if path.exists() else {}
+    return read_safetensors(path)[0] if path.exists() else {}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -215,12 +241,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`; moments get the memory format of their parameter."""
+    """The inverse of `optimizer_tensors`; moments get the memory format of their parameter.
+
+    Raises:
+        CheckpointError: they are of other parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
+        parameter = parameters[int(index)] if int(index) < len(parameters) else None
+        if parameter is None or (name != "step" and value.shape != parameter.shape):
+            raise CheckpointError(
+                f"the checkpoint's moment {key} has shape {tuple(value.shape)}, which no parameter "
+                f"number {index} of this network has"
+            )
         like = torch.empty_like(parameter) if value.shape == parameter.shape else None
         # The step counts of the fused optimiser are float32 scalars beside the parameter.
         restored = value.to(parameter.device) if like is None else like.copy_(value)

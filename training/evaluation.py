@@ -13,11 +13,10 @@ then put in the order of the samples, so the figures do not depend on the number
 import copy
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from ddim_schedulers.family_config import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
-from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory, settings_of
+from ddim_schedulers.pipelines.bulk import SamplingJob, read_shard, sample_to_directory, settings_of
 from ddim_schedulers.pipelines.files import write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
+from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
 from ddim_schedulers.training import features as spaces
-from ddim_schedulers.training.checkpoints import pack, unpack
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.evaluation_config import (
     CLASSIFIER,
@@ -52,6 +50,7 @@ from ddim_schedulers.training.metrics import (
     neighbour_metrics,
 )
 from ddim_schedulers.training.passes import Team
+from ddim_schedulers.training.seals import pack_sealed, read_sealed, read_sealed_json, sealed
 from ddim_schedulers.training.versions import versions
 
 PREVIEW = 16
@@ -102,6 +101,7 @@ class Evaluation:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output_dir is {config.output_dir!r}, which is a file, not a folder")
         self.warm = False
+        self.told: set[str] = set()
         self.commit = commit()
         self.pipe = self._load_pipeline()
         self.reference, self.held_out = self._load_data()
@@ -189,9 +189,9 @@ class Evaluation:
     def _classifier(self) -> Path:
         path = self.classifier_path()
         self.team.wait()  # nobody looks after one has begun to write
-        if path.exists() and self.config.classifier is None:
-            self._check_classifier(path)
-        elif not path.exists() and self.team.index == 0:
+        there = path.exists() and (self.config.classifier is not None or self._is_own(path))
+        self.team.wait()  # nobody writes before all have looked
+        if not there and self.team.index == 0:
             labels = labels_of(self.reference, self.config)
             network, record = spaces.train_classifier(
                 lambda rows: as_uint8_sees(self.reference.batch(rows)[0]),
@@ -205,9 +205,17 @@ class Evaluation:
         self.team.wait()
         return path
 
-    def _check_classifier(self, path: Path) -> None:
-        """Refuse the folder's own classifier if it was trained in another way than is asked for."""
-        record = spaces.classifier_record(path)
+    def _is_own(self, path: Path) -> bool:
+        """Whether the folder's own classifier is whole; it is trained anew if not.
+
+        Raises:
+            ValueError: it was trained in another way than is asked for.
+        """
+        try:
+            record = spaces.classifier_record(path)
+        except DamagedFileError as error:
+            self.progress(f"{error} It is trained anew.")
+            return False
         wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
         wanted["images"] = len(self.reference)
         found = {**record, "images": record["train_n"] + record["held_out_n"]}
@@ -218,6 +226,7 @@ class Evaluation:
                     "asked for; delete it, and the cells are measured anew with another, or say "
                     "`classifier` to use this one"
                 )
+        return True
 
     def _real(self, name: str) -> Reference:
         """Features of the real images, from the cache where they are in it."""
@@ -233,10 +242,11 @@ class Evaluation:
             Path(self.config.cache_dir or self.folder) / f"reference-{fingerprint[:16]}.safetensors"
         )
         self.team.wait()
-        if not path.exists():
+        kept = self._kept_features(path, fingerprint, {p: len(r) for p, (_, r) in parts.items()})
+        if kept is None:
             self.progress(f"features of the real images: {name}")
-            values = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
-            for part, value in values.items():
+            kept = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
+            for part, value in kept.items():
                 if not bool(value.isfinite().all()):
                     raise ValueError(
                         f"feature_space {name!r} gives values that are not finite for real images "
@@ -244,13 +254,25 @@ class Evaluation:
                     )
             if self.team.index == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(path, pack(values))
+                write_bytes(path, pack_sealed(kept, fingerprint))
             self.team.wait()
-        try:
-            kept = unpack(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it") from error
         return Reference(kept["train"], kept["held_out"], fingerprint)
+
+    def _kept_features(
+        self, path: Path, fingerprint: str, rows: dict[str, int]
+    ) -> dict[str, torch.Tensor] | None:
+        """The features in a file of the cache; None if there is none, or none that is whole."""
+        if not path.exists():
+            return None
+        try:
+            kept = read_sealed(path, fingerprint, unsealed=True)
+            found = {part: len(value) if value.ndim == 2 else -1 for part, value in kept.items()}
+            if found != rows or len({value.shape[1] for value in kept.values()}) != 1:
+                raise DamagedFileError(path, f"it does not hold features of {rows} images")
+        except DamagedFileError as error:
+            self.progress(f"{error} It is made anew.")
+            return None
+        return kept
 
     def _shared(self, name: str, data: ImageData, rows: np.ndarray) -> torch.Tensor:
         parts = chunks(len(rows), READ_BATCH)
@@ -306,21 +328,42 @@ class Evaluation:
         return self.folder / "cells" / f"{cell.label}.json"
 
     def _kept(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's file holds; nothing if there is none."""
+        """What a cell's file holds; nothing if there is none, or none that is whole."""
         path = self.path_of(cell)
         if not path.exists():
             return {}
         try:
-            kept = json.loads(path.read_text())
-            return {**kept, "settings": kept["settings"], "metrics": dict(kept["metrics"])}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); delete it") from error
+            return check_cell(read_sealed_json(path), cell, path)
+        except DamagedFileError as error:
+            self._tell(f"{error} The cell is measured anew.")
+            return {}
+
+    def _tell(self, line: str) -> None:
+        """Say something once."""
+        if line not in self.told:
+            self.told.add(line)
+            self.progress(line)
+
+    def _has_preview(self, cell: Cell, kept: dict[str, Any]) -> bool:
+        """Whether a cell's first images are there, and those of its figures."""
+        path = self.path_of(cell).with_suffix(".npz")
+        if not path.exists():
+            return False
+        try:
+            images = self.preview(cell)
+            if kept.get("preview") not in (None, digest_of_images(images)):
+                raise DamagedFileError(path, "its images are not those of the cell")
+        except DamagedFileError as error:
+            self._tell(f"{error} The cell is measured anew.")
+            return False
+        return True
 
     def missing(self, cell: Cell) -> list[str]:
         """The feature spaces in which a cell is still to be measured."""
-        if not self.path_of(cell).with_suffix(".npz").exists():
+        kept = self._kept(cell)
+        if not kept or not self._has_preview(cell, kept):
             return list(self.config.features)
-        have = self._kept(cell).get("metrics", {})
+        have = kept["metrics"]
         return [
             name
             for name in self.config.features
@@ -348,12 +391,17 @@ class Evaluation:
             return kept
         parts = chunks(cell.n, job.batch_size)
         shards = [images / "shards" / f"{a:06d}-{b - 1:06d}.npz" for a, b in parts]
-        left = sum(b - a for (a, b), shard in zip(parts, shards, strict=True) if not shard.exists())
-        cost = self._sample(pipe, job, images, left)
+        cost = self._sample(pipe, job, images)
+
+        def read(i: int) -> np.ndarray:
+            (a, b), shape = parts[i], pipe.image_shape
+            seeds = np.arange(job.seed + a, job.seed + b, dtype=np.int64)
+            return read_shard(shards[i], (b - a, *shape[1:], shape[0]), seeds)
+
         found = {k: value for k, value in kept.get("metrics", {}).items() if k not in missing}
         for name in missing:
             mine = [
-                (a, self._features(name, _read(shards[i])))
+                (a, self._features(name, read(i)))
                 for i, (a, _) in list(enumerate(parts))[self.team.index :: self.team.count]
             ]
             fake = self._joined(mine)
@@ -372,20 +420,17 @@ class Evaluation:
             "settings": settings,
         }
         if self.team.index == 0:
-            first = np.concatenate(
-                [_read(shard) for shard in shards[: -(-PREVIEW // job.batch_size)]]
-            )
-            write_npz(path.with_suffix(".npz"), {"images": first[:PREVIEW]})
-            write_json(path, result)
+            count = -(-PREVIEW // job.batch_size)
+            first = np.concatenate([read(i) for i in range(len(shards[:count]))])[:PREVIEW]
+            write_npz(path.with_suffix(".npz"), {"images": first})
+            write_json(path, sealed({**result, "preview": digest_of_images(first)}))
         self.team.wait()
         if not self.config.keep_images and self.team.index == 0:
             shutil.rmtree(images)
-        return json.loads(path.read_text())  # the same on every process
+        return check_cell(read_sealed_json(path), cell, path)  # the same on every process
 
-    def _sample(
-        self, pipe: GenerationPipeline, job: SamplingJob, images: Path, left: int
-    ) -> dict[str, Any]:
-        """Sample the `left` images that are missing of a cell; the cost of these, and with what."""
+    def _sample(self, pipe: GenerationPipeline, job: SamplingJob, images: Path) -> dict[str, Any]:
+        """Sample the images that are missing of a cell; the cost of these, and with what."""
         if not self.warm:  # compiling and first touches are no part of what sampling costs
             zeros = torch.zeros(job.batch_size, *self.pipe.image_shape, device=self.device)
             with torch.no_grad():
@@ -393,8 +438,9 @@ class Evaluation:
             self.warm = True
         self.team.wait()
         begun = time.perf_counter()
-        sample_to_directory(pipe, images, job, rank=self.team.index, world_size=self.team.count)
-        self.team.wait()
+        share = {"rank": self.team.index, "world_size": self.team.count}
+        report = sample_to_directory(pipe, images, job, **share)
+        left = sum(self.team.gather([report.sampled]))
         seconds = time.perf_counter() - begun
         rate = left / seconds if left else None
         return {
@@ -491,7 +537,74 @@ class Evaluation:
 
     def preview(self, cell: Cell) -> np.ndarray:
         """The first images of a measured cell, uint8 (n, H, W, C)."""
-        return _read(self.path_of(cell).with_suffix(".npz"))
+        path = self.path_of(cell).with_suffix(".npz")
+        channels, height, width = self.pipe.image_shape
+        shape = (min(PREVIEW, cell.n), height, width, channels)
+        images = read_npz(path, ["images"], limit=int(np.prod(shape)))["images"]
+        if images.shape != shape or images.dtype != np.uint8:
+            raise DamagedFileError(path, f"it holds {images.shape} of {images.dtype}, not {shape}")
+        return images
+
+
+# Bounds of the figures. A distance that is zero may be negative by rounding; the kernel one is
+# unbiased, so that it may be negative anyway.
+_BOUNDS = {
+    "frechet": (-1e-2, math.inf),
+    "kernel": (-math.inf, math.inf),
+    "precision": (0, 1),
+    "recall": (0, 1),
+    "density": (0, math.inf),
+    "coverage": (0, 1),
+    "inception_score": (1 - 1e-6, math.inf),
+}
+
+
+def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any]:
+    """Return the content of a cell's file if it can be of that cell.
+
+    Raises:
+        DamagedFileError: naming the first value that cannot.
+    """
+
+    def require(holds: bool, name: str, value: Any) -> None:
+        if not holds:
+            raise DamagedFileError(path, f"its {name} is {str(value)[:80]!r}")
+
+    own = {"row": cell.row.name, "steps": cell.steps, "n": cell.n, "repeat": cell.repeat}
+    for name, value in own.items():
+        found = content.get(name)
+        require(type(found) is type(value) and found == value, name, found)
+    for name in ("network_calls", "processes"):
+        require(_is_number(content.get(name), 1, integer=True), name, content.get(name))
+    for name in ("seconds", "images_per_second"):
+        value = content.get(name)
+        require(value is None or _is_number(value, 0), name, value)
+    settings, made_with = content.get("settings"), content.get("made_with", {})
+    require(isinstance(settings, str), "settings", settings)
+    require(isinstance(made_with, dict), "made_with", made_with)
+    metrics = content.get("metrics")
+    require(isinstance(metrics, dict), "metrics", metrics)
+    for space, figures in content["metrics"].items():
+        require(isinstance(figures, dict), f"metrics of {space}", figures)
+        require(isinstance(figures.get("reference"), dict), f"reference of {space}", figures)
+        for name in ("n", "k"):
+            found = figures.get(name)
+            require(_is_number(found, 1, integer=True), f"{name} of {space}", found)
+        needed = set(FIGURES) if "inception_score" in figures else set(FIGURES[:-1])
+        for name in sorted(needed):
+            found = figures.get(name)
+            require(_is_number(found, *_BOUNDS[name]), f"{name} of {space}", found)
+    return content
+
+
+def _is_number(value: Any, low: float, high: float = math.inf, integer: bool = False) -> bool:
+    kinds = (int,) if integer else (int, float)
+    return type(value) in kinds and low <= value <= high
+
+
+def digest_of_images(images: np.ndarray) -> str:
+    """SHA-256 of uint8 images."""
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
@@ -667,10 +780,9 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
     elif config.labels == "folders":
         values = np.array([Path(data.source.name(i)).parent.name for i in range(len(data.source))])
     elif Path(own.data).suffix == ".npz":
-        with np.load(own.data, allow_pickle=False) as file:
-            if config.labels not in file.files:
-                raise ValueError(f"labels is {config.labels!r}; {own.data} holds {file.files}")
-            values = file[config.labels]
+        if config.labels not in (names := npz_names(own.data)):
+            raise ValueError(f"labels is {config.labels!r}; {own.data} holds {names}")
+        values = read_npz(own.data, [config.labels])[config.labels]
     else:
         from ddim_schedulers.training.sources import load_table
 
@@ -696,12 +808,3 @@ def as_uint8_sees(images: torch.Tensor) -> torch.Tensor:
 def _batches(data: ImageData, rows: np.ndarray) -> Iterator[torch.Tensor]:
     for start, stop in chunks(len(rows), READ_BATCH):
         yield data.batch(rows[start:stop])[0]
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        # np.load leaves a damaged file open
-        with open(path, "rb") as opened, np.load(opened) as file:
-            return file["images"]
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from error

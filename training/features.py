@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.reading import DamagedFileError, parse_json, read_safetensors
 from ddim_schedulers.training.batches import generator
+from ddim_schedulers.training.seals import SEAL, digest_of_tensors
 
 CLASSIFIER_KIND = "ddim_schedulers.small_classifier"
 DINOV2 = "facebook/dinov2-base"
@@ -170,7 +172,10 @@ def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Modul
     if name == "dinov2" or name.startswith("dinov2:"):
         return _dinov2(name.partition(":")[2] or DINOV2)
     if name.endswith(".safetensors"):
-        return load_classifier(name)
+        try:
+            return load_classifier(name)
+        except DamagedFileError as error:
+            raise ValueError(f"feature_space: the classifier {error}") from error
     return _imported(name)
 
 
@@ -348,40 +353,51 @@ def save_classifier(network: SmallClassifier, record: dict[str, Any], path: Path
         "num_classes": str(network.num_classes),
         "record": json.dumps(record),
     }
+    tensors = network.state_dict()
+    metadata[SEAL] = digest_of_tensors(tensors, json.dumps(metadata, sort_keys=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, save(network.state_dict(), metadata))
+    write_bytes(path, save(tensors, metadata))
 
 
 def load_classifier(path: str | Path) -> SmallClassifier:
     """Read what `save_classifier` wrote.
 
     Raises:
-        ValueError: no such file, or one of another kind.
+        ValueError: no such file, one of another kind, or one that is not whole.
     """
-    metadata = _metadata(path)
-    network = SmallClassifier(json.loads(metadata["shape"]), int(metadata["num_classes"]))
-    from safetensors.torch import load_file
-
-    network.load_state_dict(load_file(path))
-    return network.eval().requires_grad_(False)
+    return _read_classifier(path)[0]
 
 
 def classifier_record(path: str | Path) -> dict[str, Any]:
     """The record that `train_classifier` made of the classifier in a file."""
-    return json.loads(_metadata(path)["record"])
+    return _read_classifier(path)[1]
 
 
-def _metadata(path: str | Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"feature_space: cannot read the classifier {path}: {error}") from error
+def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
+    tensors, metadata = read_safetensors(path)
     if metadata.get("kind") != CLASSIFIER_KIND:
         raise ValueError(f"feature_space: {path} holds no classifier that this package trained")
-    return metadata
+    if SEAL in metadata:  # classifiers of earlier versions have none
+        rest = {name: text for name, text in metadata.items() if name != SEAL}
+        if metadata[SEAL] != digest_of_tensors(tensors, json.dumps(rest, sort_keys=True)):
+            raise DamagedFileError(path, "its contents have changed")
+    shape = parse_json(metadata.get("shape", ""), path, list)
+    count = parse_json(metadata.get("num_classes", ""), path, int)
+    record = parse_json(metadata.get("record", ""), path, dict, finite=True)
+    if [type(side) for side in shape] != [int] * 3 or min(*shape, count) < 1:
+        raise DamagedFileError(path, f"its images are {shape}, its classes {count}")
+    counts = ("epochs", "seed", "train_n", "held_out_n", "classes")
+    if not all(type(record.get(name)) is int for name in counts):
+        raise DamagedFileError(path, f"its record does not say {', '.join(counts)}")
+    with torch.device("meta"):  # shapes alone: nothing is allocated before they are known to fit
+        network = SmallClassifier(tuple(shape), count)
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise DamagedFileError(path, "its weights do not fit the shapes that it names")
+    if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in tensors.values()):
+        raise DamagedFileError(path, "its weights hold values that are not finite")
+    network.to_empty(device="cpu").load_state_dict(tensors)
+    return network.eval().requires_grad_(False), record
 
 
 def class_names(labels: Sequence[Any]) -> tuple[list[Any], np.ndarray]:

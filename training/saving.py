@@ -1,6 +1,5 @@
 """The state of a run as files: what goes into a checkpoint, how it comes back, what is exported."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.training import checkpoints
 from ddim_schedulers.training.averaging import copy_into
+from ddim_schedulers.training.checkpoint_contents import read_state
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.same_run import STAMPED, describe_data, require_same_run
 from ddim_schedulers.training.versions import versions
@@ -79,7 +79,7 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     Raises:
         ValueError: it is of a run with other settings or other data.
     """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     require_same_run(trainer, state, folder)
     copy_into(trainer.unet.named_parameters(), checkpoints.unpack(folder / "unet" / WEIGHTS))
     if trainer.average.ema is not None:

@@ -26,7 +26,9 @@ def pack_sealed(tensors: Mapping[str, torch.Tensor], about: str) -> bytes:
         about: what they are of; a file of something else does not pass for this one.
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return save(ready, metadata={SEAL: _digest(ready, about)})  # of two keys the order would vary
+    return save(
+        ready, metadata={SEAL: digest_of_tensors(ready, about)}
+    )  # of two keys the order would vary
 
 
 def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Tensor]:
@@ -46,7 +48,7 @@ def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Te
         pass
     elif metadata.keys() != {SEAL}:
         raise DamagedFileError(path, "it has no check sum")
-    elif metadata[SEAL] != _digest(tensors, about):
+    elif metadata[SEAL] != digest_of_tensors(tensors, about):
         raise DamagedFileError(path, "its contents have changed, or are of something else")
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
@@ -54,7 +56,8 @@ def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Te
     return tensors
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+def digest_of_tensors(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+    """Return the SHA-256 of what the tensors are of, their names, dtypes, shapes and values."""
     digest = hashlib.sha256(f"{about}\n".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
