@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .plugin import STOCK_CLASSES, to_portable
+from .reading import read_json
 from .settings import SETTINGS_KEY
 
 FORMS = ("portable", "plug-in", "self-contained")
@@ -212,12 +213,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if that is not one JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # text of another encoding is a ValueError too
-        raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    content: dict[str, Any] = read_json(path)
     return content
 
 

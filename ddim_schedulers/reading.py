@@ -133,7 +133,7 @@ def parse_json(text: str, path: Place, kind: type | None = dict, *, finite: bool
     if (reason := _unusable(value, finite)) is not None:
         raise DamagedFileError(path, reason)
     if kind is not None and not isinstance(value, kind):
-        name = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        name = {dict: "a JSON object", list: "a JSON list"}.get(kind, kind.__name__)
         raise DamagedFileError(path, f"it must hold {name}, not {type(value).__name__}")
     return value
 
@@ -458,6 +458,26 @@ def safetensors_shapes(path: Place) -> dict[str, tuple[str, tuple[int, ...]]]:
     if stop + len(data) != size:
         raise DamagedFileError(path, f"its {size} bytes are no whole safetensors file")
     return found
+
+
+# What diffusers reads of a saved pipeline before it looks at the rest.
+_CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
+
+
+def check_saved(folder: Place) -> None:
+    """Check the configs and the headers of the weights that lie in the folder of a saved pipeline.
+
+    For loaders that read by themselves, as diffusers' `from_pretrained`; what is no folder passes.
+
+    Raises:
+        DamagedFileError: naming the first file that cannot be read.
+    """
+    root = Path(folder)
+    for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern)):
+        if path.name in _CONFIGS:
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            safetensors_shapes(path)
 
 
 def safetensors_header(data: bytes, path: Place) -> dict[str, Any]:

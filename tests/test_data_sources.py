@@ -96,7 +96,7 @@ def test_arrays_that_are_not_images_are_refused(tmp_path):
         load(data=str(tmp_path / "a.npz"), array_key="z")
     assert len(load(data=str(tmp_path / "a.npz"), array_key="y")) == 2
     (tmp_path / "b.npy").write_bytes(b"not an array")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load(data=str(tmp_path / "b.npy"))
 
 

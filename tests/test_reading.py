@@ -81,7 +81,7 @@ HOSTILE = {
     ("json", "not finite"): (b'{"a": NaN}', b'{"a": [-Infinity]}', b'{"a": 1e999}'),
     ("json", "not UTF-8"): (b"\xff\xfe{}", b'{"a": "\xe9"}', os.urandom(64) + b"\xff"),
     ("json", "surrogate"): (b'{"a": "\\ud800"}', b'{"\\udfff": 1}'),
-    ("json", "must hold an object, not"): (b"[]", b"5", b"null", b'"a"', b"true"),
+    ("json", "must hold a JSON object, not"): (b"[]", b"5", b"null", b'"a"', b"true"),
     ("json", "at most 4194304 are read"): (b" " * (1 << 23) + b"{}",),
     ("yaml", "once its aliases are written out"): (
         laughs("[l,l,l,l,l,l,l,l,l]").encode(),
@@ -177,7 +177,7 @@ HOSTILE = {
         tensors('{"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}', b"\0" * 4),
         tensors('{"a": {%s[2], "data_offsets": [0, 4]}}'.replace("%s", F32), b"\0" * 4),
     ),
-    ("safetensors", "must hold an object"): (tensors("[]"), tensors("5")),
+    ("safetensors", "must hold a JSON object"): (tensors("[]"), tensors("5")),
     ("safetensors", "nested deeper"): (tensors("[" * 3000),),
     ("safetensors", "not UTF-8"): (tensors(b"\xff" * 20),),
     ("safetensors", "metadata do not map"): (

@@ -120,7 +120,7 @@ STATES = [
         ("state.json", b"[" * 10**5, "nested deeper"),
         ("state.json", b'{"step": 30, "step": 30}', "stands twice"),
         ("unet/config.json", None, "does not list unet/config.json"),
-        ("unet/config.json", b"[]", "must hold an object"),
+        ("unet/config.json", b"[]", "must hold a JSON object"),
         (f"unet/{WEIGHTS}", None, "does not list unet/"),
         (f"unet/{WEIGHTS}", b"", "no whole safetensors file"),
         (f"unet/{WEIGHTS}", checkpoints.pack({}), "holds no weights"),

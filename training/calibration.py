@@ -5,7 +5,6 @@ They go into the scheduler's config under `calibration`, where `reverse_variance
 stays one: it carries them under its private key, and `from_config` of our classes restores them.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from ddim_schedulers.parameterization import eps_from
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY, STOCK_CLASSES
+from ddim_schedulers.reading import read_json
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.checkpoints import to_json
@@ -208,11 +208,8 @@ def save_record(values: dict[str, Any], config_file: Path) -> None:
     Raises:
         ValueError: if the file is not the config of a scheduler.
     """
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{config_file} is not a scheduler's config: {error}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
+    config = read_json(config_file)
+    if not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{config_file} is not a scheduler's config: it has no _class_name")
     if config["_class_name"] in STOCK_CLASSES:
         settings = config
@@ -220,8 +217,13 @@ def save_record(values: dict[str, Any], config_file: Path) -> None:
         record = config.setdefault(
             SETTINGS_KEY, {"class": "GeneralizedDDIMScheduler", "settings": {}, "stand_ins": {}}
         )
-        settings = record["settings"]
-    settings["calibration"] = {**(settings.get("calibration") or {}), **values}
+        settings = record.get("settings") if isinstance(record, dict) else None
+    before = settings.get("calibration") if isinstance(settings, dict) else 0
+    if not isinstance(settings, dict) or not isinstance(before, dict | None):
+        raise ValueError(
+            f"{config_file}: `{SETTINGS_KEY}` and `calibration` must be objects; they were changed"
+        )
+    settings["calibration"] = {**(before or {}), **values}
     write_bytes(config_file, to_json(config))
 
 

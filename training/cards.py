@@ -4,13 +4,13 @@ The template's marked section says how the repository is loaded; it belongs to t
 pipeline is pushed, and is put into a card that is already there in place of an older one.
 """
 
-import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ddim_schedulers.export import INDEX, Export
+from ddim_schedulers.reading import parse_json, read_text
 
 SECTION = re.compile(
     r"<!-- ddim-schedulers: how to load it -->.*?<!-- /ddim-schedulers -->", re.DOTALL
@@ -60,9 +60,8 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     index = export.files[INDEX]
-    pipeline_class = json.loads(index if isinstance(index, bytes) else index.read_text())[
-        "_class_name"
-    ]
+    text = index.decode() if isinstance(index, bytes) else read_text(index)
+    pipeline_class = parse_json(text, INDEX)["_class_name"]
     if isinstance(pipeline_class, list):  # [module, class] of code in the repository
         pipeline_class = pipeline_class[1]
     unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline")

@@ -18,6 +18,7 @@ import torch
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.export import check_form, save_pipeline
+from ddim_schedulers.reading import check_archive
 
 GROUPS = 32  # of the group norms, fixed in that layout
 ATTENTION_SIZE = 16  # DDPM (arXiv:2006.11239), App. B: attention at 16 x 16
@@ -124,6 +125,7 @@ def load_checkpoint(
     path = Path(checkpoint)
     if not path.is_file():
         raise ValueError(f"`checkpoint` is {path}, which is not a file.")
+    check_archive(path)
     try:
         with warnings.catch_warnings():
             # torch 2.14 warns of the time that sparse tensors take; under `-W error` that would

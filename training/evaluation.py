@@ -32,7 +32,7 @@ from ddim_schedulers.pipelines.bulk import SamplingJob, read_shard, sample_to_di
 from ddim_schedulers.pipelines.files import write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
-from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
+from ddim_schedulers.reading import DamagedFileError, check_saved, npz_names, read_npz
 from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.evaluation_config import (
@@ -116,6 +116,7 @@ class Evaluation:
             self.self_check = {n: self.real_images(n) for n in {t.n for t in config.tables}}
 
     def _load_pipeline(self) -> GenerationPipeline:
+        check_saved(self.config.pipeline)
         try:
             pipe = GenerationPipeline.from_pretrained(self.config.pipeline)
         except OSError as error:

@@ -7,7 +7,6 @@ at the index t, whose noise level moves while the schedule learns, so that it mu
 know alpha_bar).
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ddim_schedulers.betas import alpha_bar_before, explicit_betas
 from ddim_schedulers.likelihood import Predict, make_plan, variational_bound
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY
+from ddim_schedulers.reading import read_json
 from ddim_schedulers.training.checkpoints import to_json
 
 # 1 - alpha_bar_0 >= 1e-5 and alpha_bar_{T-1} >= 1e-5
@@ -170,11 +170,8 @@ def save_betas(schedule: LearnedBetas, config_file: Path) -> None:
         ValueError: if the file is not a scheduler's config, or has another number of timesteps.
     """
     betas = schedule.betas().detach()
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{config_file} is not a scheduler's config: {error}") from error
-    if not isinstance(config, dict) or "num_train_timesteps" not in config:
+    config = read_json(config_file)
+    if "num_train_timesteps" not in config:
         raise ValueError(f"{config_file} is not a scheduler's config")
     explicit_betas(betas.tolist(), config["num_train_timesteps"])
     config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}

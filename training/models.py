@@ -1,13 +1,13 @@
 """Which UNet is trained (a preset, a config file, or a trained one to go on from), and for what."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.reading import DamagedFileError, check_saved, read_json
 from ddim_schedulers.training.config import ProcessConfig
 
 # The networks of DDPM (arXiv:2006.11239), App. B, as the converted checkpoints configure them: no
@@ -120,6 +120,7 @@ def load_unet(
     Raises:
         ValueError: nothing there, class-conditional, or channels or size that do not fit.
     """
+    check_saved(path)
     is_pipeline = not Path(path).exists() or (Path(path) / "model_index.json").exists()
     try:
         unet = UNet2DModel.from_pretrained(path, subfolder="unet" if is_pipeline else None)
@@ -162,10 +163,10 @@ def _read_config(path: str) -> dict[str, Any]:
             "file"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model: {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        config = read_json(file)
+    except DamagedFileError as error:
+        raise ValueError(f"model: {error}") from error
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"model: {path} is not the config of a UNet2DModel")
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     known = set(inspect.signature(UNet2DModel.__init__).parameters)

@@ -35,7 +35,7 @@ beta_t. The loss is L + hybrid_lambda L_vlb, where the mean in L_vlb carries no 
 authors' code L_vlb is in bits per dimension and L_simple a plain mean.
 """
 
-import json
+import io
 import math
 from pathlib import Path
 
@@ -56,6 +56,7 @@ from ddim_schedulers.parameterization import (
     x0_coefficients,
 )
 from ddim_schedulers.process import Gaussian, gaussian_kl
+from ddim_schedulers.reading import read_json, read_npy, read_text
 from ddim_schedulers.sigmas import sigma_eta
 from ddim_schedulers.training.config import TrainingConfig
 
@@ -300,12 +301,12 @@ def read_vector(path: str) -> torch.Tensor:
     file = Path(path)
     try:
         if file.suffix == ".npy":
-            values = np.load(file, allow_pickle=False)
+            values = read_npy(file)
         elif file.suffix == ".json":
-            values = np.array(json.loads(file.read_text(encoding="utf-8")), dtype=np.float64)
+            values = np.array(read_json(file, list), dtype=np.float64)
         else:
-            values = np.loadtxt(file)
-    except (OSError, ValueError, TypeError) as error:
+            values = np.loadtxt(io.StringIO(read_text(file)))
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"gamma: cannot read a vector from {path}: {error}") from error
     return torch.from_numpy(np.atleast_1d(values).astype(np.float64))
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.reading import DamagedFileError, parse_json
 from ddim_schedulers.training.batches import Share
 from ddim_schedulers.training.config import TrainingConfig
 
@@ -197,23 +198,32 @@ class Records:
                 elif tracker.name == "wandb":
                     tracker.log_images(pictures, step=step)
 
+    def _lines(self) -> list[str]:
+        """The lines of `metrics.jsonl`; what is no text is not in them as it was, and not used."""
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps and training losses of all sessions, from `metrics.jsonl`."""
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        lines = [content for line in self._lines() if (content := _content(line)) is not None]
+        points = [(x["step"], x["loss"]) for x in lines if isinstance(x.get("loss"), int | float)]
         return [step for step, _ in points], [loss for _, loss in points]
 
     def rewind(self, step: int) -> None:
         """Drops what a session that died wrote after `step`, where this one begins."""
         if self.is_main and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_in(line) <= step]
+            kept = [
+                line
+                for line in self._lines()
+                if (content := _content(line)) is not None and content["step"] <= step
+            ]
             text = "".join(f"{line}\n" for line in kept)
             write_bytes(self.path, text.encode())
 
 
-def _step_in(line: str) -> float:
+def _content(line: str) -> dict[str, Any] | None:
+    """What a line says; None for one that was cut short by the end of a process, or changed."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a line cut short by the end of a process
-        return float("inf")
+        content: dict[str, Any] = parse_json(line, "metrics.jsonl")
+    except DamagedFileError:
+        return None
+    return content if type(content.get("step")) in (int, float) else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers.utils import logging
 
+from ddim_schedulers.reading import read_json
 from ddim_schedulers.training.config import COMPUTED_FROM, TrainingConfig
 from ddim_schedulers.training.objectives import bound_variance
 from ddim_schedulers.training.streams import held_out_of_stream
@@ -128,7 +129,7 @@ def _require_same_contents(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _require_same_network(trainer: "Trainer", folder: Path) -> None:
-    before = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    before = read_json(folder / "unet" / "config.json")
     now = json.loads(trainer.unet.to_json_string())
     changed = [
         f"{name} was {before[name]!r} and is {now[name]!r}"

@@ -20,6 +20,7 @@ from ddim_schedulers.pipelines.image_files import (
     decode,
     header_of,
 )
+from ddim_schedulers.reading import DamagedFileError, npz_names, read_npy, read_npz
 from ddim_schedulers.training.config import DataConfig
 from ddim_schedulers.training.fitting import Fit
 from ddim_schedulers.training.folders import IMAGE_SUFFIXES, find_images
@@ -363,17 +364,13 @@ def raw_row(value: dict[str, Any] | None) -> tuple[str, Any]:
 
 def _load_array(path: Path, key: str | None) -> np.ndarray:
     try:
-        loaded = np.load(
-            path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data: cannot read {path}: {error}") from error
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        if key is None and len(loaded.files) != 1:
-            raise ValueError(f"data: {path} holds {loaded.files}; choose one with array_key")
-        if key is not None and key not in loaded.files:
-            raise ValueError(f"array_key is {key!r}; {path} holds {loaded.files}")
-        array: np.ndarray = loaded[key or loaded.files[0]]
-        return array
+        if path.suffix.lower() == ".npy":
+            return read_npy(path, mapped=True)
+        names = npz_names(path)
+        if key is None and len(names) != 1:
+            raise ValueError(f"data: {path} holds {names}; choose one with array_key")
+        if key is not None and key not in names:
+            raise ValueError(f"array_key is {key!r}; {path} holds {names}")
+        return read_npz(path, [key or names[0]])[key or names[0]]
+    except DamagedFileError as error:
+        raise ValueError(f"data: {error}") from error

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.reading import check_saved
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Su
     Raises:
         ValueError: nothing there, or as `subject_of`.
     """
+    check_saved(pipeline)
     try:
         unet = UNet2DModel.from_pretrained(pipeline, subfolder="unet")
         config = MarkovianDDPMScheduler.load_config(pipeline, subfolder="scheduler")

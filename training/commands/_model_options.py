@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import os
 import re
 import reprlib
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ddim_schedulers.reading import DamagedFileError, check_saved, read_json
 from ddim_schedulers.training.config import DTYPES
 
 if TYPE_CHECKING:
@@ -239,15 +239,16 @@ def _check_place(place: str) -> None:
             "the Hub such as google/ddpm-cifar10-32."
         )
     index = folder / "model_index.json"
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not index.exists():
         raise ValueError(
             f"--pipeline {place!r} holds no model_index.json, so it is no folder that "
             "`save_pretrained` of a pipeline wrote."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--pipeline: {str(index)!r} cannot be read: {error}") from error
+        )
+    try:
+        check_saved(folder)
+        parts = read_json(index)
+    except DamagedFileError as error:
+        raise ValueError(f"--pipeline: {error}") from error
     for name, alone in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
         # the oldest repositories have their files beside the index
         if name not in parts or not ((folder / name).is_dir() or (folder / alone).is_file()):
