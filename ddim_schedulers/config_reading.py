@@ -164,10 +164,10 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
         return "CogVideoXDDIMScheduler"
     if "timestep_scaling" in config and "original_inference_steps" in config:
         return "LCMScheduler"
-    if "timestep_spacing" not in config:
+    if "beta_schedule" in config and "timestep_spacing" not in config:
         if "solver_order" in config:
             return "DPMSolverSinglestepScheduler"
-        if "beta_schedule" in config and "beta_start" not in config:
+        if "beta_start" not in config:
             return "UnCLIPScheduler"
     return None
 

@@ -1,8 +1,10 @@
 """A config of any diffusers class, of any year: the process is kept, or the config is refused."""
 
+import importlib.util
 import inspect
 import json
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -16,6 +18,13 @@ from ddim_schedulers import (
     betas,
     to_portable,
 )
+
+# tests are imported one by one (`importmode=importlib`)
+spec = importlib.util.spec_from_file_location(
+    "scheduler_vintages", Path(__file__).with_name("scheduler_vintages.py")
+)
+vintages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(vintages)
 
 CLASSES = (GeneralizedDDIMScheduler, MarkovianDDPMScheduler, GeneralizedDDIMInverseScheduler)
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -85,6 +94,8 @@ def _built(name, keys):
 
 def _forms(stock):
     """The ways in which a scheduler's config is handed on, the last with its defaults left out."""
+    # `to_json_string` writes the name into the config itself
+    unnamed = {k: v for k, v in stock.config.items() if k[0] != "_" or k == "_use_default_values"}
     written = json.loads(stock.to_json_string())
     defaults = inspect.signature(type(stock).__init__).parameters
     short = {
@@ -92,32 +103,36 @@ def _forms(stock):
         for k, v in written.items()
         if k.startswith("_") or k not in defaults or v != defaults[k].default
     }
-    return {**stock.config}, written, short
+    return unnamed, written, short
 
 
-@each_class
+def _check_kept(cls, name, stock, keys):
+    if len(stock.alphas_cumprod) <= 50 and name in ("LCMScheduler", "TCDScheduler"):
+        # all timesteps, or more: LCM's boundary condition acts at t = 0 (without a name, TCD is it)
+        with pytest.raises(ValueError, match="`original_inference_steps` is 50"):
+            cls.from_config({**stock.config})
+        return
+    built = [cls.from_config(form) for form in _forms(stock)]
+    for ours in built:
+        torch.testing.assert_close(
+            ours.alpha_bar, stock.alphas_cumprod.double(), msg=f"{name} {keys}", **CLOSE
+        )
+        assert ours.config.prediction_type == stock.config.get("prediction_type", "epsilon")
+        assert len(ours) == stock.config.num_train_timesteps
+        # one scheduler, one answer, whichever way its config came
+        for key in ("timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range"):
+            assert ours.config[key] == built[0].config[key], (key, keys)
+
+
 @pytest.mark.parametrize("name", DISCRETE)
-def test_alpha_bar_of_every_class_with_every_key_varied(cls, name):
+def test_alpha_bar_of_every_class_with_every_key_varied(name):
     seen = 0
     for keys in VARIED:
         stock = _built(name, keys)
         if stock is None:
             continue
-        if len(stock.alphas_cumprod) <= 50 and name in ("LCMScheduler", "TCDScheduler"):
-            if name == "LCMScheduler" or len(stock.alphas_cumprod) < 50:
-                with pytest.raises(ValueError, match="`original_inference_steps` is 50"):
-                    cls.from_config(stock.config)  # of 50 or fewer noise levels
-                continue
-        built = [cls.from_config(form) for form in (stock.config, *_forms(stock)[1:])]
-        for ours in built:
-            torch.testing.assert_close(
-                ours.alpha_bar, stock.alphas_cumprod.double(), msg=f"{name} {keys}", **CLOSE
-            )
-            assert ours.config.prediction_type == stock.config.get("prediction_type", "epsilon")
-            assert len(ours) == stock.config.num_train_timesteps
-            # one scheduler, one answer, whichever way its config came
-            for key in ("timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range"):
-                assert ours.config[key] == built[0].config[key], (key, keys)
+        for cls in CLASSES:
+            _check_kept(cls, name, stock, keys)
         seen += 1
     assert seen >= 5 and _built(name, VARIED[0]) is not None
 
@@ -131,6 +146,31 @@ def test_another_process_is_refused(cls, name):
     for form in (*_forms(stock), named, {**named, **betas_of_another}):
         with pytest.raises(ValueError, match="no betas of its own|predicts a flow"):
             cls.from_config(form)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in vintages.CONFIGS if name not in vintages.REFUSED]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_configs_of_published_repositories(name):
+    stock = vintages.stock_of(name)
+    for cls in CLASSES:
+        ours = cls.from_config(vintages.config_of(name))
+        torch.testing.assert_close(ours.alpha_bar, stock.alphas_cumprod.double(), **CLOSE)
+        assert ours.config.prediction_type == stock.config.get("prediction_type", "epsilon")
+        if type(stock).__name__ in (*vintages.SOLVERS, "RePaintScheduler"):
+            continue  # their own way along the process
+        stock.set_timesteps(10)
+        ours.set_timesteps(10)
+        assert sorted(ours.timesteps.tolist()) == sorted(stock.timesteps.tolist())
+
+
+@each_class
+@pytest.mark.parametrize("name", vintages.REFUSED)
+def test_configs_of_another_process(cls, name):
+    with pytest.raises(ValueError, match=vintages.REFUSED[name]):
+        cls.from_config(vintages.config_of(name))
 
 
 @each_class

@@ -12,12 +12,14 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.training import cli, hub
+from ddim_schedulers.training.cards import render
 
 # huggingface_hub hands the open file to its HTTP library by an old name (huggingface_hub 2.4,
 # `_upload_single_part`)
@@ -140,6 +142,19 @@ def test_a_card_of_ones_own_keeps_its_text_and_gets_the_section_once(server, fol
     (folder / "README.md").write_text("no metadata\n")
     hub.push_pipeline(folder, REPO)
     assert server.repos[REPO].files()["README.md"].startswith(b"---\nlibrary_name: diffusers")
+
+
+@pytest.mark.parametrize(("steps", "said"), [(100, 1), (1000, 0)])
+def test_a_card_says_what_of_the_data_is_left_at_the_last_timestep(steps, said):
+    export = SimpleNamespace(
+        files={"model_index.json": b'{"_class_name": "DDPMPipeline"}'},
+        schedulers={"scheduler": MarkovianDDPMScheduler(num_train_timesteps=steps)},
+        notes=[],
+    )
+    for form in ("portable", "plug-in", "self-contained"):
+        text = render(export, "someone/model", form)
+        assert text.count("alpha_bar at the last of 100 timesteps is 0.364") == said
+        assert text.count("Mind:") == said
 
 
 PASSING = {

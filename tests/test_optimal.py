@@ -155,6 +155,48 @@ def test_late_noise_is_capped_in_sampling_of_pixels_only():
     assert two[:-2] == free[:-2] and two[-1] == free[-1] == 0.0
     cosine = stds(eta=1.0, beta_schedule="squaredcos_cap_v2")
     assert cosine[-2] == pytest.approx(late_noise_cap(1.0), rel=1e-6)
+    # the cap follows the process and the member, not how they are spelt
+    linear = make_betas("linear", 1000)
+    spelt = {"trained_betas": linear.tolist()}, {"trained_betas": linear.float().tolist()}
+    for betas in spelt:
+        assert stds(eta=1.0, **betas)[-2] == pytest.approx(two[-2], rel=1e-6)
+        assert stds(eta=0.0, **betas)[-2] == pytest.approx(one[-2], rel=1e-6)
+    betas = make_betas("squaredcos_cap_v2", 1000).tolist()
+    assert stds(eta=1.0, trained_betas=betas)[-2] == pytest.approx(cosine[-2], rel=1e-6)
+    plain = GeneralizedDDIMScheduler(timestep_spacing="linspace")
+    plain.set_timesteps(10)
+    alpha_bar = torch.cat([plain.alpha_bar[plain.timesteps], torch.ones(1, dtype=torch.float64)])
+    sigma = sigma_eta(alpha_bar[:-1], alpha_bar[1:], 1.0).tolist()
+    assert stds(sigma=sigma)[-2] == pytest.approx(two[-2], rel=1e-6)
+    assert stds(sigma=[0.9 * s for s in sigma])[-2] == pytest.approx(one[-2], rel=1e-6)
+    assert GeneralizedDDIMScheduler.from_config(plain.config).config.late_noise_cap is None
+
+
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MarkovianDDPMScheduler])
+def test_late_noise_cap_is_a_setting(cls):
+    chosen = (
+        {"eta": 1.0, "reverse_variance": "optimal"}
+        if cls is GeneralizedDDIMScheduler
+        else {"variance_type": "optimal"}
+    )
+    for clips in (True, False):
+        for pixels in (0.5, 1, 3.0):
+            scheduler = cls(
+                timestep_spacing="linspace",
+                calibration=_calibration(c=1.0),
+                clip_sample=clips,
+                late_noise_cap=pixels,
+                **chosen,
+            )
+            scheduler = cls.from_config(scheduler.config)
+            scheduler.set_timesteps(10)
+            x, t = torch.zeros(1, 1, 1, 1), int(scheduler.timesteps[-2])
+            noises = [torch.full_like(x, z) for z in (0.0, 1.0)]
+            ends = [scheduler.step(x, t, x, variance_noise=z).prev_sample for z in noises]
+            assert float(ends[1] - ends[0]) == pytest.approx(late_noise_cap(pixels), rel=1e-6)
+    for wrong in (0, -1.0, math.inf, math.nan, "1", True):
+        with pytest.raises(ValueError, match="`late_noise_cap` is "):
+            cls(late_noise_cap=wrong)
 
 
 def test_explicit_sigma_goes_with_the_optimal_noise():

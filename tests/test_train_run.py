@@ -1,6 +1,7 @@
 """A run on one process: exact resume, steps that are not finite, read-backs, averaging, options."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -676,6 +677,22 @@ def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypat
     config = settings("a", checkpoint_every=4, max_train_steps=12, resume="latest")
     with pytest.raises(CheckpointError, match="the disk is full; the last good checkpoint is .*10"):
         run(config)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(100, 1), (1000, 0)])
+def test_a_process_that_does_not_end_in_noise_is_spoken_of_once(settings, steps, said):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("ddim_schedulers.training.trainer")
+    logger.addHandler(handler)
+    try:
+        run(settings("a", num_train_timesteps=steps, max_train_steps=1))
+    finally:
+        logger.removeHandler(handler)
+    found = [r.getMessage() for r in records if "sampling starts from N(0, I)" in r.getMessage()]
+    assert len(found) == said
+    assert all("alpha_bar at the last of 100 timesteps is 0.364" in text for text in found)
 
 
 def test_dry_run_reports_and_writes_nothing(settings, tmp_path, capsys):

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ddim_schedulers.betas import terminal_signal
 from ddim_schedulers.export import INDEX, Export
 from ddim_schedulers.reading import parse_json, read_text
 
@@ -78,6 +79,9 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
         "schedulers": {name: type(s).__name__ for name, s in export.schedulers.items()},
         "code": [path for path in export.files if path.endswith(".py")],
         "notes": export.notes,
+        "warnings": sorted(
+            {terminal_signal(s.alpha_bar) for s in export.schedulers.values()} - {None}
+        ),
     }
     template = resources.files("ddim_schedulers.model_cards").joinpath("template.md")
     card = ModelCard.from_template(

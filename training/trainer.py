@@ -18,6 +18,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 from torch import Tensor
 
+from ddim_schedulers.betas import terminal_signal
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training import checkpoints, saving
 from ddim_schedulers.training.averaging import AveragedUNet
@@ -88,6 +89,9 @@ class Trainer:
             saving.restore(self, self.start_from)
         if self.data.skipped and self.accelerator.is_main_process:
             logger.warning(describe_left_out(self.data.skipped))
+        wrong = terminal_signal(self.scheduler.alpha_bar)
+        if wrong is not None and self.accelerator.is_main_process:
+            logger.warning(wrong)
 
     def _build(self) -> None:
         config = self.config
