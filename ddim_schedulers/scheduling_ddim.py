@@ -31,7 +31,9 @@ ANY_MEMBER = ("sigma", "optimal")
 FEW_STEPS = {"solver_order": 2, "solver_corrector": True, "timestep_spacing": "trailing"}
 
 
-class GeneralizedDDIMScheduler(FamilySchedulerMixin, DDIMScheduler, SchedulerMixin, ConfigMixin):
+class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes by a first None
+    FamilySchedulerMixin, DDIMScheduler, SchedulerMixin, ConfigMixin
+):
     """Drop-in for `DDIMScheduler`: any member of the family, any trajectory, the exact neighbour.
 
     One step is DDIM, Eq. 12, to the next planned timestep s of the trajectory, whatever its

@@ -17,7 +17,7 @@ from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, fold
 from .transition import transition
 
 
-class GeneralizedDDIMInverseScheduler(
+class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attributes by a first None
     FamilySchedulerMixin, DDIMInverseScheduler, SchedulerMixin, ConfigMixin
 ):
     """Drop-in for `DDIMInverseScheduler`: the deterministic member run backwards.
@@ -198,7 +198,7 @@ class GeneralizedDDIMInverseScheduler(
             table = self._keep(key, made)
         return table
 
-    def step(
+    def step(  # type: ignore[override]  # stock has a second class of this name
         self,
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,

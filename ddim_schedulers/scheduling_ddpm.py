@@ -22,7 +22,9 @@ VARIANCE_TYPES = (
 )
 
 
-class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin, ConfigMixin):
+class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by a first None
+    FamilySchedulerMixin, DDPMScheduler, SchedulerMixin, ConfigMixin
+):
     """Drop-in for `DDPMScheduler`: the Markovian member eta = 1, on any trajectory.
 
     One step draws from N(mu_tilde(x_t, x0_hat), std^2 I), DDPM, Eq. 6-7 and Algorithm 2, of the
@@ -99,7 +101,7 @@ class MarkovianDDPMScheduler(FamilySchedulerMixin, DDPMScheduler, SchedulerMixin
         self._check_variance_type()
 
     @property
-    def variance_type(self) -> str:
+    def variance_type(self) -> str:  # type: ignore[override]
         """The config's `variance_type`, under stock's attribute name."""
         return self.config.variance_type
 
