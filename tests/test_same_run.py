@@ -148,6 +148,23 @@ def test_a_run_from_before_goes_on_with_a_warning(settings, warned, tmp_path):
     train(settings(data=str(tmp_path / "moved"), output_dir=str(tmp_path / "other")))
 
 
+def test_a_run_from_before_on_a_folder_of_splits_goes_on_with_all(settings, warned, tmp_path):
+    for number in range(3):
+        picture(tmp_path / "split" / "train" / f"{number}.png", number)
+        picture(tmp_path / "split" / "test" / f"{number}.png", 9 + number)
+    data = str(tmp_path / "split")
+    train(settings(data=data, split="all"))
+
+    def before(state):
+        del state["contents"]
+        state["config"]["split"] = "train"  # which was read as nothing
+
+    change_state(settings(), before)
+    with pytest.raises(ValueError, match=r"split train of test, train; split 'all' reads all"):
+        Trainer(settings(data=data))
+    assert Trainer(settings(data=data, split="all")).step == 1
+
+
 def test_a_run_says_what_it_found_and_writes_it_down(settings, tmp_path, capsys):
     (tmp_path / "images" / "labels.txt").write_text("")
     train(settings())

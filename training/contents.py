@@ -53,7 +53,7 @@ def _bytes_of(raw: Any, limit: int | None) -> Any:
             return file.read() if limit is None else file.read(limit)
     if raw is None:
         return b""
-    data = memoryview(np.ascontiguousarray(raw)).cast("B") if isinstance(raw, np.ndarray) else raw
+    data = np.ascontiguousarray(raw).tobytes() if isinstance(raw, np.ndarray) else raw
     return data if limit is None else data[:limit]
 
 

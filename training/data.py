@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ddim_schedulers.pipelines.image_files import BadImageError, Header
+from ddim_schedulers.pipelines.image_files import BadImageError, Fit, Header
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
-from ddim_schedulers.training.fitting import Fit, check_fit, fit_image
+from ddim_schedulers.training.fitting import check_fit, fit_image
 from ddim_schedulers.training.inventory import Inventory, listed
 from ddim_schedulers.training.sources import ArraySource, ImageSource, open_source
 

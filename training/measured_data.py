@@ -65,11 +65,13 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
 
     size = subject.unet.config.sample_size
     own = args.image_size if args.image_size is not None else size if type(size) is int else None
+    if args.data == "digits" and args.split != "train":
+        raise ValueError(f"--split is {args.split!r}; the digits are divided by --part")
     if args.data == "digits" and own in (None, 8):
         data = digits(args.part)
     else:
-        names = ("data", "data_config", "split", "image_column", "array_key", "fit", "image_mode")
-        names += ("background", "max_image_pixels")
+        names = ["data", "data_config", "split", "image_column", "array_key", "fit", "image_mode"]
+        names += ["background", "max_image_pixels"]
         settings = {name: getattr(args, name) for name in names}
         config = TrainingConfig(
             **settings, image_size=own, value_range=args.value_range, validation_fraction=0.0

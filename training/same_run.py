@@ -41,8 +41,11 @@ def require_same_run(trainer: "Trainer", state: dict[str, Any], folder: Path) ->
         ValueError: something that changes what is computed is not as it was.
     """
     now, before = trainer.contents, state.get("contents", {})
-    _require_same_settings(trainer.config, state["config"], _same_files(now, before))
-    _require_same_data(describe_data(trainer), state["data"])
+    same_files = _same_files(now, before)
+    if "data" not in before and trainer.config.split == "all":
+        same_files.add("split")  # older versions read a folder of splits whole
+    _require_same_settings(trainer.config, state["config"], same_files)
+    _require_same_data(describe_data(trainer), state["data"], trainer.data.source.understood)
     _require_same_contents(now, before)
     _require_same_network(trainer, folder)
     if not trainer.accelerator.is_main_process:
@@ -105,11 +108,12 @@ def _trained_variance(settings: dict[str, Any]) -> str | None:
     return variance if variance == "learned_range" or settings["loss"] == "vlb" else None
 
 
-def _require_same_data(now: dict[str, Any], before: dict[str, Any]) -> None:
+def _require_same_data(now: dict[str, Any], before: dict[str, Any], understood: str) -> None:
     if now != before:
+        read = f" ({understood}; split 'all' reads all)" if understood.startswith("split") else ""
         raise ValueError(
-            f"the checkpoint is of a run on other data: they were {before} and are {now}; bring "
-            "the images back, or start a new run (from_pretrained takes its weights)"
+            f"the checkpoint is of a run on other data: they were {before} and are {now}{read}; "
+            "bring the images back, or start a new run (from_pretrained takes its weights)"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ddim_schedulers.pipelines.image_files import (
+    Fit,
     Header,
     Reading,
     decode,
@@ -22,7 +23,6 @@ from ddim_schedulers.pipelines.image_files import (
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npy, read_npz
 from ddim_schedulers.training.config import DataConfig
-from ddim_schedulers.training.fitting import Fit
 from ddim_schedulers.training.folders import IMAGE_SUFFIXES, find_images
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})

@@ -15,11 +15,17 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from ddim_schedulers.pipelines.image_files import BadImageError, Reading, decode, header_of
+from ddim_schedulers.pipelines.image_files import (
+    BadImageError,
+    Fit,
+    Reading,
+    decode,
+    header_of,
+)
 from ddim_schedulers.training.batches import Batch, Draws, Share, derive_seed
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.data import ImageData, checked
-from ddim_schedulers.training.fitting import Fit, check_fit
+from ddim_schedulers.training.fitting import check_fit
 from ddim_schedulers.training.sources import (
     find_image_column,
     load_table,

@@ -73,7 +73,7 @@ def main(side: int) -> int:
             folder.mkdir()
             make(folder / f"a.{suffix}", mode, side)
             command = [sys.executable, __file__, "--child", str(folder), json.dumps(settings)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(out.splitlines()[-1])
             decoded = each * side**2
             ratio = result["grown"] / decoded
