@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -211,6 +212,45 @@ for verb in {[[], *([verb] for verb in cli.VERBS)]!r}:
 """
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["--help"], 0), (["--version"], 0), ([], None), (["nonsense"], 2), (["--nonsense"], 2)],
+)
+def test_the_console_script_reads_the_command_line_before_it_imports(words, status, tmp_path):
+    """In a process of its own; the file is the one that `pyproject.toml` names as the script."""
+    root = Path(__file__).parents[1]
+    assert 'ddim-schedulers = "ddim_schedulers_cli:main"' in (root / "pyproject.toml").read_text()
+    code = f"""
+import sys
+sys.path.insert(0, {str(root)!r})
+sys.argv[1:] = {words!r}
+import ddim_schedulers_cli
+try:
+    status = ddim_schedulers_cli.main()
+except SystemExit as stop:
+    status = stop.code
+heavy = {{"torch", "numpy", "diffusers", "ddim_schedulers"}} & set(sys.modules)
+print("LEFT", status, sorted(heavy))
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, found, heavy = done.stdout.splitlines()[-1].split(" ", 2)
+    assert heavy == "[]" and (status is None or found == str(status))
+    assert "ddim-schedulers" in done.stdout + done.stderr
+
+
+def test_the_console_script_runs_a_verb(tmp_path):
+    script = Path(__file__).parents[1] / "ddim_schedulers_cli.py"
+    for words, status, said in (
+        (["push", "--help"], 0, "usage: ddim-schedulers push"),
+        (["push", "--pipeline", "nowhere", "--repo_id", "a/b"], None, "nowhere"),
+    ):
+        command = [sys.executable, str(script), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert said in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == status or (status is None and done.returncode > 0)
 
 
 def test_module_form(tmp_path):

@@ -1,5 +1,8 @@
 """The `ddim-schedulers` command line: finds the verb, runs it, reports bad input in one line.
 
+This module imports nothing of the package by itself: the console script runs its file alone
+(`ddim_schedulers_cli`), so that `--help` needs no torch.
+
 A verb is a module `ddim_schedulers.training.commands.<verb>`, imported only when it is chosen. It
 defines
 
@@ -10,11 +13,10 @@ defines
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import sys
 import traceback
-
-from ddim_schedulers import __version__
 
 PROG = "ddim-schedulers"
 TRACEBACK_VARIABLE = "DDIM_SCHEDULERS_TRACEBACK"
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument("--version", action="version", version=f"{PROG} {_version()}")
     parser.add_argument(
         "--traceback",
         action="store_true",
@@ -107,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("verb", metavar="VERB", choices=tuple(VERBS), help="what to do, see below")
     return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(PROG)
+    except importlib.metadata.PackageNotFoundError:  # a clone that nobody installed
+        from ddim_schedulers import __version__
+
+        return __version__
 
 
 def _run(verb: str, argv: list[str]) -> int:
