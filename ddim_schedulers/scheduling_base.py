@@ -567,7 +567,12 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         expected, why = tuple(sample.shape), ""
         if learned is not None:
             expected = (expected[0], 2 * expected[1], *expected[2:])
-            why = f", twice the channels because the variance is {learned!r}"
+            own = self._get_init_keys(type(self))  # type: ignore[attr-defined]
+            key = "variance_type" if "variance_type" in own else "reverse_variance"
+            why = (
+                f", twice the channels because `{key}` is {learned!r}; set another where the "
+                "variance has been split off"
+            )
         elif has_half:
             why = (
                 "; if the network predicts a variance in the second half of its channels, pass "
