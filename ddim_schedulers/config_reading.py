@@ -7,6 +7,7 @@ the process (Karras sigmas, orders, correctors) stays in the config as a hidden 
 """
 
 import inspect
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,9 +87,10 @@ def read_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
             process open.
     """
     read = with_new_names(config)
-    if type(read.get("timesteps")) is int:  # T in diffusers 0.0; ours is a list, the trajectory
-        _replace(read, "timesteps", "num_train_timesteps", read["timesteps"])
     name = _class_of(read)
+    if name not in (None, *OUR_CLASSES) and type(read.get("timesteps")) is int:
+        # T in diffusers 0.0; in our configs a list, the trajectory
+        _replace(read, "timesteps", "num_train_timesteps", read["timesteps"])
     _check_process({**read, **overrides}, name)
     if name in NEVER_CLIP:
         read |= {"clip_sample": False, "thresholding": False}
@@ -264,22 +266,29 @@ def _at_its_timesteps(
             return config
         # of an earlier scheduler; this one did not pick its timesteps from those
         return {k: v for k, v in config.items() if k != "original_inference_steps"}
-    asked = {**defaults, **config, **overrides}
+    if name == "LCMScheduler":
+        _check_boundary({**defaults, **config, **overrides})
+    return {**config, "timestep_spacing": "trailing"}
+
+
+def _check_boundary(asked: Mapping[str, Any]) -> None:
+    """Refuse a consistency model whose boundary condition acts at its timesteps."""
     steps, scaling = asked.get("original_inference_steps"), asked.get("timestep_scaling")
     big_t = asked.get("num_train_timesteps")
-    if not isinstance(scaling, int | float):
-        raise ValueError(f"`timestep_scaling` is {scaling!r}; it must be a number.")
-    if name == "LCMScheduler" and all(type(n) is int and n > 0 for n in (steps, big_t)):
+    if not isinstance(scaling, int | float) or not 0 < scaling < 1e9:
+        shown = reprlib.repr(scaling)
+        raise ValueError(f"`timestep_scaling` is {shown}; it must lie between 0 and 1e9.")
+    # what is no number of steps is refused by the constructor
+    if isinstance(steps, int) and isinstance(big_t, int) and steps > 0:
         first = (big_t // steps - 1) * scaling
         boundary = 0.25 / (first**2 + 0.25)  # c_skip, arXiv:2310.04378, with sigma_data = 0.5
         if boundary > MAX_BOUNDARY:
             raise ValueError(
                 f"`timestep_scaling` is {scaling!r} and `original_inference_steps` is {steps}: at "
-                f"the first of its timesteps the boundary condition of a consistency model makes "
+                "the first of its timesteps the boundary condition of a consistency model makes "
                 f"{boundary:.2g} of x_0 out of x_t itself, which no member of the family does; at "
                 f"most {MAX_BOUNDARY} can be left out."
             )
-    return {**config, "timestep_spacing": "trailing"}
 
 
 def _without_null(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ NEUTRAL = {
     "eta": (None, 0.0),
     "sigma": (None,),
     "timesteps": (None,),
+    "original_inference_steps": (None,),
     "reverse_variance": (None, "sigma"),
     "solver_order": (None, 1),
 }

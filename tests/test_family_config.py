@@ -241,6 +241,9 @@ def test_old_spellings(cls):
     assert ours.config.clip_sample is False and ours.config.prediction_type == "sample"
     assert cls.from_config({**old, "predict_epsilon": True}).config.prediction_type == "epsilon"
     assert cls.from_config({**old, "predict_epsilon": None}).config.prediction_type == "epsilon"
+    for own in ({"_class_name": cls.__name__}, {}):  # there it is no trajectory
+        with pytest.raises(ValueError, match="`timesteps` is 500"):
+            cls.from_config({**own, "beta_schedule": "linear", "timesteps": 500})
     for contradiction in (
         {"predict_epsilon": True, "prediction_type": "v_prediction"},
         {"clip_predicted_image": True, "clip_sample": False},
@@ -350,6 +353,11 @@ def test_a_distilled_network_is_asked_where_it_was_trained(name, steps):
 
 
 def test_a_boundary_that_acts_is_refused():
+    for wrong in (None, "10", 0, -1.0, 10**400, float("nan")):
+        named = {"_class_name": "LCMScheduler", "timestep_scaling": wrong}
+        with pytest.raises(ValueError, match="`timestep_scaling` is "):
+            GeneralizedDDIMScheduler.from_config(named)
+        GeneralizedDDIMScheduler.from_config({**named, "_class_name": "TCDScheduler"})  # no use
     for keys in ({"timestep_scaling": 1.0}, {"original_inference_steps": 1000}):
         stock = diffusers.LCMScheduler(**keys)
         for form in _forms(stock):
