@@ -34,6 +34,7 @@ class UnconditionalPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"  # type: ignore[assignment]
     accepted_schedulers: tuple[type, ...] = SINGLE_STEP
+    _warns_of_clipping = True  # whoever calls many times adds the shares up and says it once
     unet: Network
     scheduler: Scheduler
 
@@ -175,8 +176,9 @@ class UnconditionalPipeline(DiffusionPipeline):
         return latents.to(self.state_dtype)
 
     def sibling(self, cls: type[P], **components: object) -> P:
-        """Return a `cls` on the same components, with this one's progress bar settings."""
+        """Return a `cls` on the same components, with this one's progress bar and warnings."""
         other = cls(**{**self.components, **components})
+        other._warns_of_clipping = self._warns_of_clipping
         other.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         return other
 

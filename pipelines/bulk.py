@@ -165,7 +165,7 @@ def sample_to_directory(
     if job.file_format == "png":
         check_pil_channels(pipe.image_shape[0])
     # before the settings are written, with which a corrected call would have to agree
-    plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
+    steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     folder = Path(output)
     check_folders(folder, FOLDERS[job.file_format], "`output`")
@@ -178,12 +178,13 @@ def sample_to_directory(
     _compare(folder / SETTINGS, settings)
     written = present = sampled = 0
     clipped: list[tuple[float, int]] = []
-    with pipe.progress_bar(total=len(files.chunks[rank::world_size])) as bar:
+    with pipe.progress_bar(total=steps * len(files.chunks[rank::world_size])) as bar:
+        bar.set_description(f"{job.num_images} images, steps")
         for start, stop in files.chunks[rank::world_size]:
             missing = files.missing(start, stop)
             if missing:
                 sampled += stop - start
-                images, share = _sample(pipe, job, start, stop)
+                images, share = _sample(pipe, job, start, stop, bar)
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
                     # not before there are images: a job whose samples fail binds no corrected call
@@ -191,8 +192,8 @@ def sample_to_directory(
                 files.write(start, images, missing)
             written += len(missing)
             present += len(files.names(start, stop)) - len(missing)
-            bar.update()
-    if clipped:  # every image counts as many values
+            bar.update(0 if missing else steps)
+    if clipped and pipe._warns_of_clipping:  # every image counts as many values
         total = sum(count for _, count in clipped)
         warn_of_clipping(sum(s * count for s, count in clipped) / total, pipe.scheduler.config)
     files.tell_of_damage()
@@ -349,15 +350,19 @@ def _is_whole_png(path: Path) -> bool:
 
 
 def _sample(
-    pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int
+    pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int, bar: Any
 ) -> tuple[np.ndarray, float | None]:
     """Return the images of a chunk, and the share of their values that was clipped."""
+
+    def advance(*_: object) -> None:
+        bar.update()
+
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
     # a compiled network would compile again for a smaller last batch: it makes images too many
     full = is_compiled(pipe.unet) and job.num_images > job.batch_size
     end = start + job.batch_size if full else stop
-    pipe._warns_of_clipping = False
+    warns, pipe._warns_of_clipping = pipe._warns_of_clipping, False
     try:
         output: Any = pipe(
             seeds=range(job.seed + start, job.seed + end),
@@ -366,10 +371,11 @@ def _sample(
             timesteps=job.timesteps,
             eta=job.eta,
             use_clipped_model_output=job.use_clipped_model_output,
+            callback_on_step_end=advance,
             output_type="latent",
         )
     finally:
-        pipe._warns_of_clipping = True
+        pipe._warns_of_clipping = warns
         pipe.set_progress_bar_config(**quiet)
     return to_uint8(output.images[: stop - start]), output.clipped_share
 

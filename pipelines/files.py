@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +15,8 @@ from PIL import Image
 def check_folders(folder: Path, inner: str, name: str) -> None:
     """Check that a folder and one in it are there, or can be made, and take files.
 
-    Nothing is made, so that a call that fails later leaves no empty folder.
+    It is tried with a file that has no name, where the folder will be. Nothing is made, so that a
+    call that fails later leaves no empty folder.
 
     Args:
         folder: the outer folder.
@@ -33,8 +35,12 @@ def check_folders(folder: Path, inner: str, name: str) -> None:
         elif not os.access(there, os.W_OK | os.X_OK):
             problem = f"nothing can be written to {str(there)!r}"
         else:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(bytes(4096))  # a block, which a full disk does not have
             return
-    except (OSError, ValueError) as error:  # a name too long, or one with a null byte
+    except OSError as error:  # a name too long, no space, a disk that is read-only
+        problem = f"nothing can be written to {str(there)!r} ({error.strerror})"
+    except ValueError as error:  # a null byte
         problem = str(error)
     raise ValueError(f"{name} is {str(folder)!r}: {problem}.")
 

@@ -94,7 +94,6 @@ class GenerationPipeline(UnconditionalPipeline):
     """Samples images with any scheduler of the family, or a stock multistep one."""
 
     accepted_schedulers = SINGLE_STEP + MULTISTEP
-    _warns_of_clipping = True  # whoever calls many times adds the shares up and says it once
     _callback_tensor_inputs = ("latents", "model_output", "pred_original_sample")
 
     @torch.no_grad()

@@ -243,7 +243,7 @@ class InversionPipeline(UnconditionalPipeline):
         config = self.scheduler.config
         clipping = [k for k in ("clip_sample", "thresholding") if config.get(k)]
         if clipping:
-            logger.warning(
+            logger.info(  # so are most pipelines: nothing to be alarmed about
                 f"{' and '.join(clipping)} is on in the scheduler's config; InversionPipeline "
                 "encodes and decodes with it off, because a clipped step has no inverse."
             )

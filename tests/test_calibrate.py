@@ -12,6 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers.export import export_folder
 from ddim_schedulers.likelihood import make_plan, variational_bound
 from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.reading import safetensors_header
@@ -392,6 +393,37 @@ def test_the_fine_trajectory_is_the_ode_whatever_the_config_samples_with(member)
     assert other == plain
 
 
+def test_a_calibration_is_undone_and_written_elsewhere(pipeline, tmp_path, capsys):
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    words = ["calibrate", "--pipeline", str(pipeline), "--cpu", "--num_images", "2"]
+    likelihood, fine = (
+        ["--data", "digits"],
+        ["--objective", "trajectory", "--trajectory-steps", "6"],
+    )
+    history = [file.read_bytes()]
+    assert main([*words[:3], "--undo"]) == 2
+    assert "no earlier config is kept" in capsys.readouterr().err
+    assert main([*words, *fine, "--output", str(tmp_path / "else" / "where")]) == 0
+    assert main([*words, *fine, "--output", str(tmp_path / "one.json")]) == 0
+    assert file.read_bytes() == history[0] and len(list(file.parent.iterdir())) == 1
+    for written in (tmp_path / "else" / "where" / file.name, tmp_path / "one.json"):
+        config = json.loads(written.read_text())
+        kept = GeneralizedDDIMScheduler.from_config(config).config
+        assert "trajectory" in kept.calibration and kept.num_train_timesteps == STEPS
+    for measured in (likelihood, fine, fine):
+        assert main([*words, *measured]) == 0
+        history.append(file.read_bytes())
+    assert history[3] == history[2]  # the same again replaces nothing
+    kept = sorted(path.name for path in file.parent.iterdir())
+    assert kept == [file.name, f"{file.name}.1.bak", f"{file.name}.2.bak"]
+    assert not [name for name in export_folder(pipeline).files if name.endswith(".bak")]
+    for before in (history[1], history[0]):
+        assert main([*words[:3], "--undo"]) == 0
+        assert file.read_bytes() == before
+    assert main([*words[:3], "--undo"]) == 2
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
 def test_a_trajectory_alone_leaves_the_likelihood_as_it_was(pipeline, tmp_path, capsys):
     words = ["--pipeline", str(pipeline), "--cpu", "--num_images", "2"]
     measure = ["likelihood", *words, "--data", "digits", "--steps", "3", "--output_dir"]
@@ -439,7 +471,7 @@ def test_what_cannot_be_measured_is_refused(make, message):
     "command, message",
     [
         (["calibrate", "--num_images", "9999"], "num_images"),
-        (["calibrate", "--output", "nowhere"], "output"),
+        (["calibrate", "--undo"], "--undo measures nothing"),
         (["likelihood", "--output_dir", "o", "--eta", "0"], "infinite"),
         (["likelihood", "--output_dir", "o", "--bins", "256"], "equally spaced"),
         (["likelihood", "--output_dir", "o", "--trajectories", "optimal"], "calibrat"),

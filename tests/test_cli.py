@@ -1,5 +1,7 @@
 """The command line: what it lists, what it imports, and how it fails."""
 
+import argparse
+import errno
 import importlib.metadata
 import os
 import pkgutil
@@ -10,9 +12,11 @@ import types
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import ddim_schedulers.training.commands
-from ddim_schedulers.training import cli
+from ddim_schedulers.training import cli, parsing
+from ddim_schedulers.training.flags import spelled
 
 FAKE = "fake"
 
@@ -81,10 +85,11 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: VERB"),
         (["nonsense"], "invalid choice: 'nonsense'"),
-        (["--trace", FAKE], "unrecognized arguments: --trace"),
-        ([FAKE, "--cou", "3"], "unrecognized arguments: --cou 3"),
+        (["--trace", FAKE], "unknown flag --trace; did you mean --traceback?"),
+        ([FAKE, "--cou", "3"], "unknown flag --cou; did you mean --count?"),
+        ([FAKE, "--cuont=3"], "unknown flag --cuont; did you mean --count?"),
+        ([FAKE, "extra"], "unrecognized arguments: extra"),
     ],
 )
 def test_wrong_arguments_exit_with_2(argv, message, monkeypatch, capsys):
@@ -93,6 +98,66 @@ def test_wrong_arguments_exit_with_2(argv, message, monkeypatch, capsys):
         cli.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_arguments_print_the_help(capsys, monkeypatch):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in cli.VERBS)
+    asked = []
+    fake_verb(monkeypatch, lambda args: asked.append(args) or 0)
+    assert cli.main([FAKE]) == 0 and asked  # nothing is required: it runs
+    fake_verb(monkeypatch, None, lambda parser: parser.add_argument("--count", required=True))
+    assert cli.main([FAKE]) == 2
+    assert "--count" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train"])
+    assert stop.value.code == 0 and "--max_train_steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_dashes_and_underscores_are_as_good_in_every_verb(verb, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    flags = set(re.findall(r"(?<!\S)--[\w-]+", capsys.readouterr().out))
+    module = sys.modules[f"ddim_schedulers.training.commands.{verb}"]
+    if verb in cli.OWN_PARSER:
+        parser = parsing._parser(verb)
+    else:
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    assert own and flags & set(own)
+    for flag in own:
+        for other in (flag.replace("_", "-"), "--" + flag[2:].replace("-", "_")):
+            (word,) = spelled(parser, [f"{other}=1"])
+            action = parser._option_string_actions[word.partition("=")[0]]
+            assert action is parser._option_string_actions[flag] and word.endswith("=1")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        spelled(argparse.ArgumentParser(), ["--pipline"])
+    assert spelled(parser, ["--", "--no-such"]) == ["--", "--no-such"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b.png"),
+            "No space left on device: 'a/b.png'",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "Permission denied: 'x'"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "Is a directory: 'x'"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", b"x"), "File name too long: 'x'"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (OSError("of a library,\nin two lines"), "of a library, in two lines"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), os.strerror(28)),
+    ],
+)
+def test_an_error_of_the_operating_system_is_one_sentence(error, said, monkeypatch, capsys):
+    fake_verb(monkeypatch, raises(error))
+    assert cli.main([FAKE]) == 1
+    assert capsys.readouterr().err == f"ddim-schedulers fake: error: {said}\n"
 
 
 def test_arguments_reach_the_verb_and_its_exit_code_comes_back(monkeypatch):
@@ -199,7 +264,10 @@ def test_known_modules_are_those_of_the_extra():
 def test_help_and_argument_errors_import_no_extra(tmp_path):
     code = f"""
 import sys
-from ddim_schedulers.training import cli
+from safetensors import SafetensorError
+
+from ddim_schedulers.training import cli, parsing
+from ddim_schedulers.training.flags import spelled
 for verb in {[[], *([verb] for verb in cli.VERBS)]!r}:
     for argument, expected in (("--help", 0), ("--nonsense", 2)):
         try:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from ddim_schedulers.training.config import COMPUTED_FROM, GROUPS, TrainingConfig
-from ddim_schedulers.training.parsing import STOCK_NAMES, load_config, parse_args, to_yaml
+from ddim_schedulers.training.flags import STOCK_NAMES
+from ddim_schedulers.training.parsing import load_config, parse_args, to_yaml
 
 
 def write(path, values):

@@ -1,5 +1,6 @@
 """The evaluation: what is asked for, that it is measured on the right images, and by whom."""
 
+import contextlib
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.evaluation import Evaluation, run
 from ddim_schedulers.training.evaluation_config import load_evaluation, parse_evaluation
-from ddim_schedulers.training.evaluation_report import markdown, pivot, unsaid_lines
+from ddim_schedulers.training.evaluation_report import markdown, pivot, short, unsaid_lines
 from ddim_schedulers.training.metrics import frechet_distance
 
 STEPS = 12
@@ -76,7 +77,10 @@ def whole(pipeline, tmp_path_factory):
         pipeline, output, features=["pixels", "classifier"], classifier_epochs=1, keep_images=True
     )
     (output / "e.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["evaluate", "--config", str(output / "e.yaml"), "--cpu"]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert main(["evaluate", "--config", str(output / "e.yaml"), "--cpu"]) == 0
+    (output / "said.txt").write_text(said.getvalue())
     return output, json.loads((output / "metrics.json").read_text())
 
 
@@ -132,6 +136,14 @@ def test_the_name_of_a_row_is_true_whatever_the_pipeline_samples_with(tiny_ddpm,
     said = unsaid_lines({"unsaid": unsaid})[0]
     assert "`solver_order=2`" in said and f"`clip_sample=False` in {member}; {chosen}" in said
     assert unsaid_lines({"unsaid": {member: {}}}) == unsaid_lines({}) == []
+
+
+def test_the_terminal_shows_the_steps_of_a_cell_and_a_short_table(whole):
+    output, results = whole
+    said = (output / "said.txt").read_text()
+    assert "10 images, steps: 100%" in said and "9/9" in said  # 3 chunks of S = 3
+    assert short(results) in said and "precision" not in said
+    assert "| eta 0, trailing |" in short(results) and short(results).count("\n") < 40
 
 
 def test_every_cell_says_with_what_it_was_sampled(whole):
@@ -622,7 +634,7 @@ def test_what_cannot_be_meant_is_refused(change, message):
         ),
         ({"neighbours": 10}, "neighbours is 10; it must be below"),
         ({"reference_images": 5}, "neighbours is 5; it must be below"),
-        ({"output_dir": __file__}, "a file, not a folder"),
+        ({"output_dir": __file__}, "is a file; it must be a folder"),
         ({"features": ["nowhere:X"]}, "feature_space"),
         ({"features": ["spaces_of_a_user:maps"]}, "must give a tensor"),
         ({"features": ["spaces_of_a_user:pair"]}, "must give a tensor"),

@@ -139,7 +139,7 @@ def test_finished_chunks_are_not_sampled_again(tmp_path, monkeypatch):
     (tmp_path / "images" / "000009.png").unlink()
     pipe, sampled = pipeline(), []
     right = bulk._sample
-    monkeypatch.setattr(bulk, "_sample", lambda *a: sampled.append(a[2:]) or right(*a))
+    monkeypatch.setattr(bulk, "_sample", lambda *a: sampled.append(a[2:4]) or right(*a))
     sample_to_directory(pipe, tmp_path, job())
     assert sampled == [(8, 10)]
 
@@ -591,6 +591,17 @@ def test_settings_that_a_portable_export_leaves_out_are_said(tmp_path, capsys):
     assert said("set", "--scheduler", "ddim", "--no-clip_sample") == said("plain") == []
 
 
+@pytest.mark.parametrize("found", [False, True])
+def test_the_bar_counts_steps(tmp_path, capsys, found):
+    pipe = pipeline()
+    if found:  # the first of three chunks is there
+        sample_to_directory(pipe, tmp_path, job(num_images=4))
+    pipe.set_progress_bar_config(disable=False)
+    sample_to_directory(pipe, tmp_path, job())
+    err = capsys.readouterr().err
+    assert "10 images, steps: 100%" in err and "9/9 " in err
+
+
 def test_clipping_is_reported_once_for_all_chunks(tmp_path, monkeypatch):
     pipe, shares = pipeline(), iter([0.0, 0.03, 0.3])
     monkeypatch.setattr(ClipCounter, "share", lambda self: next(shares))
@@ -603,7 +614,9 @@ def test_clipping_is_reported_once_for_all_chunks(tmp_path, monkeypatch):
     assert len(said) == 2
 
 
-def test_a_bad_pipeline_is_one_sentence(model, tmp_path, capsys):
+def test_a_bad_pipeline_is_one_sentence(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "broken").mkdir()
@@ -618,12 +631,17 @@ def test_a_bad_pipeline_is_one_sentence(model, tmp_path, capsys):
         (str(tmp_path / "empty"), "no model_index.json"),
         (str(tmp_path / "broken"), "cannot be read"),
         (str(tmp_path / "headless"), "has no unet"),
+        (str(tmp_path.relative_to(tmp_path.anchor)), "does not exist"),
+        ("runs/nothing", "'runs/nothing' does not exist"),
         ("nobody/nothing", "is no folder here, and as a name on the Hub"),
     ):
         arguments = ["--pipeline", place, "--num_images", "1", "--output", str(tmp_path / "out")]
         assert cli.main(["sample", *arguments]) == 2
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1
+        assert message in err
+        said = [line for line in err.splitlines() if "looked for on the Hub" not in line]
+        # the Hub is asked for what cannot be a folder's name here, and not before that is said
+        assert len(said) == 1 and (len(err.splitlines()) == 2) == (place == "nobody/nothing")
 
 
 def test_options_without_effect_are_refused_and_hints_name_options(model, tmp_path, capsys):

@@ -38,8 +38,8 @@ def test_every_verb_runs_on_a_swapped_export(
     pipe.register_modules(scheduler=ours.from_config(pipe.scheduler.config))
     folder = tmp_path / "pipeline"
     save_pipeline(pipe, folder, form)
-    saved = _model_options._read(str(folder))
-    monkeypatch.setattr(_model_options, "_read", lambda place: saved)
+    saved = _model_options.read_saved(str(folder))
+    monkeypatch.setattr(_model_options, "read_saved", lambda place: saved)
     diffuse = ["--mode", "diffuse", "--images", photos, "--timestep", "333"]
     verbs = {
         "sample": ["sample", "--num_images", "1"],

@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -22,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.training import checkpoints, saving, stopping, train
+from ddim_schedulers.training import checkpoints, saving, stopping, train, trainer
 from ddim_schedulers.training.checkpoints import CheckpointError
 from ddim_schedulers.training.compiling import (
     check_gradients,
@@ -436,6 +437,28 @@ def test_the_saved_scheduler_is_the_clean_one_unless_another_is_asked_for(
     result = run(settings("a", max_train_steps=2, **given))
     config = DDPMPipeline.from_pretrained(result.pipeline_dir).scheduler.config
     assert (config.variance_type, config.timestep_spacing) == (saved, "trailing")
+
+
+def test_a_finished_run_says_that_it_is_finished(settings, capsys):
+    first = run(settings("a", max_train_steps=2))
+    again = run(settings("a", max_train_steps=2, resume="latest"))
+    assert first.summary().startswith("2 steps") and again.pipeline_dir == first.pipeline_dir
+    assert "all 2 steps were done before" in again.summary() and "nan" not in again.summary()
+
+
+def test_a_long_warm_up_is_said(settings, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer.logger, "warning", said.append)
+    run(settings("a", max_train_steps=6, lr_warmup_steps=2))
+    assert not said
+    run(settings("b", max_train_steps=6, lr_warmup_steps=3))
+    assert len(said) == 1 and "lr_warmup_steps is 3, more than a third of the 6 steps" in said[0]
+
+
+def test_the_loss_of_the_bar_is_that_of_the_summary(settings, capsys):
+    result = run(settings("a", max_train_steps=7, log_every=3, progress_bar=True))
+    shown = re.findall(r"loss=([\d.]+)", capsys.readouterr().err)
+    assert shown[-1] == f"{result.final_loss:.4f}" and f"loss {shown[-1]}" in result.summary()
 
 
 def test_a_fixed_variance_matters_to_the_bound_alone(settings):

@@ -5,6 +5,7 @@ They go into the scheduler's config under `calibration`, where `reverse_variance
 stays one: it carries them under its private key, and `from_config` of our classes restores them.
 """
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from ddim_schedulers.training.subject import Subject
 from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
 
 CONFIG_NAME = "scheduler_config.json"
+# Not `.json`: such a file is no part of the pipeline, and is not pushed.
+KEPT = ".bak"
 
 
 @dataclass(frozen=True)
@@ -197,18 +200,32 @@ def measure_trajectory(
     return record, {"network_calls": calls, "seconds": time.perf_counter() - begun}
 
 
-def save_calibration(calibration: Calibration, config_file: Path) -> None:
+def save_calibration(
+    calibration: Calibration, config_file: Path, source: dict[str, Any] | None = None
+) -> None:
     """Put the statistics into a scheduler's config file, as `save_record`."""
-    save_record(asdict(calibration), config_file)
+    save_record(asdict(calibration), config_file, source)
 
 
-def save_record(values: dict[str, Any], config_file: Path) -> None:
+def save_record(
+    values: dict[str, Any], config_file: Path, source: dict[str, Any] | None = None
+) -> None:
     """Put values into `calibration` of a scheduler's config file, atomically; the rest stays.
+
+    The config as it was is kept beside it, see `undo`.
+
+    Args:
+        values: what is added.
+        config_file: may be missing where there is a `source`.
+        source: the config that is written with `values` where there is no file yet.
 
     Raises:
         ValueError: if the file is not the config of a scheduler.
     """
-    config = read_json(config_file)
+    if config_file.exists() or source is None:
+        config = read_json(config_file)
+    else:
+        config = copy.deepcopy(source)
     if not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{config_file} is not a scheduler's config: it has no _class_name")
     if config["_class_name"] in STOCK_CLASSES:
@@ -224,7 +241,39 @@ def save_record(values: dict[str, Any], config_file: Path) -> None:
             f"{config_file}: `{SETTINGS_KEY}` and `calibration` must be objects; they were changed"
         )
     settings["calibration"] = {**(before or {}), **values}
-    write_bytes(config_file, to_json(config))
+    written = to_json(config)
+    if not config_file.exists():
+        config_file.parent.mkdir(parents=True, exist_ok=True)
+    elif (old := config_file.read_bytes()) != written:
+        number = len(_kept(config_file)) + 1
+        write_bytes(config_file.with_name(f"{config_file.name}.{number}{KEPT}"), old)
+    write_bytes(config_file, written)
+
+
+def undo(config_file: Path) -> Path:
+    """Put back the config that the last calibration replaced.
+
+    Returns:
+        The file that held it, and is gone.
+
+    Raises:
+        ValueError: if none is kept.
+    """
+    if not (kept := _kept(config_file)):
+        raise ValueError(
+            f"undo: no earlier config is kept beside {config_file} ({config_file.name}.1{KEPT}), "
+            "so no calibration is to be undone"
+        )
+    kept[-1].replace(config_file)
+    return kept[-1]
+
+
+def _kept(config_file: Path) -> list[Path]:
+    """The configs that calibrations replaced, the oldest first: `NAME.1.bak`, `NAME.2.bak`, ..."""
+    found = []
+    while (path := config_file.with_name(f"{config_file.name}.{len(found) + 1}{KEPT}")).is_file():
+        found.append(path)
+    return found
 
 
 def summary(calibration: Calibration, timesteps: Sequence[int]) -> list[str]:

@@ -34,6 +34,7 @@ VERBS: dict[str, str] = {
     "calibrate": "Estimate a pipeline's statistics for the optimal noise and trajectory.",
     "evaluate": "Measure samples of any scheduler, eta and number of steps against real images; "
     "resumable.",
+    "export": "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form.",
     "convert": "Turn a PyTorch DDPM checkpoint (pesser/pytorch_diffusion, DDIM) into a pipeline.",
     "push": "Share a saved pipeline on the Hugging Face Hub.",
 }
@@ -65,30 +66,44 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes them from `sys.argv`.
 
     Returns:
-        The exit code: 0 done, 2 bad input or a missing extra, 130 interrupted, or the verb's own.
+        The exit code: 0 done, 1 refused by the operating system, 2 bad input or a missing extra,
+        130 interrupted, or the verb's own.
 
     Raises:
         SystemExit: as in argparse: 0 from `--help` and `--version`, 2 from wrong arguments.
-        Exception: what the verb raised, unless it is bad input (`ValueError`) or a missing extra.
+        Exception: what the verb raised, unless it is bad input (`ValueError`), a missing extra or
+            an error of the operating system.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        _parser().print_help()
+        return 0
     # No option before the verb takes a value, so the verb is the first word without a dash.
     end = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv)) + 1
-    args = _parser().parse_args(argv[:end])
+    parser, words = _parser(), argv[:end]
+    known = parser._option_string_actions
+    if any(word.startswith("--") and word not in known for word in words):
+        from ddim_schedulers.training.flags import spelled
+
+        words = spelled(parser, words)
+    args = parser.parse_args(words)
     show_traceback = args.traceback or os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
     try:
         return _run(args.verb, argv[end:])
     except KeyboardInterrupt:
         print(f"{PROG} {args.verb}: interrupted", file=sys.stderr)
         return 130
-    except (ModuleNotFoundError, ValueError) as error:
+    except BrokenPipeError:  # whoever read the output wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
         message = _message(args.verb, error)
         if message is None:
             raise
         if show_traceback:
             traceback.print_exc()
         print(message, file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ModuleNotFoundError | ValueError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,20 +136,31 @@ def _version() -> str:
 
 
 def _run(verb: str, argv: list[str]) -> int:
+    from ddim_schedulers.training.flags import spelled
+
     module = importlib.import_module(f"ddim_schedulers.training.commands.{verb}")
     if verb in OWN_PARSER:
-        return int(module.main(argv))
+        return int(module.main(argv or ["--help"]))
     parser = argparse.ArgumentParser(
         prog=f"{PROG} {verb}", description=module.HELP, allow_abbrev=False
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(argv)))
+    if not argv and any(action.required for action in parser._actions):
+        parser.print_help()
+        return 2
+    return int(module.run(parser.parse_args(spelled(parser, argv))))
 
 
-def _message(verb: str, error: ModuleNotFoundError | ValueError) -> str | None:
-    """What to tell the user; None where a module is missing that no extra brings."""
+def _message(verb: str, error: Exception) -> str | None:
+    """What to tell the user; None for an error that is not theirs to mend."""
+    from ddim_schedulers.training.failures import sentence
+
     if isinstance(error, ValueError):
         return f"{PROG} {verb}: error: {error}"
+    if (said := sentence(error)) is not None:
+        return f"{PROG} {verb}: error: {said}"
+    if not isinstance(error, ModuleNotFoundError):
+        return None
     root = (error.name or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if root in modules:

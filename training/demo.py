@@ -284,6 +284,8 @@ def _fill_table(
 
 
 def _quiet(pipe: Any) -> Any:
+    # so small a network is clipped now and then; the tables say how good its samples are
+    pipe._warns_of_clipping = False
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -29,7 +29,7 @@ from ddim_schedulers.family_config import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.bulk import SamplingJob, read_shard, sample_to_directory, settings_of
-from ddim_schedulers.pipelines.files import write_bytes, write_json, write_npz
+from ddim_schedulers.pipelines.files import check_folders, write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.reading import DamagedFileError, check_saved, npz_names, read_npz
@@ -50,6 +50,7 @@ from ddim_schedulers.training.metrics import (
     neighbour_metrics,
 )
 from ddim_schedulers.training.passes import Team
+from ddim_schedulers.training.places import pipeline_folder
 from ddim_schedulers.training.seals import pack_sealed, read_sealed, read_sealed_json, sealed
 from ddim_schedulers.training.versions import versions
 
@@ -98,9 +99,8 @@ class Evaluation:
         self.config, self.team, self.progress = config, team or Team(), progress
         self.device = torch.device(device)
         self.folder = Path(config.output_dir)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"output_dir is {config.output_dir!r}, which is a file, not a folder")
-        self.warm = False
+        check_folders(self.folder, "cells", "output_dir")
+        self.warm = self.shows_steps = False
         self.told: set[str] = set()
         self.commit = commit()
         self.pipe = self._load_pipeline()
@@ -116,9 +116,10 @@ class Evaluation:
             self.self_check = {n: self.real_images(n) for n in {t.n for t in config.tables}}
 
     def _load_pipeline(self) -> GenerationPipeline:
-        check_saved(self.config.pipeline)
+        folder = pipeline_folder(self.config.pipeline)
+        check_saved(folder)
         try:
-            pipe = GenerationPipeline.from_pretrained(self.config.pipeline)
+            pipe = GenerationPipeline.from_pretrained(folder)
         except OSError as error:
             raise ValueError(
                 f"pipeline {self.config.pipeline!r} cannot be loaded: {error}"
@@ -437,6 +438,8 @@ class Evaluation:
             with torch.no_grad():
                 predict(pipe.unet, zeros, torch.zeros((), dtype=torch.long, device=self.device))
             self.warm = True
+        shown = self.shows_steps and self.team.index == 0
+        pipe.set_progress_bar_config(disable=not shown, leave=False)
         self.team.wait()
         begun = time.perf_counter()
         share = {"rank": self.team.index, "world_size": self.team.count}

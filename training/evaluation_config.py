@@ -29,7 +29,8 @@ from typing import Any
 
 from ddim_schedulers.training.cards import check_card
 from ddim_schedulers.training.config import DTYPES, DataConfig, TrainingConfig
-from ddim_schedulers.training.parsing import load_config, nearest, read_file
+from ddim_schedulers.training.flags import nearest
+from ddim_schedulers.training.parsing import load_config, read_file
 
 CLASSIFIER = "classifier"
 FAMILY = "GeneralizedDDIMScheduler"

@@ -40,6 +40,16 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def short(results: dict[str, Any]) -> str:
+    """What the terminal shows: row by S the first figure of every feature space."""
+    lines = []
+    for table in results["tables"]:
+        lines += [f"## {table['name']}", "", *distances(table, results), *unsaid_lines(table)]
+        if table["missing"]:
+            lines += [f"Not run: {len(table['missing'])} cells.", ""]
+    return "\n".join(lines)
+
+
 def how(results: dict[str, Any]) -> list[str]:
     """How the figures were got, in a few sentences."""
     data, network = results["data"], results["network"]
@@ -89,8 +99,24 @@ def shape(chw: Sequence[int]) -> str:
 
 def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
     """One table: Frechet distance row by S in each feature space, then everything."""
-    lines: list[str] = []
     stem = slug(table["name"])
+    lines = distances(table, results) + unsaid_lines(table)
+    if table["missing"]:
+        lines += [f"Not run: {len(table['missing'])} cells.", ""]
+    if not table["cells"]:
+        return lines
+    lines += [f"![Frechet distance against network calls and seconds]({stem}.png)", ""]
+    lines += [f"![Samples, the same seeds in every row]({stem}-samples.png)", ""]
+    lines += ["<details><summary>Everything that was measured</summary>", ""]
+    for name in results["features"]:
+        lines += [f"In `{name}`, n = {table['n']}:", "", *everything(table, name), ""]
+    lines += ["</details>", "", *nearest_lines(table, stem)]
+    return lines
+
+
+def distances(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """The Frechet distance of a table, row by S, in each feature space."""
+    lines: list[str] = []
     for name in results["features"]:
         real = table["real"][name]
         lines += [
@@ -104,17 +130,6 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
             ),
             "",
         ]
-    lines += unsaid_lines(table)
-    if table["missing"]:
-        lines += [f"Not run: {len(table['missing'])} cells.", ""]
-    if not table["cells"]:
-        return lines
-    lines += [f"![Frechet distance against network calls and seconds]({stem}.png)", ""]
-    lines += [f"![Samples, the same seeds in every row]({stem}-samples.png)", ""]
-    lines += ["<details><summary>Everything that was measured</summary>", ""]
-    for name in results["features"]:
-        lines += [f"In `{name}`, n = {table['n']}:", "", *everything(table, name), ""]
-    lines += ["</details>", "", *nearest_lines(table, stem)]
     return lines
 
 

@@ -26,7 +26,7 @@ class TrainingResult:
         weights: 'ema' or 'raw'.
         steps: optimiser steps done, in all sessions.
         losses: loss of every step of this session, over the global batch.
-        final_loss: mean of the last (at most 100) of them.
+        final_loss: mean of the last (at most 100) of them; NaN if there were none.
         seconds: time of this session's steps.
         stopped_by: signal that ended the session early, 'stop_after', or None.
         skipped_steps: steps of this session that were not finite and not applied.
@@ -53,6 +53,11 @@ class TrainingResult:
     def summary(self) -> str:
         """Two or three lines for the terminal."""
         lines = [f"{self.steps} steps, {self.seconds:.1f} s, loss {self.final_loss:.4f}"]
+        if not self.losses:
+            lines = [
+                f"the run was complete: all {self.steps} steps were done before, and none in this "
+                "session; a larger max_train_steps goes on"
+            ]
         if self.skipped_steps:
             lines.append(f"{self.skipped_steps} steps were not finite and were not applied")
         if self.replaced_images:
@@ -60,7 +65,10 @@ class TrainingResult:
         if self.left_out:
             lines.append(describe_left_out(self.left_out))
         if self.stopped_by:
-            lines.append(f"stopped by {self.stopped_by}; continue with --resume latest")
+            lines.append(
+                f"stopped by {self.stopped_by}; continue with --resume latest, or look at it with "
+                f"`ddim-schedulers sample --pipeline {self.output_dir} ...`"
+            )
         if self.pipeline_dir:
             lines.append(f"pipeline with the {self.weights} weights: {self.pipeline_dir}")
         return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +9,7 @@ from typing import Any, NoReturn
 
 from ddim_schedulers.reading import DamagedFileError, read_json, read_yaml
 from ddim_schedulers.training.config import GROUPS, TrainingConfig
-
-# What the same settings are called in diffusers' `train_unconditional.py`.
-STOCK_NAMES = {
-    "adam_weight_decay": "weight_decay",
-    "checkpointing_steps": "checkpoint_every",
-    "checkpoints_total_limit": "keep_last",
-    "dataloader_num_workers": "num_workers",
-    "dataset_config_name": "data_config",
-    "dataset_name": "data",
-    "ddpm_beta_schedule": "beta_schedule",
-    "ddpm_num_steps": "num_train_timesteps",
-    "ema_max_decay": "ema_decay",
-    "learning_rate": "lr",
-    "logger": "tracker",
-    "lr_scheduler": "lr_schedule",
-    "model_config_name_or_path": "model",
-    "num_epochs": "max_train_steps",
-    "resolution": "image_size",
-    "resume_from_checkpoint": "resume",
-    "train_batch_size": "batch_size",
-    "train_data_dir": "data",
-}
+from ddim_schedulers.training.flags import nearest, spelled
 
 
 def load_config(path: str | Path | None = None, **overrides: Any) -> TrainingConfig:
@@ -62,14 +40,11 @@ def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[Tr
         action="store_true",
         help="print the settings, load a batch, do one step, report parameters, memory and time",
     )
+    argv = spelled(parser, argv)
     path = _config_path(argv)
     if path is not None:
         parser.set_defaults(**_converted(parser, read_file(Path(path)), path))
     namespace, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        if word.startswith("-"):
-            flag = word.split("=")[0]
-            raise ValueError(f"unknown flag {flag}{nearest(flag.lstrip('-'), _names(), '--')}")
     if unknown:
         raise ValueError(f"{unknown[0]!r} stands where a flag is expected")
     values = {name: getattr(namespace, name) for name in _names()}
@@ -177,14 +152,3 @@ def _converted(
         except argparse.ArgumentError as error:
             raise ValueError(f"{source}: {key}: {error.message}") from error
     return converted
-
-
-def nearest(name: str, names: list[str], prefix: str) -> str:
-    """The end of a message about an unknown `name`: the likeliest of `names`, or where they are."""
-    name = name.replace("-", "_")
-    close = [STOCK_NAMES[name]] if name in STOCK_NAMES else []
-    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    few = len(names) <= 30
-    return f"; allowed: {', '.join(names)}" if few else "; see --help for all names"

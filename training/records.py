@@ -144,6 +144,12 @@ class Records:
         ) as self._bar:
             yield
 
+    @property
+    def recent_loss(self) -> float:
+        """Mean of the last (at most 100) losses of this session; NaN before the first."""
+        recent = self.losses[-100:]
+        return sum(recent) / len(recent) if recent else float("nan")
+
     def take(self, reading: Reading, step: int, rate: float, batch_size: int) -> dict[str, float]:
         """Shows and writes one reading; returns what a tracker should log."""
         losses = reading.loss.mean(1)
@@ -164,7 +170,7 @@ class Records:
         }
         if self._bar is not None:
             self._bar.set_postfix(
-                loss=f"{values['loss']:.4f}",
+                loss=f"{self.recent_loss:.4f}",
                 lr=f"{rate:.1e}",
                 images_s=f"{rate_images:.0f}",
                 refresh=False,

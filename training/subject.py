@@ -1,5 +1,6 @@
 """A saved pipeline as what its likelihood needs: a function, a chain and a prediction type."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.reading import check_saved
+from ddim_schedulers.training.places import pipeline_folder
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Subject:
         prediction_type: see `ddim_schedulers.parameterization`.
         clip: limit of |x0_hat| that the scheduler's config asks for, None for none.
         learned: does the network predict variances in a second set of channels?
+        saved: the scheduler's config as it was saved, where it was read from a folder or the Hub.
     """
 
     unet: Any
@@ -31,6 +34,7 @@ class Subject:
     prediction_type: str
     clip: float | None
     learned: bool
+    saved: dict[str, Any] | None = None
 
     @property
     def channels(self) -> int:
@@ -100,11 +104,12 @@ def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
 
 
 def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Subject:
-    """The subject of a saved pipeline: a folder or a Hub name, with `unet` and `scheduler`.
+    """The subject of a saved pipeline: its folder, a run's or a Hub name.
 
     Raises:
         ValueError: nothing there, or as `subject_of`.
     """
+    pipeline = pipeline_folder(str(pipeline))
     check_saved(pipeline)
     try:
         unet = UNet2DModel.from_pretrained(pipeline, subfolder="unet")
@@ -114,7 +119,7 @@ def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Su
             f"pipeline is {str(pipeline)!r}; it must be a saved pipeline with the folders unet "
             f"(UNet2DModel) and scheduler: {error}"
         ) from error
-    return subject_of(unet.to(device), dict(config))
+    return dataclasses.replace(subject_of(unet.to(device), dict(config)), saved=dict(config))
 
 
 def clip_limit(subject: Subject, choice: str) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.failures import sentence
 
 if TYPE_CHECKING:
     from ddim_schedulers.training.outcome import TrainingResult
@@ -86,3 +87,6 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).stem}: error: {sentence(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ddim_schedulers.betas import terminal_signal
-from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.files import check_folders, write_bytes
 from ddim_schedulers.training import checkpoints, saving
 from ddim_schedulers.training.averaging import AveragedUNet
 from ddim_schedulers.training.batches import (
@@ -72,6 +72,7 @@ class Trainer:
             self.accelerator.gradient_accumulation_steps,
         )
         self.root = Path(config.output_dir)
+        check_folders(self.root, "checkpoints", "output_dir")
         self.start_from = saving.choose_checkpoint(config, self.accelerator)
         # The main process first: what it downloads or caches, the others find.
         with self.accelerator.main_process_first():
@@ -87,11 +88,21 @@ class Trainer:
         self.evaluations: list[dict[str, Any]] = []
         if self.start_from is not None:
             saving.restore(self, self.start_from)
+        elif self.accelerator.is_main_process:
+            self._warn_of_warmup()
         if self.data.skipped and self.accelerator.is_main_process:
             logger.warning(describe_left_out(self.data.skipped))
         wrong = terminal_signal(self.scheduler.alpha_bar)
         if wrong is not None and self.accelerator.is_main_process:
             logger.warning(wrong)
+
+    def _warn_of_warmup(self) -> None:
+        warmup, steps = self.config.lr_warmup_steps, self.config.max_train_steps
+        if 3 * warmup > steps:
+            logger.warning(
+                f"lr_warmup_steps is {warmup}, more than a third of the {steps} steps "
+                "(max_train_steps): much of the run has a learning rate below the one asked for"
+            )
 
     def _build(self) -> None:
         config = self.config
@@ -411,8 +422,6 @@ class Trainer:
     def _result(
         self, pipeline_dir: Path | None, stopped_by: str | None, seconds: float
     ) -> TrainingResult:
-        losses = self.records.losses
-        last = losses[-100:]
         return TrainingResult(
             output_dir=self.root,
             pipeline_dir=pipeline_dir,
@@ -420,8 +429,8 @@ class Trainer:
             scheduler=self.scheduler,
             weights=self.average.name,
             steps=self.step,
-            losses=losses,
-            final_loss=sum(last) / len(last) if last else float("nan"),
+            losses=self.records.losses,
+            final_loss=self.records.recent_loss,
             seconds=seconds,
             stopped_by=stopped_by,
             skipped_steps=self.records.skipped,

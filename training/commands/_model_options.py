@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import os
-import re
 import reprlib
 import sys
 from pathlib import Path
@@ -28,11 +27,11 @@ SCHEDULER_OPTIONS = (
     "clip_sample",
     "clip_sample_range",
 )
+PIPELINE_HELP = "folder of a saved pipeline, a run or a checkpoint, or a Hub name"
 PRESETS = ("few",)
 FEW_CALLS = 10  # steps of the preset `few`, unless another number is given
 # What `--scheduler` calls our classes.
 NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
     from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
 
-    parser.add_argument("--pipeline", required=True, help="folder or Hub name of a saved pipeline")
+    parser.add_argument("--pipeline", required=True, help=PIPELINE_HELP)
     parser.add_argument(
         "--scheduler",
         choices=("saved", "ddim", "ddpm"),
@@ -181,7 +180,7 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     """
     import torch
 
-    saved = _read(args.pipeline)
+    saved = read_saved(args.pipeline)
     if args.scheduler == "saved" and not isinstance(saved.scheduler, cls.accepted_schedulers):
         raise ValueError(
             f"--pipeline {args.pipeline!r} was saved with {type(saved.scheduler).__name__}, which "
@@ -200,8 +199,12 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     )
 
 
-def _read(place: str) -> "UnconditionalPipeline":
-    """Reads a saved pipeline whatever its scheduler, for that may be about to be replaced.
+def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline":
+    """Reads a pipeline or checkpoint whatever its scheduler, for that may be about to be replaced.
+
+    Args:
+        place: a folder of a pipeline, a run or a checkpoint, or a name on the Hub.
+        weights: see `places`.
 
     Raises:
         ValueError: saying in one sentence what is wrong with `place`.
@@ -210,6 +213,8 @@ def _read(place: str) -> "UnconditionalPipeline":
     from diffusers.utils import logging
 
     from ddim_schedulers.pipelines.base import UnconditionalPipeline
+    from ddim_schedulers.pipelines.bulk import process_of
+    from ddim_schedulers.training import places
 
     class Saved(UnconditionalPipeline):
         def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
@@ -217,33 +222,29 @@ def _read(place: str) -> "UnconditionalPipeline":
             self.register_modules(unet=unet, scheduler=scheduler)
 
     logging.disable_progress_bar()
-    _check_place(place)
+    found = places.find(place, "--pipeline", weights)
+    if found.checkpoint is not None:
+        unet, scheduler, said = places.load_checkpoint(found.checkpoint, weights)
+        if process_of()[0] == 0:
+            print(f"--pipeline: {said}", file=sys.stderr)
+        return Saved(unet, scheduler)  # type: ignore[arg-type]  # registered for diffusers' loader
+    _check_parts(found.name)
     try:
-        return Saved.from_pretrained(place)
+        return Saved.from_pretrained(found.name)
     except OSError as error:
-        where = "" if Path(place).is_dir() else " is no folder here, and as a name on the Hub it"
+        where = (
+            "" if Path(found.name).is_dir() else " is no folder here, and as a name on the Hub it"
+        )
         raise ValueError(
             f"--pipeline {place!r}{where} cannot be loaded: {' '.join(str(error).split())}"
         ) from error
 
 
-def _check_place(place: str) -> None:
+def _check_parts(place: str) -> None:
     folder = Path(place)
-    if folder.is_file():
-        raise ValueError(f"--pipeline {place!r} is a file; it must be a pipeline's folder.")
     if not folder.is_dir():
-        if HUB_NAME.fullmatch(place):
-            return
-        raise ValueError(
-            f"--pipeline {place!r} does not exist; it must be a pipeline's folder, or a name on "
-            "the Hub such as google/ddpm-cifar10-32."
-        )
+        return
     index = folder / "model_index.json"
-    if not index.exists():
-        raise ValueError(
-            f"--pipeline {place!r} holds no model_index.json, so it is no folder that "
-            "`save_pretrained` of a pipeline wrote."
-        )
     try:
         check_saved(folder)
         parts = read_json(index)

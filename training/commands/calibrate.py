@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        help="scheduler folder or config file to write into; the pipeline's own otherwise",
+        help="folder or .json file for the scheduler's config with the statistics, made where it "
+        "is missing; the pipeline's own otherwise. What it replaces is kept beside it",
+    )
+    parser.add_argument(
+        "--undo",
+        action="store_true",
+        help="put back the config that the last calibration replaced, and measure nothing",
     )
     parser.add_argument(
         "--clip",
@@ -60,6 +66,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, and writes the statistics into the scheduler's config."""
+    if args.undo:
+        return _undo(args)
     if args.objective == "trajectory":
         return _run_trajectory(args)
     if args.data is None:
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda line: print(f"process {team.index}: {line}", file=sys.stderr, flush=True),
     )
     if team.index == 0:
-        library.save_calibration(result, target)
+        library.save_calibration(result, target, subject.saved)
         discard(work_dir)
         last = len(subject.alpha_bar) - 1
         print(*library.summary(result, sorted({0, 1, last // 4, last // 2, last})), sep="\n")
@@ -97,6 +105,16 @@ def run(args: argparse.Namespace) -> int:
             f"{cost['seconds']:.1f} s, {cost['processes']} processes; written to {target}"
         )
     team.wait()
+    return 0
+
+
+def _undo(args: argparse.Namespace) -> int:
+    from ddim_schedulers.training.calibration import undo
+
+    if args.data is not None:
+        raise ValueError(f"--data is {args.data!r}; --undo measures nothing")
+    target = config_file(args.output, args.pipeline)
+    print(f"{target} is again what {undo(target)} kept")
     return 0
 
 
@@ -127,7 +145,7 @@ def _run_trajectory(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    library.save_record(record, target)
+    library.save_record(record, target, subject.saved)
     scheduler = GeneralizedDDIMScheduler.from_config(
         subject.config,
         calibration=record,
@@ -145,18 +163,25 @@ def _run_trajectory(args: argparse.Namespace) -> int:
 
 
 def config_file(output: str | None, pipeline: str) -> Path:
-    """The scheduler's config that is written into.
+    """The scheduler's config that is written into: an existing one, or a new one at `output`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it cannot be written.
     """
+    from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.calibration import CONFIG_NAME
+    from ddim_schedulers.training.places import INDEX, pipeline_folder
 
-    path = Path(output) if output is not None else Path(pipeline) / "scheduler"
+    if output is None:
+        path = Path(pipeline_folder(pipeline, "--pipeline")) / "scheduler"
+    else:
+        path = Path(output)
+        path = path / "scheduler" if (path / INDEX).exists() else path
     target = path if path.suffix == ".json" else path / CONFIG_NAME
-    if not target.is_file():
+    if output is None and not target.is_file():
         raise ValueError(
-            f"output: {target} does not exist; statistics go into the config of a scheduler that "
-            "was saved before (for a pipeline of the Hub, download it first)"
+            f"--pipeline: {target} does not exist; statistics go into the config of a scheduler "
+            "that was saved before. For a pipeline of the Hub, name a new folder with --output"
         )
+    check_folders(target.parent, "", "--pipeline" if output is None else "--output")
     return target

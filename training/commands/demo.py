@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo and says where things are."""
+    from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training import demo
 
     output = Path(args.output)
+    check_folders(output, "pipeline", "--output")
     output.mkdir(parents=True, exist_ok=True)
     settings = demo.quick(output, args.seed) if args.quick else demo.DemoSettings(output, args.seed)
     results = demo.run_demo(settings)

@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, and prints the report; 0 when it is done."""
+    """Evaluates, and prints the tables of the distances; 0 when it is done."""
     from ddim_schedulers.training.evaluation_config import load_evaluation
 
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
     config = load_evaluation(args.config, **{name: getattr(args, name) for name in names.split()})
     from ddim_schedulers.training.evaluation import Evaluation
     from ddim_schedulers.training.evaluation import run as evaluate
-    from ddim_schedulers.training.evaluation_report import markdown, write_report
+    from ddim_schedulers.training.evaluation_report import short, write_report
     from ddim_schedulers.training.passes import AccelerateTeam
 
     team = AccelerateTeam(args.cpu)
@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.flush()
 
     evaluation = Evaluation(config, team, team.state.device, progress)
+    evaluation.shows_steps = True
     results = evaluate(evaluation, sample=not args.report)
     if team.index == 0:
         written = write_report(evaluation, results)
-        print(markdown(results))
+        print(short(results))
         print("Written:", *written)
     team.wait()
     return 0

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, and writes likelihood.json, .md and .png."""
-    from ddim_schedulers.pipelines.files import write_bytes
+    from ddim_schedulers.pipelines.files import check_folders, write_bytes
     from ddim_schedulers.training import likelihood as library
     from ddim_schedulers.training.calibration import choose_images
     from ddim_schedulers.training.checkpoints import to_json
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.subject import clip_limit, load_subject
     from ddim_schedulers.training.versions import versions
 
+    check_folders(Path(args.output_dir), "", "--output_dir")
     team = AccelerateTeam(args.cpu)
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pushes; 0 when it is done, 1 when the Hub refuses or cannot be reached."""
     from ddim_schedulers.training import hub
+    from ddim_schedulers.training.places import pipeline_folder
 
+    args.pipeline = pipeline_folder(args.pipeline, "--pipeline")
     options = {"form": args.form, "private": args.private, "revision": args.revision}
     try:
         url = hub.push_pipeline(args.pipeline, args.repo_id, message=args.message, **options)

@@ -1,0 +1,155 @@
+"""A pipeline, a run or a checkpoint: what the verbs find, and the verb `export`."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+
+from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.training import places
+from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.train import train
+
+UNET = {
+    "block_out_channels": [8],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped at step 2 of 4, which therefore has no pipeline."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "unet.json").write_text(json.dumps(UNET))
+    config = TrainingConfig(
+        output_dir=str(root / "run"),
+        model=str(root / "unet.json"),
+        cpu=True,
+        batch_size=4,
+        max_train_steps=4,
+        stop_after=2,
+        lr_warmup_steps=1,
+        prediction_type="v_prediction",
+        progress_bar=False,
+    )
+    result = train(config)
+    assert result.pipeline_dir is None
+    assert f"sample --pipeline {root / 'run'}" in result.summary()
+    return root / "run", result
+
+
+def words(verb, place, output, *extra):
+    return [verb, "--pipeline", str(place), "--output", str(output), *extra]
+
+
+SAMPLE = ("--num_images", "1", "--num_inference_steps", "2", "--device", "cpu")
+
+
+def test_a_run_and_a_checkpoint_are_sampled(stopped, tmp_path, capsys):
+    run, _ = stopped
+    checkpoint = run / "checkpoints" / "step-00000002"
+    checkpoint = checkpoint if checkpoint.is_dir() else next((run / "checkpoints").iterdir())
+    for name, place in (("run", run), ("checkpoint", checkpoint)):
+        assert main(words("sample", place, tmp_path / name, *SAMPLE)) == 0
+        err = capsys.readouterr().err
+        assert "step 2" in err and "averaged weights" in err
+    images = [(tmp_path / n / "images" / "000000.png").read_bytes() for n in ("run", "checkpoint")]
+    assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("form", [None, "portable", "plug-in", "self-contained"])
+def test_export_makes_a_pipeline_of_a_run(stopped, tmp_path, form):
+    run, result = stopped
+    extra = [] if form is None else ["--form", form]
+    assert main(words("export", run, tmp_path / "made", *extra)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]  # nothing half-made is left
+    unet = UNet2DModel.from_pretrained(tmp_path / "made" / "unet")
+    trained = result.unet.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in unet.state_dict().items())
+    scheduler = MarkovianDDPMScheduler.from_pretrained(tmp_path / "made" / "scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert main(words("sample", tmp_path / "made", tmp_path / "samples", *SAMPLE)) == 0
+
+
+def test_export_takes_the_raw_weights_where_they_are_asked_for(stopped, tmp_path):
+    run, _ = stopped
+    for weights, folder in (("averaged", "unet_ema"), ("raw", "unet")):
+        place = tmp_path / weights
+        assert main(words("export", run, place, "--weights", weights)) == 0
+        checkpoint = next((run / "checkpoints").iterdir())
+        kept = UNet2DModel.from_pretrained(checkpoint, subfolder=folder).state_dict()
+        made = UNet2DModel.from_pretrained(place / "unet").state_dict()
+        assert all(torch.equal(value, kept[name]) for name, value in made.items())
+
+
+def test_export_refuses_a_folder_that_is_not_empty(stopped, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("kept")
+    assert main(words("export", stopped[0], tmp_path)) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_of_a_run_the_pipeline_is_taken_unless_a_checkpoint_is_younger(
+    stopped, tmp_path, tiny_ddpm
+):
+    run = tmp_path / "run"
+    shutil.copytree(stopped[0], run)
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert places.find(str(run)) == places.Place("", checkpoint)
+    tiny_ddpm(MarkovianDDPMScheduler()).save_pretrained(run / "pipeline")
+    index = run / "pipeline" / "model_index.json"
+    for age, found in ((-10, places.Place("", checkpoint)), (10, places.Place(str(index.parent)))):
+        at = (checkpoint / "state.json").stat().st_mtime + age
+        os.utime(index, (at, at))
+        assert places.find(str(run)) == found
+        assert places.find(str(run), weights="raw") == places.Place("", checkpoint)
+    assert places.find(str(run / "pipeline")) == places.Place(str(run / "pipeline"))
+    (checkpoint / "state.json").write_text("{}")  # damaged: the pipeline is what is left
+    with pytest.warns(UserWarning, match="damaged"):
+        found = places.find(str(run))
+    assert found == places.Place(str(run / "pipeline"))
+
+
+def test_what_is_no_pipeline_is_said(stopped, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, _ = stopped
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    data = ["--data", "digits", "--cpu"]
+    for verb in (["likelihood", *data, "--output_dir", "o"], ["push", "--repo_id", "me/model"]):
+        for place, message in (
+            (run, "ddim-schedulers export --pipeline"),
+            (tmp_path / "empty", "has no model_index.json"),
+            (tmp_path / "file", "is a file"),
+            (tmp_path / "none", "does not exist"),
+            ("./none", "does not exist"),
+            ("empty/none", "does not exist"),
+        ):
+            assert main([verb[0], "--pipeline", str(place), *verb[1:]]) == 2, (verb, place)
+            assert message in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(stopped, tmp_path, capsys):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(next((stopped[0] / "checkpoints").iterdir()), folder)
+    weights = next((folder / "unet_ema").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(words("sample", folder, tmp_path / "out", *SAMPLE)) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_loaded_export_is_a_pipeline_of_diffusers(stopped, tmp_path):
+    assert main(words("export", stopped[0], tmp_path / "made")) == 0
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "made")
+    assert (pipe.scheduler.config.variance_type, type(pipe).__name__) == (
+        "fixed_small",
+        "DDPMPipeline",
+    )

@@ -1,0 +1,55 @@
+"""`ddim-schedulers export`: a pipeline's folder out of a run, a checkpoint or another pipeline."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from ddim_schedulers.export import FORMS
+from ddim_schedulers.training.places import WEIGHTS
+
+HELP = "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument(
+        "--pipeline", required=True, help="folder of a run, a checkpoint or a saved pipeline"
+    )
+    parser.add_argument("--output", required=True, help="new folder of the pipeline")
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        help="as in `push` (portable; plug-in where no stock scheduler knows the prediction)",
+    )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="averaged", help="of a run or checkpoint (averaged)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports; what the form cannot express goes to stderr."""
+    from diffusers import DDPMPipeline
+
+    from ddim_schedulers.export import save_pipeline
+    from ddim_schedulers.pipelines.files import check_folders
+    from ddim_schedulers.training.commands._model_options import read_saved
+
+    output = Path(args.output)
+    check_folders(output, "", "--output")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output {args.output!r} is not empty; choose a new folder.")
+    saved = read_saved(args.pipeline, args.weights)
+    knows = saved.scheduler.config.get("prediction_type") != "posterior_mean"
+    form = args.form or ("portable" if knows else "plug-in")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    # any network and scheduler will do
+    pipeline = DDPMPipeline(unet=saved.unet, scheduler=saved.scheduler)  # type: ignore[arg-type]
+    for note in save_pipeline(pipeline, partial, form):
+        print(note, file=sys.stderr)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    print(args.output)
+    return 0
