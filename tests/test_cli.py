@@ -264,10 +264,7 @@ def test_known_modules_are_those_of_the_extra():
 def test_help_and_argument_errors_import_no_extra(tmp_path):
     code = f"""
 import sys
-from safetensors import SafetensorError
-
-from ddim_schedulers.training import cli, parsing
-from ddim_schedulers.training.flags import spelled
+from ddim_schedulers.training import cli
 for verb in {[[], *([verb] for verb in cli.VERBS)]!r}:
     for argument, expected in (("--help", 0), ("--nonsense", 2)):
         try:

@@ -12,6 +12,7 @@ defines
 """
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import os
@@ -80,13 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # No option before the verb takes a value, so the verb is the first word without a dash.
     end = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv)) + 1
-    parser, words = _parser(), argv[:end]
-    known = parser._option_string_actions
-    if any(word.startswith("--") and word not in known for word in words):
-        from ddim_schedulers.training.flags import spelled
-
-        words = spelled(parser, words)
-    args = parser.parse_args(words)
+    parser = _parser()
+    _check_flags(parser, argv[:end])
+    args = parser.parse_args(argv[:end])
     show_traceback = args.traceback or os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
     try:
         return _run(args.verb, argv[end:])
@@ -124,6 +121,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("verb", metavar="VERB", choices=tuple(VERBS), help="what to do, see below")
     return parser
+
+
+def _check_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Name the nearest flag where there is none; `flags.spelled` would import torch."""
+    known = parser._option_string_actions
+    for word in words:
+        if word.startswith("--") and word not in known:
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+            end = f"did you mean {near[0]}?" if near else "see --help for all"
+            parser.error(f"unknown flag {word}; {end}")
 
 
 def _version() -> str:
