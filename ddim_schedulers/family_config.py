@@ -1,5 +1,6 @@
 """What a scheduler's config says: its keys, and what travels from one class to another."""
 
+import copy
 import difflib
 import json
 from collections.abc import Collection, Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from .config_reading import (
     OLD_NAMES,
@@ -55,6 +57,9 @@ LOADING_KEYS = (
     "variant",
 )
 
+# What the betas are made of.
+BETA_KEYS = tuple(key for key in PROCESS_KEYS if key != "prediction_type")
+
 # Which noise a scheduler adds where nobody has said it.
 UNSAID = {"reverse_variance": "sigma", "variance_type": "fixed_small"}
 
@@ -62,8 +67,65 @@ UNSAID = {"reverse_variance": "sigma", "variance_type": "fixed_small"}
 SCHEDULER_SPACINGS = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
 
 
+class Settings(FrozenDict):
+    """A config whose attributes and items are one, and which counts its changes.
+
+    diffusers computes from the attributes of a config, copies and saves its items, and lets either
+    be assigned. A setting that was assigned is no default any more.
+    """
+
+    changes: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "changes", 0)
+        super().__init__(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the item, too."""
+        if name.startswith("_FrozenDict"):  # diffusers' own mark
+            object.__setattr__(self, name, value)
+        else:
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set the attribute, too."""
+        known = vars(self)
+        if name in known and not (known[name] is value or repr(known[name]) == repr(value)):
+            object.__setattr__(self, "changes", self.changes + 1)
+            defaults = known.get("_use_default_values", ())
+            if name in defaults:
+                self["_use_default_values"] = [key for key in defaults if key != name]
+        object.__setattr__(self, name, value)
+        super().__setitem__(name, value)
+
+
 class FamilyConfigMixin:
     """How a scheduler is built from a config of any class, and how its own config is written."""
+
+    _internal_dict: Any
+
+    @property
+    def config(self) -> Any:
+        """The settings, as `Settings` also where a pipeline has put in a config of its own.
+
+        There the attributes count, as diffusers computes from them.
+        """
+        held = self._internal_dict
+        if type(held) is not Settings:
+            assigned = {k: v for k, v in vars(held).items() if k in held}
+            held = self._internal_dict = Settings({**held, **assigned})
+        return held
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Set settings, as in diffusers; one that gets another value is no default any more."""
+        if "_internal_dict" not in vars(self):
+            super().register_to_config(**kwargs)  # type: ignore[misc]
+            return
+        kwargs.pop("kwargs", None)
+        changed = copy.copy(self.config)
+        for name, value in kwargs.items():
+            changed[name] = value
+        self._internal_dict = changed
 
     @classmethod
     def from_config(
@@ -118,8 +180,9 @@ class FamilyConfigMixin:
 
         Nor does it say a noise that nobody has said.
         """
+        config = self.config
         written = json.loads(super().to_json_string())  # type: ignore[misc]
-        for key in unsaid_noise(self.config):  # type: ignore[attr-defined]
+        for key in unsaid_noise(config):
             del written[key]
         return json.dumps(without_shared_defaults(written), indent=2, sort_keys=True) + "\n"
 

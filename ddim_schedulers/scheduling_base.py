@@ -20,9 +20,9 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasD
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .attributes import FamilyAttributesMixin, checked_plan, is_part, mark_of
 from .betas import (
     alpha_bar_before,
-    alpha_bar_from_betas,
     check_num_train_timesteps,
     explicit_betas,
     has_linear_betas,
@@ -33,6 +33,7 @@ from .betas import (
 )
 from .config_types import check_types
 from .family_config import (
+    BETA_KEYS,
     UNSAID,
     FamilyConfigMixin,
     check_names,
@@ -128,23 +129,36 @@ class Past(NamedTuple):
     timestep: torch.Tensor  # (1,), of the newest
 
 
-class FamilySchedulerMixin(FamilyConfigMixin):
+class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     """The common part of the scheduler classes, in front of `SchedulerMixin` and `ConfigMixin`."""
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
-    config: Any
     config_name: Any = SCHEDULER_CONFIG_NAME
 
     def _make_tables(self) -> None:
         """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
         check_types(self.config)
-        self.register_to_config(**written(self.config))  # type: ignore[attr-defined]
-        config = self.config
-        big_t = check_num_train_timesteps(config.num_train_timesteps)
-        check_names(config, self._get_init_keys(type(self)))  # type: ignore[attr-defined]
-        check_planned(config, big_t)
+        self.register_to_config(**written(self.config))
+        self._check_config()
+        self._optimal_plans: dict[tuple, list[int]] = {}
+        self._tables: dict[tuple, Table] = {}
+        self._forward: dict[tuple, torch.Tensor] = {}
+        self._newest: tuple[Table, dict[int, tuple[torch.Tensor, ...]]] | None = None
+        self.init_noise_sigma = 1.0
+        self._past: Past | None = None
+        self._plan_of_config()
+        self._check_calibration()
+
+    def _check_config(self) -> None:
+        big_t = check_num_train_timesteps(self.config.num_train_timesteps)
+        check_names(self.config, self._get_init_keys(type(self)))  # type: ignore[attr-defined]
+        check_planned(self.config, big_t)
+
+    def _plan_of_config(self) -> None:
+        """Make the process that the config says, and plan its whole chain."""
+        config, big_t = self.config, self.config.num_train_timesteps
         if config.trained_betas is not None:
             betas = explicit_betas(config.trained_betas, big_t)
         else:
@@ -152,24 +166,22 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         betas = shift_snr(betas, config.snr_shift_scale)
         if config.rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
-        self._alpha_bar = alpha_bar_from_betas(betas)
-        self._optimal_plans: dict[tuple, list[int]] = {}
-        self._check_calibration()
-        # float32 copies under diffusers' names, for training scripts and pipelines that read them
-        self.betas = betas.float()
-        self.alphas = (1.0 - betas).float()
-        self.alphas_cumprod = self._alpha_bar.float()
-        self.init_noise_sigma = 1.0
-        self._tables: dict[tuple, Table] = {}
-        self._forward: dict[tuple, torch.Tensor] = {}
-        self.num_inference_steps: int | None = None
-        self._newest: tuple[Table, dict[int, tuple[torch.Tensor, ...]]] | None = None
-        self._plan: list[int] = []
-        self._planned_config: Any = None
+        self._beta_settings = _beta_settings(config)
+        self._set_process(betas)
         self._warned_of_terminal = False
+        self._num_inference_steps: int | None = None
         self._planned = False  # compiled code would recompile for each `num_inference_steps`
-        self._set_plan(list(range(big_t - 1, -1, -1)))
-        self.timesteps = self._plan_tensor()
+        self._process_changed(list(range(big_t - 1, -1, -1)))
+        self._show()
+
+    def _process_changed(self, plan: list[int] | None = None) -> None:
+        """Make anew what hangs on alpha_bar."""
+        self._forward.clear()
+        self._optimal_plans.clear()
+        stride = self._stride if plan is None else None
+        plan = self._plan if plan is None else plan
+        self._plan = []
+        self._set_plan(plan, stride)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew; the history goes along, without gradients.
@@ -177,31 +189,38 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         The many views of a table are slow to pickle, and a tensor that has a history of its own
         cannot be copied.
         """
+        self._follow()
         past = self._past
         if past is not None:
             past = past._replace(predictions=tuple(e.detach() for e in past.predictions))
-        return {**self.__dict__, "_tables": {}, "_newest": None, "_forward": {}, "_past": past}
+        anew = {
+            "_tables": {},
+            "_newest": None,
+            "_forward": {},
+            "_marks": {},
+            "_public": {**self._public},
+        }
+        return {**self.__dict__, **anew, "_public": {**self._public}, "_past": past}
 
-    @property
-    def alpha_bar(self) -> torch.Tensor:
-        """alpha_bar_t = prod_{i <= t} (1 - beta_i), float64, shape (T,) (DDPM, Eq. 4)."""
-        return self._alpha_bar
-
-    @property
-    def alpha_bar_end(self) -> float:
-        """alpha_bar where the last step lands: 1, or alpha_bar_0 with `set_alpha_to_one=False`."""
-        return 1.0 if self.config.get("set_alpha_to_one", True) else float(self._alpha_bar[0])
-
-    def _set_plan(self, timesteps: list[int]) -> None:
+    def _set_plan(self, timesteps: list[int], stride: int | None = None) -> None:
         """Fix the trajectory: where a step from each t lands, for planned and other timesteps.
 
         The tables stay if neither the trajectory nor the config has changed.
+
+        Args:
+            timesteps: the trajectory, strictly decreasing.
+            stride: where every step goes this far down instead, from whatever timestep.
         """
-        self._past: Past | None = None
-        if timesteps == self._plan and self.config is self._planned_config:
+        self._past = None
+        config = self.config
+        same = config is self._planned_config and config.changes == self._planned_changes
+        if timesteps == self._plan and stride == self._stride and same:
             return
-        self._plan, self._planned_config = timesteps, self.config
-        self._landing = landing(timesteps, len(self))
+        self._plan, self._stride = timesteps, stride
+        self._planned_config, self._planned_changes = config, config.changes
+        self._landing = landing(timesteps, len(self._alpha_bar))
+        if stride is not None:
+            self._landing = (torch.arange(len(self._landing), device="cpu") - stride).clamp(min=-1)
         end = torch.full_like(self._alpha_bar, self.alpha_bar_end)
         self._alpha_bar_s = torch.where(
             self._landing >= 0, self._alpha_bar[self._landing.clamp(min=0)], end
@@ -213,10 +232,66 @@ class FamilySchedulerMixin(FamilyConfigMixin):
         self._tables.clear()
         self._newest = None
 
+    def _follow(self) -> None:
+        """Make anew what was computed from attributes or settings that have changed since."""
+        config = self.config
+        if config is not self._planned_config or config.changes != self._planned_changes:
+            self._follow_config()
+        if torch.compiler.is_compiling():
+            return
+        for value, mark in self._marks.values():
+            if mark_of(value) != mark:
+                self._take_edits()
+                break
+
     def _follow_config(self) -> None:
-        """Forget what was computed from a config that `register_to_config` has replaced."""
-        if self.config is not self._planned_config:
-            self._set_plan(self._plan)
+        check_types(self.config)
+        self._check_config()
+        if _beta_settings(self.config) != self._beta_settings:
+            self._plan_of_config()
+        self._set_plan(self._plan, self._stride)
+
+    def _take_trajectory(self, listed: list[Any]) -> None:
+        """Plan assigned timesteps; a part of the plan, where each step has its neighbour, stays."""
+        if is_part(listed, self._plan):
+            return
+        planned = checked_plan(self._in_order_of_sampling(listed), len(self))
+        before = self._plan, self._stride
+        self._set_plan(planned)
+        try:
+            self._check_plan_snr()
+        except ValueError:
+            self._set_plan(*before)
+            raise
+        self._num_inference_steps, self._planned = len(planned), True
+
+    def _in_order_of_sampling(self, listed: list[Any]) -> list[Any]:
+        return listed
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of planned steps; `None` before there is a plan.
+
+        Assigned, it plans steps of T // n from whatever timestep, as stock DDIM does; a number that
+        agrees with `timesteps` changes nothing.
+        """
+        return self._num_inference_steps
+
+    @num_inference_steps.setter
+    def num_inference_steps(self, number: int | None) -> None:
+        self._follow()
+        if number is not None:
+            number = check_num_inference_steps(number, len(self))
+        self._take_number(number)
+        self._num_inference_steps = number
+
+    def _take_number(self, number: int | None) -> None:
+        self._planned = number is not None
+        if number in (None, self._num_inference_steps, len(self._shown)):
+            return
+        offset = self.config.steps_offset if self.config.timestep_spacing == "leading" else 0
+        plan = make_timesteps("leading", number, len(self), offset)
+        self._set_plan(plan, len(self) // number)
 
     def _plan_tensor(self) -> torch.Tensor:
         return torch.tensor(self._plan, dtype=torch.int64, device="cpu")
@@ -362,10 +437,12 @@ class FamilySchedulerMixin(FamilyConfigMixin):
 
     def planned_pairs(self) -> list[tuple[int, int]]:
         """Return the planned steps [(t, s), ...] in the order of sampling; s = -1 is the end."""
+        self._follow()
         return pairs(self._plan)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """Return where a step from `timestep` lands: the next planned one, or -1 for the end."""
+        self._follow()
         landing = self._at(self._landing, timestep)
         return landing if isinstance(timestep, torch.Tensor) else int(landing)
 
@@ -650,9 +727,12 @@ class FamilySchedulerMixin(FamilyConfigMixin):
     def _forward_coefficients(
         self, sample: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._follow()
         # as stock: training scripts index `alphas_cumprod` with timesteps of the device they train
         # on
-        self.alphas_cumprod = self.alphas_cumprod.to(device=sample.device)
+        if self._public["alphas_cumprod"].device != sample.device:
+            moved = self._public["alphas_cumprod"].to(device=sample.device)
+            self._publish("alphas_cumprod", moved)
         key = (sample.device, compute_dtype(sample))
         if key not in self._forward:
             roots = torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()], dim=1)
@@ -691,6 +771,10 @@ class FamilySchedulerMixin(FamilyConfigMixin):
     def __len__(self) -> int:
         """Return T, the number of training timesteps."""
         return self.config.num_train_timesteps
+
+
+def _beta_settings(config: Any) -> str:
+    return repr([config.get(name) for name in BETA_KEYS])
 
 
 def _cloned(table: Table) -> Table:

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .attributes import is_part, watched
 from .betas import alpha_bar_before
 from .config_types import check_numbers
 from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
@@ -105,6 +106,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         ValueError: naming the argument, its value and what is allowed.
     """
 
+    _end_name = "final_alpha_cumprod"
+    final_alpha_cumprod = watched(_end_name)
+
     @register_to_config
     def __init__(
         self,
@@ -141,8 +145,27 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         self._sigma_adds = False
         self._warned_of_eta = False
         self._make_tables()
+
+    def _check_config(self) -> None:
+        super()._check_config()
         self._check_member()
-        self.final_alpha_cumprod = torch.tensor(self.alpha_bar_end, device="cpu")
+
+    def _take_trajectory(self, listed: list[Any]) -> None:
+        before = self._plan
+        if self._sigma is not None and not is_part(listed, before):
+            raise ValueError(
+                f"`timesteps` is assigned {listed}, but the explicit `sigma` belongs to the plan "
+                f"{before}; call `set_timesteps(timesteps=..., sigma=...)`."
+            )
+        super()._take_trajectory(listed)
+
+    def _take_number(self, number: int | None) -> None:
+        if self._sigma is not None and number not in (None, len(self._plan), len(self._shown)):
+            raise ValueError(
+                f"`num_inference_steps` is {number}, but the explicit `sigma` has "
+                f"{len(self._plan)} values; call `set_timesteps`."
+            )
+        super()._take_number(number)
 
     def _check_member(self) -> None:
         config = self.config
@@ -217,7 +240,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
         """
-        self._check_member()
+        self._follow()
         wanted = self.config.sigma if sigma is None else sigma
         member = None if wanted is None else _as_sigma(wanted)
         if sigma is not None and (
@@ -238,11 +261,11 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             )
         self._commit(planned, member)
         self._warn_of_terminal_signal()
-        self.timesteps = self._plan_tensor().to(device)
+        self._show(device)
 
     def _commit(self, planned: list[int], member: torch.Tensor | None) -> None:
         """Replace the plan, or leave everything as it was if the new one is refused."""
-        before = (self._plan, self._sigma)
+        before = self._plan, self._stride
         self._set_plan(planned)
         try:
             self._check_plan_snr()
@@ -252,7 +275,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
                 eta = self.config.eta
                 check_sigma(self._sigma_of(eta)[planned], self._alpha_bar_s[planned], eta)
         except ValueError:
-            self._set_plan(before[0])
+            self._set_plan(*before)
             raise
         if member is not None or self._sigma is not None:  # no part of the trajectory
             self._forget_tables()
@@ -261,7 +284,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         if member is not None:
             self._sigma = torch.full_like(self._alpha_bar, torch.nan)
             self._sigma[planned] = member
-        self.num_inference_steps = len(planned)
+        self._num_inference_steps = len(planned)
         self._planned = True
 
     def _sigma_of(self, eta: float) -> torch.Tensor:
@@ -286,7 +309,6 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
     def _table_for(
         self, eta: float | None, rederive: bool, device: Any, dtype: torch.dtype
     ) -> Table:
-        self._follow_config()
         config, clips = self.config, self._clips()
         rederive = rederive or config.solver_order > 1
         key = (eta, rederive and clips, device, dtype)
@@ -294,6 +316,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         if table is None:
             sigma = self._sigma if eta is None else self._checked_sigma(eta)
             assert sigma is not None  # `_member` returns None only for an explicit sigma
+            if eta is None and not torch.compiler.is_compiling():  # alpha_bar may be new
+                check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan])
             std: torch.Tensor | None = sigma
             if config.reverse_variance == "sigma_hat":
                 std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
@@ -360,6 +384,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         Raises:
             ValueError: for a timestep out of range.
         """
+        self._follow()
         a_t, a_s = self._at(self._alpha_bar, timestep), self._alpha_bar_or_end(prev_timestep)
         return sigma_eta(a_t, a_s).square().float()
 
@@ -399,6 +424,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         Raises:
             ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
         """
+        self._follow()
         if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
         member = self._member(eta)

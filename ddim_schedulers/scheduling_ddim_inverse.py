@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import deprecate
 
+from .attributes import watched
 from .betas import alpha_bar_before
 from .family_config import FAMILY_KEYS
 from .parameterization import Coefficients, eps_coefficients, x0_coefficients
@@ -73,6 +74,9 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         ValueError: naming the argument, its value and what is allowed.
     """
 
+    _end_name = "initial_alpha_cumprod"
+    initial_alpha_cumprod = watched(_end_name)
+
     @register_to_config
     def __init__(
         self,
@@ -97,7 +101,6 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
     ) -> None:
         self._keep_others(kwargs)
         self._make_tables()
-        self.initial_alpha_cumprod = torch.tensor(self.alpha_bar_end, device="cpu")
 
     def _keep_others(self, kwargs: dict[str, Any]) -> None:
         """Keep settings of the forward schedulers, and read stock's old name of one of ours."""
@@ -124,6 +127,9 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
 
     def _plan_tensor(self) -> torch.Tensor:
         return super()._plan_tensor().flip(0)
+
+    def _in_order_of_sampling(self, listed: list[Any]) -> list[Any]:
+        return listed[::-1]
 
     def _clips(self) -> bool:
         return bool(
@@ -156,16 +162,17 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
             ValueError: naming the argument, its value and what is allowed.
         """
         self._check_solver_order()
-        before = self._plan
+        self._follow()
+        before = self._plan, self._stride
         self._set_plan(self._resolve_timesteps(num_inference_steps, timesteps))
         try:
             self._check_plan_snr()
         except ValueError:
-            self._set_plan(before)
+            self._set_plan(*before)
             raise
-        self.num_inference_steps = len(self._plan)
+        self._num_inference_steps = len(self._plan)
         self._planned = True
-        self.timesteps = self._plan_tensor().to(device)
+        self._show(device)
 
     def _coefficients(self) -> tuple[Coefficients, Coefficients]:
         """Return those of x0_hat and eps_hat, from x_s and the prediction."""
@@ -184,7 +191,6 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         return x0, (torch.where(first, e_x, at_s[1][0]), torch.where(first, e_m, at_s[1][1]))
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
-        self._follow_config()
         prediction, clips = self.config.prediction_type, self._clips()
         key = (device, dtype)
         table = self._tables.get(key)
@@ -221,6 +227,7 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         Raises:
             ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
         """
+        self._follow()
         if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
         table = self._table_for(sample.device, compute_dtype(sample, model_output))

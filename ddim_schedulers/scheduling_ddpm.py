@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .attributes import checked_plan, watched
 from .scheduling_base import MIN_STD, FamilySchedulerMixin, Table, compute_dtype
 from .sigmas import sigma_eta, sigma_hat
 
@@ -70,6 +71,9 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         ValueError: naming the argument, its value and what is allowed.
     """
 
+    _end_name = "one"
+    one = watched(_end_name)
+
     @register_to_config
     def __init__(
         self,
@@ -95,9 +99,11 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         original_inference_steps: int | None = None,
         late_noise_cap: float | None = None,
     ) -> None:
-        self.custom_timesteps = False
-        self.one = torch.tensor(1.0, device="cpu")
+        self._custom_timesteps = False
         self._make_tables()
+
+    def _check_config(self) -> None:
+        super()._check_config()
         self._check_variance_type()
 
     @property
@@ -105,9 +111,51 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         """The config's `variance_type`, under stock's attribute name."""
         return self.config.variance_type
 
+    @variance_type.setter
+    def variance_type(self, name: str) -> None:
+        self.config.variance_type = self._check_variance_type(name)
+
     @property
-    def alpha_bar_end(self) -> float:
-        """alpha_bar where the last step lands: 1 (the chain ends at x_0)."""
+    def custom_timesteps(self) -> bool:
+        """Whether `timesteps` are a trajectory of their own.
+
+        As in stock, steps go to the next of `timesteps` where it is True or `num_inference_steps`
+        is set, and otherwise from t to t - 1.
+        """
+        return self._custom_timesteps
+
+    @custom_timesteps.setter
+    def custom_timesteps(self, custom: bool) -> None:
+        if not isinstance(custom, bool):
+            raise ValueError(f"`custom_timesteps` is {custom!r}; it must be True or False.")
+        self._follow()
+        self._custom_timesteps = custom
+        self._plan_shown(custom or self._num_inference_steps is not None)
+
+    def _take_trajectory(self, listed: list[Any]) -> None:
+        steps = self._num_inference_steps
+        self._set_shown_plan(checked_plan(listed, len(self)))
+        self._custom_timesteps = True
+        self._num_inference_steps = steps if steps is None else len(listed)
+
+    def _take_number(self, number: int | None) -> None:
+        self._plan_shown(number is not None or self._custom_timesteps)
+
+    def _plan_shown(self, shown: bool) -> None:
+        self._set_shown_plan(self._shown if shown else list(range(len(self) - 1, -1, -1)))
+
+    def _set_shown_plan(self, plan: list[int]) -> None:
+        before = self._plan
+        self._set_plan(plan)
+        try:
+            self._check_plan_snr()
+        except ValueError:
+            self._set_plan(before)
+            raise
+
+    @property
+    def _default_end(self) -> float:
+        """The chain ends at x_0."""
         return 1.0
 
     def _check_variance_type(self, name: str | None = None) -> str:
@@ -141,21 +189,14 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         Raises:
             ValueError: naming the argument, its value and what is allowed.
         """
-        self._check_variance_type()
-        before = self._plan
-        self._set_plan(self._resolve_timesteps(num_inference_steps, timesteps))
-        try:
-            self._check_plan_snr()
-        except ValueError:
-            self._set_plan(before)
-            raise
+        self._follow()
+        self._set_shown_plan(self._resolve_timesteps(num_inference_steps, timesteps))
         self._warn_of_terminal_signal()
-        self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(self._plan)
-        self.timesteps = self._plan_tensor().to(device)
+        self._custom_timesteps = timesteps is not None
+        self._num_inference_steps = len(self._plan)
+        self._show(device)
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
-        self._follow_config()
         clips, key = self._clips(), (device, dtype)
         table = self._tables.get(key)
         if table is None:
@@ -204,7 +245,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
                 f"`predicted_variance` is None; with variance_type={name!r} it must be the second "
                 "half of the network's channels."
             )
-        self._follow_config()
+        self._follow()
         a_t, a_s = self._at(self._alpha_bar, t), self._at(self._alpha_bar_s, t)
         small, large = sigma_eta(a_t, a_s) ** 2, sigma_hat(a_t, a_s) ** 2
         small = small.clamp(min=MIN_STD**2)
@@ -249,6 +290,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         Raises:
             ValueError: for an argument out of its range, naming it.
         """
+        self._follow()
         table = self._table_for(sample.device, compute_dtype(sample, model_output))
         name = self.config.variance_type
         learned = name if name.startswith("learned") else None
