@@ -156,7 +156,7 @@ class FamilyAttributesMixin:
         if name != "alphas_cumprod":
             betas = exact if name == "betas" else 1.0 - exact
             alpha_bar = alpha_bar_from_betas(betas)
-        _check_process(name, exact, alpha_bar)
+        _check_assigned(name, exact, alpha_bar)
         self._alpha_bar = alpha_bar
         if name == "alphas_cumprod":
             betas = 1.0 - alpha_bar / alpha_bar_before(alpha_bar)
@@ -287,7 +287,7 @@ def _as_integers(values: Any) -> list[Any]:
     return [int(t) if isinstance(t, float) and t.is_integer() else t for t in plain]
 
 
-def _check_process(name: str, values: torch.Tensor, alpha_bar: torch.Tensor) -> None:
+def _check_assigned(name: str, values: torch.Tensor, alpha_bar: torch.Tensor) -> None:
     before = alpha_bar_before(alpha_bar)
     wrong = ~((alpha_bar >= 0) & (alpha_bar < before))
     if bool(wrong.any()):

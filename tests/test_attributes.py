@@ -165,7 +165,7 @@ def test_an_edit_in_place_counts(cls):
         setattr(fresh, "alphas_cumprod" if name == "alpha_bar" else name, values.to(held.dtype))
         assert torch.equal(_step(scheduler, 500), _step(fresh, 500)), name
         held[-1] = {"betas": 0.99, "alphas": 0.01}.get(name, 1e-20)
-        assert not torch.equal(scheduler.add_noise(X, M, torch.tensor([999])), M)
+        assert scheduler.alpha_bar[-1] > 0, name  # an edit after an edit
     scheduler = _made(cls)
     before = _step(scheduler, 900)
     scheduler.alphas_cumprod *= 0.5
