@@ -20,6 +20,7 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    IFPipeline,
     LDMPipeline,
     MotionAdapter,
     PixArtSigmaPipeline,
@@ -536,3 +537,40 @@ def test_ledits_keeps_ours_and_finds_the_same_noise():
         found = compute_noise(ours, earlier, x, t, eps, 1.0)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_that_passes_the_variance_to_the_scheduler():
+    """DeepFloyd IF splits it off only where the config names no learned variance."""
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=SIZE,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("SimpleCrossAttnDownBlock2D",),
+        up_block_types=("SimpleCrossAttnUpBlock2D",),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        encoder_hid_dim=8,
+        encoder_hid_dim_type="text_proj",
+    ).eval()
+    trained = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range"}
+    trained |= {"thresholding": True, "sample_max_value": 1.5}
+    parts = (None, None, network, DDPMScheduler(**trained), None, None, None)
+    pipe = IFPipeline(*parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    words = torch.ones(1, 4, 8)
+    call = {"prompt_embeds": words, "negative_prompt_embeds": -words, "num_inference_steps": STEPS}
+    call |= {"height": SIZE, "width": SIZE, "output_type": "np"}
+    stock = images(pipe, call)
+    assert abs(images(swap(pipe, MarkovianDDPMScheduler), call) - stock).max() < 1e-4
+    with pytest.raises(ValueError, match="`reverse_variance` is not set"):
+        images(swap(pipe), call, eta=0.5)
+    with_variance = images(pipe, call)
+    # the pipeline splits it off itself when nothing in the config tells of it
+    untold = DDPMScheduler(**{**trained, "variance_type": "fixed_small"}).config
+    pipe.scheduler = GeneralizedDDIMScheduler.from_config(untold)
+    assert np.array_equal(images(pipe, call), with_variance)
