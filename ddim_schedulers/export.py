@@ -218,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path | bytes], list[str]]:
-    files: dict[str, Path | bytes] = {}
+    files: dict[str, Path] = {}
     left_out = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         parts = path.relative_to(root).parts
@@ -233,13 +233,30 @@ def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path |
             files[name] = path
         else:
             left_out.append(name)
+    for found in files.values():
+        _check_inside(root, found)
     pickled = [n for n in left_out if n.partition("/")[0] in components and n.endswith(".bin")]
     if pickled:
         raise ValueError(
             f"{root / pickled[0]} is a pickle, which can run code where it is loaded; save the "
             "pipeline again with `safe_serialization=True`."
         )
-    return files, left_out
+    return {**files}, left_out
+
+
+def _check_inside(root: Path, path: Path) -> None:
+    """Refuse a link out of the pipeline's folder: what it points to was not meant to be shared.
+
+    In the Hub's cache every file of a snapshot is a link to the same repository's `blobs`.
+    """
+    home, target = root.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    of_the_cache = home.parent.name == "snapshots" and target.parent == blobs
+    if not (target.is_relative_to(home) or of_the_cache):
+        raise ValueError(
+            f"{path} is a link to {target}, outside of the pipeline's folder; replace it by the "
+            "file itself, or remove it."
+        )
 
 
 def _without_local_path(config: Path) -> Path | bytes:

@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ddim_schedulers.export import Export, check_form, export_folder
+from ddim_schedulers.training.secrets import HUB_TOKEN, check_upload
 
 R = TypeVar("R")
 
@@ -27,9 +27,6 @@ TIMEOUT = 120.0  # seconds without an answer; the Hub client itself waits for ev
 # 409 and 412: somebody else changed the repository at the same time.
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 
-# Everything else is searched for tokens before it is uploaded.
-BINARY_SUFFIXES = (".safetensors", ".model", ".png", ".jpg", ".jpeg", ".gif", ".webp")
-TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}(?![A-Za-z0-9])")
 USER_IN_URL = re.compile(r"(?<=://)[^/\s]*@")  # "name:password@", as in the address of a proxy
 
 
@@ -83,7 +80,8 @@ def push_pipeline(
     export = export_folder(pipeline_dir, form)
     export.files["README.md"] = cards.card_for(export, repo_id, form)
     token = _usable_token(token)
-    _refuse_secrets(export, token)
+    for path, content in export.files.items():
+        check_upload(path, content, token)
     if export.left_out:
         shown = ", ".join(export.left_out[:3]) + (", ..." if len(export.left_out) > 3 else "")
         print(
@@ -363,17 +361,6 @@ def _usable_token(token: str | None) -> str:
     return token
 
 
-def _refuse_secrets(export: Export, token: str) -> None:
-    """Refuse to upload a text file that holds a token."""
-    for path, content in export.files.items():
-        if path.endswith(BINARY_SUFFIXES):
-            continue
-        data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        text = data.decode("utf-8", errors="replace")
-        if token in text or TOKEN.search(text):
-            raise ValueError(f"{path} holds a Hugging Face token; remove it before pushing.")
-
-
 def _scrub(text: str, token: str | None) -> str:
     text = USER_IN_URL.sub("", text.replace(token, "<token>") if token else text)
-    return TOKEN.sub("<token>", text)
+    return HUB_TOKEN.sub("<token>", text)
