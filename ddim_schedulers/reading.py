@@ -133,7 +133,8 @@ def parse_json(text: str, path: Place, kind: type | None = dict, *, finite: bool
     if (reason := _unusable(value, finite)) is not None:
         raise DamagedFileError(path, reason)
     if kind is not None and not isinstance(value, kind):
-        name = {dict: "a JSON object", list: "a JSON list"}.get(kind, kind.__name__)
+        names: dict[type, str] = {dict: "a JSON object", list: "a JSON list"}
+        name = names.get(kind, kind.__name__)
         raise DamagedFileError(path, f"it must hold {name}, not {type(value).__name__}")
     return value
 

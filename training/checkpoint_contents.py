@@ -30,7 +30,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         if not holds:
             raise DamagedFileError(path, f"{name} is {str(value)[:80]!r}; it must be {allowed}")
 
-    step = state.get("step")
+    step: Any = state.get("step")
     require(_is_count(step, LAST_STEP), "step", step, "an integer >= 0")
     named = NAME.fullmatch(folder.name)
     require(named is None or int(named[1]) == step, "step", step, "that of the folder's name")
