@@ -483,7 +483,7 @@ def _compare(path: Path, settings: dict[str, Any]) -> int | None:
         ) from error
     old, new = _flat(before), _flat(settings)
     count = old.get("job.num_images")
-    if type(count) is int and count < new["job.num_images"]:
+    if type(count) is int and 1 <= count < new["job.num_images"]:
         old["job.num_images"] = new["job.num_images"]
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"

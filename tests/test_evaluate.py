@@ -682,3 +682,25 @@ def test_the_files_that_ship_are_valid():
         assert config.output_dir == f"runs/{name.removesuffix('-evaluate.yaml')}/evaluation"
         recipe = name not in ("digits-8-evaluate.yaml", "fashion-mnist-32-evaluate.yaml")
         assert bool(config.not_run) == recipe == bool(config.expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pictured": [5]}, "no name of a row"),
+        ({"pictured": [[]]}, "no name of a row"),
+        ({"expected": [{**EXPECTED, "row": {}}]}, "no name of a row"),
+        ({"grid": {"members": [[]]}}, "member"),
+        ({"grid": {"members": [{}]}}, "member"),
+        ({"grid": {"spacing": [5]}}, "spacing 5 must be a name"),
+        ({"grid": {"repeats": 10**18}}, "repeats is 1000000000000000000"),
+        ({"grid": {"repeats": True}}, "repeats is True"),
+        ({"n": 10**18}, "at most 100000000"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(pipeline, tmp_path, change, message):
+    change = dict(change)
+    block = {"steps": [2], "members": [0], **change.pop("grid", {})}
+    tables = [{"name": "T", "n": change.pop("n", 8), "grid": [block]}]
+    with pytest.raises(ValueError, match=message):
+        _config(pipeline, tmp_path, tables=tables, **change)

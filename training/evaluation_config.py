@@ -34,6 +34,8 @@ from ddim_schedulers.training.parsing import load_config, read_file
 
 CLASSIFIER = "classifier"
 FAMILY = "GeneralizedDDIMScheduler"
+# A number above these is a slip of the hand, and would fill the memory with plans.
+MOST_REPEATS, MOST_SAMPLES = 10_000, 10**8
 # Names of the members that have one; the others are given by a number, eta, or by their settings.
 MEMBERS: dict[str, dict[str, Any]] = {
     "sigma-hat": {"eta": 1.0, "reverse_variance": "sigma_hat"},
@@ -210,7 +212,9 @@ class EvaluationConfig:
             _known(e, _EXPECTED, "expected")
             if missing := [key for key in _EXPECTED if key not in e]:
                 raise ValueError(f"expected: {dict(e)!r} says nothing of {', '.join(missing)}")
-        for name in [*_list(self.pictured or [], "pictured"), *(str(e["row"]) for e in expected)]:
+        for name in [*_list(self.pictured or [], "pictured"), *(e["row"] for e in expected)]:
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is no name of a row")
             if name not in names:
                 raise ValueError(f"{name!r} is no row of a table{nearest(name, sorted(names), '')}")
         measured = {(cell.row.name, cell.steps) for cell in self.cells}
@@ -281,8 +285,11 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
 def _table(values: Mapping[str, Any], where: str) -> Table:
     _known(values, ("name", "n", "grid"), f"{where}: tables")
     name, n = str(values.get("name", "")), values.get("n")
-    if not name or type(n) is not int or n < 2:
-        raise ValueError(f"{where}: table {name!r} has n = {n!r}; it needs a name and n >= 2")
+    if not name or type(n) is not int or not 2 <= n <= MOST_SAMPLES:
+        raise ValueError(
+            f"{where}: table {name!r} has n = {n!r}; it needs a name and an n >= 2, at most "
+            f"{MOST_SAMPLES}"
+        )
     blocks = [_mapping(b, "grid") for b in _list(values.get("grid"), f"table {name!r}: grid")]
     cells = (cell for block in blocks for cell in _cells(block, n, f"{where}: table {name!r}"))
     return Table(name, n, _unique(cells))
@@ -302,8 +309,12 @@ _BLOCK = (
 def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
     _known(block, _BLOCK, f"{where}: grid")
     steps, repeats = _list(block.get("steps"), f"{where}: steps"), block.get("repeats", 1)
-    if not all(type(s) is int and s >= 1 for s in steps) or type(repeats) is not int or repeats < 1:
-        raise ValueError(f"{where}: steps is {steps}, repeats {repeats!r}; integers >= 1")
+    if not all(type(s) is int and s >= 1 for s in steps):
+        raise ValueError(f"{where}: steps is {steps}; it must be a list of integers >= 1")
+    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+        raise ValueError(
+            f"{where}: repeats is {repeats!r}; it must be an integer, 1 to {MOST_REPEATS}"
+        )
     if not steps:
         raise ValueError(f"{where}: steps is empty; it must be a list of integers >= 1")
     rows = list(_rows(block, where))
@@ -324,6 +335,8 @@ def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
                 "schedulers goes beside its class"
             )
     for spacing in _list(block.get("spacing", ["trailing"]), f"{where}: spacing"):
+        if not isinstance(spacing, str):
+            raise ValueError(f"{where}: spacing {spacing!r} must be a name")
         for member in _list(block.get("members", []), f"{where}: members"):
             name, settings = _member(member, where)
             own = {"timestep_spacing": spacing, **common, **settings}
@@ -345,7 +358,7 @@ def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
 def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
     if isinstance(member, int | float) and not isinstance(member, bool):
         return f"eta {member:g}", {"eta": float(member), "reverse_variance": "sigma"}
-    if member in MEMBERS:
+    if isinstance(member, str) and member in MEMBERS:
         return str(member), MEMBERS[member]
     raise ValueError(
         f"{where}: member {member!r}; it must be a number (eta), or one of {', '.join(MEMBERS)}; "
