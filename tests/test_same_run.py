@@ -231,9 +231,9 @@ from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.launch import settle
 from ddim_schedulers.training.trainer import Trainer
 real = contents.digest_of_images
-def counted(source):
+def counted(*arguments):
     Path(sys.argv[2], os.environ["RANK"]).write_text("")
-    return real(source)
+    return real(*arguments)
 contents.digest_of_images = counted
 trainer = Trainer(TrainingConfig(**json.loads(sys.argv[1])))
 assert trainer.accelerator.num_processes == 2

@@ -99,6 +99,15 @@ def test_what_is_trained_on_must_be_the_same_after_a_resume(settings):
     assert Trainer(settings("a", **held_out | {"validate_every": 3}, resume="latest")).step == 2
 
 
+def test_what_is_looked_at_may_change_and_the_images_may_not(settings):
+    rows = [picture(n) for n in range(90)]
+    train.train(settings("a", rows, max_train_steps=2))
+    looks = {"sample_every": 2, "sample_images": 2, "sample_steps": 1, "frechet_images": 4}
+    assert Trainer(settings("a", **looks, validation_images=80, resume="latest")).step == 2
+    with pytest.raises(ValueError, match="the images, their bytes or their names are not those"):
+        Trainer(settings("a", rows[1:], resume="latest"))
+
+
 def test_bad_rows_stop_the_run_or_are_counted(settings):
     rows = [BROKEN, None] + [picture(n) for n in range(28)]
     with pytest.raises(BadImageError, match=r"images.parquet\[0\] \(broken.png\)"):

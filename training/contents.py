@@ -13,6 +13,7 @@ import numpy as np
 
 from ddim_schedulers.training.objectives import read_vector
 from ddim_schedulers.training.sources import ImageSource
+from ddim_schedulers.training.streams import LOOKED_AT
 
 if TYPE_CHECKING:
     from ddim_schedulers.training.trainer import Trainer
@@ -22,9 +23,12 @@ SAMPLE = 1024
 _FIRST = 256 * 2**10  # bytes of a sampled image that are read
 
 
-def digest_of_images(source: ImageSource) -> dict[str, str]:
-    """SHA-256 of the images of a source in their order, and what it was taken of."""
-    count = len(source)
+def digest_of_images(source: ImageSource, first: int | None = None) -> dict[str, str]:
+    """SHA-256 of the images of a source in their order, and what it was taken of.
+
+    With `first` only so many count: how many of a stream are held depends on what is looked at.
+    """
+    count = len(source) if first is None else min(first, len(source))
     whole = source.stored_bytes() <= WHOLE
     limit = None if whole else _FIRST
     chosen = range(count) if whole else np.linspace(0, count - 1, min(SAMPLE, count)).astype(int)
@@ -36,7 +40,7 @@ def digest_of_images(source: ImageSource) -> dict[str, str]:
         data = _bytes_of(raw, limit)
         digest.update(f"{name}\0{len(data)}\0".encode(errors="surrogateescape"))
         digest.update(data)
-    of = f"names and bytes of all {count} images"
+    of = f"names and bytes of {'all' if first is None else 'the first'} {count} images"
     if not whole:
         of = (
             f"names and sizes of all {count} images as far as they are listed, and the first "
@@ -49,8 +53,11 @@ def _bytes_of(raw: Any, limit: int | None) -> Any:
     if isinstance(raw, Path):
         if not raw.is_file():
             return b""
-        with open(raw, "rb") as file:
-            return file.read() if limit is None else file.read(limit)
+        try:
+            with open(raw, "rb") as file:
+                return file.read() if limit is None else file.read(limit)
+        except OSError:  # it counts as a bad image, as far as it is used at all
+            return b""
     if raw is None:
         return b""
     data = np.ascontiguousarray(raw).tobytes() if isinstance(raw, np.ndarray) else raw
@@ -64,7 +71,9 @@ def contents_of(trainer: "Trainer") -> dict[str, Any]:
         weights = read_vector(str(config.gamma)).numpy()
         gamma = hashlib.sha256(weights.tobytes()).hexdigest()
     return {
-        "data": digest_of_images(trainer.data.source),
+        "data": digest_of_images(
+            trainer.data.source, LOOKED_AT if trainer.stream is not None else None
+        ),
         "gamma": gamma,
         "mixed_precision": str(trainer.accelerator.mixed_precision),
         "allow_tf32": config.allow_tf32,

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if team.index == 0:
         made_with = versions("ddim_schedulers", "diffusers", "torch")
         report |= {"data": args.data, "pipeline": args.pipeline, "versions": made_with}
+        report["found"] = data.inventory.counts()
         lines = library.table(report)
         output.mkdir(parents=True, exist_ok=True)
         for name, content in (
