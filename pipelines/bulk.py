@@ -37,6 +37,7 @@ from ddim_schedulers.pipelines.files import (
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import PIL_MODES, check_pil_channels, to_pil, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
+from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.pipelines.pictures import make_grid
 from ddim_schedulers.pipelines.records import warn_of_clipping
 from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
@@ -157,6 +158,7 @@ def sample_to_directory(
         world_size: number of processes.
 
     Raises:
+        FolderInUseError: another process owns the folder, see `ownership`.
         ValueError: if the folder holds a job with other settings, naming what differs, or images
             without settings, if its settings are damaged, if the network's channels do not fit
             PNG, for steps or an eta that the scheduler refuses, or for samples that are not
@@ -165,10 +167,22 @@ def sample_to_directory(
     if job.file_format == "png":
         check_pil_channels(pipe.image_shape[0])
     # before the settings are written, with which a corrected call would have to agree
-    steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
+    plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     folder = Path(output)
     check_folders(folder, FOLDERS[job.file_format], "`output`")
+    with own(folder, "sample", rank=rank, world_size=world_size) as owner:
+        return _sample_share(pipe, folder, job, rank, world_size, owner)
+
+
+def _sample_share(
+    pipe: GenerationPipeline,
+    folder: Path,
+    job: SamplingJob,
+    rank: int,
+    world_size: int,
+    owner: Owner,
+) -> SamplingReport:
     files = _Files(folder, job, rank, pipe.image_shape)
     files.folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.folder):
@@ -176,6 +190,7 @@ def sample_to_directory(
     settings = settings_of(pipe, job)
     _check_origin(folder, files)
     _compare(folder / SETTINGS, settings)
+    steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
     written = present = sampled = 0
     clipped: list[tuple[float, int]] = []
     with pipe.progress_bar(total=steps * len(files.chunks[rank::world_size])) as bar:
@@ -185,6 +200,7 @@ def sample_to_directory(
             if missing:
                 sampled += stop - start
                 images, share = _sample(pipe, job, start, stop, bar)
+                owner.check()
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
                     # not before there are images: a job whose samples fail binds no corrected call
@@ -209,6 +225,7 @@ def sample_to_directory(
                 raise
             complete = False  # another process is about to make it anew
         else:
+            owner.check()
             write_png(folder / GRID, make_grid(first), rank)
     return SamplingReport(written, present, complete, sampled)
 

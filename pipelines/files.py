@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image
+
+# Before the second number was there, a killed run left names without it.
+_TEMPORARY = re.compile(r"\..+\.(\d{1,9})(?:-[0-9a-f]{12})?\.tmp")
 
 
 def check_folders(folder: Path, inner: str, name: str) -> None:
@@ -48,32 +53,43 @@ def check_folders(folder: Path, inner: str, name: str) -> None:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], owner: int = 0) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 
+    The temporary name is unique, and is never one that exists: a link that somebody placed there is
+    not followed.
+
     Args:
         path: where the file shall be.
         write: is given the open file.
-        owner: number of the writing process; it stands in the temporary name, so that processes may
-            write the same path, and `remove_leftovers` knows whose file it is.
+        owner: number of the writing process; it stands in the temporary name, so that
+            `remove_leftovers` knows whose file it is.
     """
-    temporary = path.with_name(f".{path.name}.{owner}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{owner}-{secrets.token_hex(6)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_leftovers(folder: Path, owner: int, owners: int) -> None:
     """Remove the temporary files in a folder that a killed run left.
 
     Args:
-        folder: is looked at without its sub-folders; may be missing.
+        folder: is looked at without its sub-folders; may be missing. The caller owns it
+            (`ownership.own`), so that no process that lives has the same number.
         owner: number of the calling process, which removes its own; process 0 also removes those of
             processes that no longer exist.
         owners: number of processes.
     """
     for path in folder.glob(".*.tmp"):
-        number = path.name.split(".")[-2]
-        if number.isdigit() and (int(number) == owner or (owner == 0 and int(number) >= owners)):
+        found = _TEMPORARY.fullmatch(path.name)
+        number = None if found is None else int(found[1])
+        if number is not None and (number == owner or (owner == 0 and number >= owners)):
             path.unlink(missing_ok=True)
 
 

@@ -175,13 +175,19 @@ def own(
 
 
 @contextlib.contextmanager
-def follow(folder: str | os.PathLike[str], token: str | None, record: str) -> Iterator[Owner]:
-    """Rely on the ownership of the main process, which said its `token` and name of `record`."""
+def follow(
+    folder: str | os.PathLike[str], said: tuple[str, str | None, str | None] | None
+) -> Iterator[Owner]:
+    """Rely on the ownership of the main process, which said (folder, token, name of the record)."""
     place = Path(folder).resolve()
     if (holder := _holder_of(place)) is not None:
         holder._uses += 1
     else:
-        holder = _held[place] = Owner(place, place / record, token)
+        place, token, name = (place, None, None) if said is None else (Path(said[0]), *said[1:])
+        record = None if name is None else place / name
+        if record is not None and not record.exists():  # a folder of another machine
+            record = None
+        holder = _held[place] = Owner(place, record, token)
     try:
         yield holder
     finally:
@@ -381,7 +387,7 @@ def _is_gone(path: Path, record: Mapping[str, Any]) -> bool:
 def _silence(path: Path, place: Path) -> float:
     """Seconds since the last sign of life, by the clock of the file system; call it in the mutex.
 
-    A record that vanished meanwhile is as good as silent.
+    A record that vanished meanwhile counts as alive: what is there now is looked at again.
     """
     try:
         os.utime(place / MUTEX)
@@ -440,9 +446,10 @@ def _mutex(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Nobody can be in between: who waits for a deleted file sees that it is, and makes another.
-        with contextlib.suppress(OSError):
-            path.unlink()
+        # Who waits for a file that is deleted sees that it is, and makes another.
+        if not isinstance(lock, SoftFileLock):
+            with contextlib.suppress(OSError):
+                path.unlink()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lock.release()

@@ -6,7 +6,11 @@ A checkpoint is a folder `checkpoints/step-00001000` with
     optimizer.safetensors    AdamW's moments
     sampler.safetensors      history of loss-aware timestep sampling, where used
     state.json               step, clocks, settings, versions
+    failed.json              why the run stopped there; only in the checkpoint of a failed session
     manifest.json            size and SHA-256 of every other file, written last
+
+A checkpoint of a failed session takes no part in the rotation: nothing is deleted for it, and
+`latest` passes over it.
 
 It is written under a temporary name, every file and the folder are flushed to the disk, and then it
 is renamed. Nothing in it is pickled. It holds nothing of a single process (all random numbers are
@@ -19,20 +23,25 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from safetensors.torch import save as save_tensors
 
 from ddim_schedulers.reading import DamagedFileError, read_bytes, read_json, read_safetensors
 from ddim_schedulers.training.checkpoint_contents import lacks
 
+logger = logging.get_logger(__name__)
+
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+FAILED = "failed.json"
 TEMPORARY = ".writing-"
 DISCARDED = ".discarded-"
 FILE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # in the checkpoint, not beside it
@@ -54,22 +63,49 @@ def step_of(folder: Path) -> int:
 
 
 def listed(root: Path) -> list[Path]:
-    """The checkpoints under `root`, newest first; whole or not is for `verify` to say."""
+    """The checkpoints under `root`, newest first; whole or not is for `verify` to say.
+
+    Those of failed sessions are not among them, see `failed_in`.
+    """
+    return [p for p in _folders(root) if not (p / FAILED).exists()]
+
+
+def failed_in(root: Path) -> list[Path]:
+    """The checkpoints of failed sessions under `root`, newest first."""
+    return [p for p in _folders(root) if (p / FAILED).exists()]
+
+
+def _folders(root: Path) -> list[Path]:
     folders = [p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
     return sorted(folders, key=step_of, reverse=True)
 
 
-def write(root: Path, step: int, files: Mapping[str, bytes]) -> Path:
+def names_in(root: Path) -> set[str]:
+    """Everything in `root` that belongs to checkpoints, also what dead runs left unfinished."""
+    patterns = (f"{PREFIX}*", f"{TEMPORARY}*", f"{DISCARDED}*")
+    return {path.name for pattern in patterns for path in root.glob(pattern)}
+
+
+def write(
+    root: Path, step: int, files: Mapping[str, bytes], check: Callable[[], None] = lambda: None
+) -> Path:
     """Writes a whole checkpoint or nothing.
+
+    Args:
+        root: the folder of the checkpoints.
+        step: its step; a checkpoint of the same step is replaced.
+        files: contents by name.
+        check: is called before anything is replaced, and may raise.
 
     Raises:
         CheckpointError: the disk is full or cannot be written to; checkpoints from before are
         untouched.
     """
-    target, temporary = folder_of(root, step), root / f"{TEMPORARY}{step}"
+    target = folder_of(root, step)
+    temporary = root / f"{TEMPORARY}{step}-{secrets.token_hex(6)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         manifest = {}
         for name, data in files.items():
             write_file(temporary / name, data)
@@ -77,11 +113,14 @@ def write(root: Path, step: int, files: Mapping[str, bytes]) -> Path:
         write_file(temporary / MANIFEST, to_json(manifest))
         for folder in {(temporary / name).parent for name in files} | {temporary}:
             flush_folder(folder)
+        check()
         discard(target)
         os.replace(temporary, target)
         flush_folder(root)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(describe_failure(root, step, error)) from error
     return target
 
@@ -89,7 +128,7 @@ def write(root: Path, step: int, files: Mapping[str, bytes]) -> Path:
 def write_file(path: Path, data: bytes) -> None:
     """Writes and flushes one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -107,25 +146,32 @@ def flush_folder(path: Path) -> None:
 def discard(folder: Path) -> None:
     """Deletes a folder; if that is interrupted, what is left no longer looks like a checkpoint."""
     if folder.exists():
-        moved = folder.with_name(f"{DISCARDED}{folder.name}")
-        shutil.rmtree(moved, ignore_errors=True)
+        moved = folder.with_name(f"{DISCARDED}{folder.name}-{secrets.token_hex(6)}")
         os.replace(folder, moved)
         shutil.rmtree(moved, ignore_errors=True)
 
 
-def prune(root: Path, step: int, keep_last: int, best_step: int | None) -> None:
+def prune(
+    root: Path,
+    step: int,
+    keep_last: int,
+    best_step: int | None,
+    known: Container[str] | None = None,
+) -> None:
     """Deletes all but the last `keep_last` checkpoints and the best, and what dead runs left.
 
     Call it after the checkpoint of `step` was written. Those of later steps go first: a run that
-    was resumed before them has passed them over as damaged, or replaces them.
+    was resumed before them has passed them over as damaged, or replaces them. Nothing is deleted
+    whose name is not in `known`: what the run found at its start or wrote; None is everything.
     """
+    known = names_in(root) if known is None else known
     earlier = [folder for folder in listed(root) if step_of(folder) <= step]
     kept = {step_of(folder) for folder in earlier[:keep_last]} | {best_step}
     for folder in listed(root):
-        if step_of(folder) not in kept:
+        if step_of(folder) not in kept and folder.name in known:
             discard(folder)
     for pattern in (f"{TEMPORARY}*", f"{DISCARDED}*"):
-        for leftover in root.glob(pattern):
+        for leftover in [path for path in root.glob(pattern) if path.name in known]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -195,9 +241,16 @@ def chosen(resume: str, root: Path) -> Path | None:
         CheckpointError: the named checkpoint, or every one, is damaged.
     """
     if resume == "latest":
-        return newest_whole(root)
+        folder = newest_whole(root)
+        failed = [p for p in failed_in(root) if folder is None or step_of(p) > step_of(folder)]
+        if failed:
+            logger.warning(
+                f"the last session failed; its state at step {step_of(failed[0])} is passed over. "
+                f"To continue from there: --resume {failed[0]}"
+            )
+        return folder
     if resume == "never":
-        if listed(root):
+        if _folders(root):
             raise ValueError(
                 f"resume is 'never', but {root} holds checkpoints of a run; set resume to 'latest' "
                 "to continue it, or output_dir to another folder"

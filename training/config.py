@@ -193,6 +193,9 @@ class PrecisionConfig:
     on_nonfinite: Literal["stop", "count"] = option(
         "stop", "a step that is not finite is never applied; stop the run, or go on and count"
     )
+    nonfinite_limit: int = option(
+        100, "stop after so many steps in a row that were not finite, also where they are counted"
+    )
 
 
 @dataclass
@@ -353,6 +356,7 @@ AT_LEAST = {
     "hybrid_lambda": 0,
     "image_size": 1,
     "stop_after": 1,
+    "nonfinite_limit": 1,
     "max_image_pixels": 1,
 }
 ABOVE_ZERO = ("lr", "adam_epsilon", "snr_gamma", "gamma_eta", "ema_inv_gamma", "ema_power")

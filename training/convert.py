@@ -18,6 +18,7 @@ import torch
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.export import check_form, save_pipeline
+from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.reading import check_archive
 
 GROUPS = 32  # of the group norms, fixed in that layout
@@ -72,14 +73,28 @@ def convert_checkpoint(
         ValueError: for a file of another layout, with code or with NaN in it, an argument that is
             not allowed, or a folder that is not empty.
     """
-    from diffusers import DDPMPipeline, UNet2DModel
-
     check_form(form)
     if variance_type is not None and variance_type not in VARIANCE_TYPES:
         raise ValueError(
             f"`variance_type` is {variance_type!r}; it must be one of {VARIANCE_TYPES}."
         )
     target = Path(output_dir)
+    # beside the new folder, which appears whole
+    with own(target.with_name(f".{target.name}.converting"), "convert", transient=True) as owner:
+        return _convert(checkpoint, target, weights, image_size, variance_type, form, owner)
+
+
+def _convert(
+    checkpoint: str | os.PathLike[str],
+    target: Path,
+    weights: str,
+    image_size: int | None,
+    variance_type: str | None,
+    form: str,
+    owner: Owner,
+) -> list[str]:
+    from diffusers import DDPMPipeline, UNet2DModel
+
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output_dir` is {target}, which exists and is not an empty folder.")
     state = load_checkpoint(checkpoint, weights)
@@ -95,10 +110,11 @@ def convert_checkpoint(
     if variance_type is None:
         variance_type = "fixed_large" if config["sample_size"] <= 32 else "fixed_small"
     pipeline = DDPMPipeline(unet.eval(), MarkovianDDPMScheduler(variance_type=variance_type))
-    partial = target.with_name(f".{target.name}.partial")
+    partial = owner.folder / "pipeline"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         notes = save_pipeline(pipeline, partial, form)
+        owner.check()
         if target.exists():
             target.rmdir()
         partial.rename(target)

@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ddim_schedulers.export import Export, check_form, export_folder
+from ddim_schedulers.pipelines.ownership import own
 from ddim_schedulers.training.secrets import HUB_TOKEN, check_upload
 
 R = TypeVar("R")
@@ -68,6 +70,7 @@ def push_pipeline(
         The URL of the commit.
 
     Raises:
+        FolderInUseError: another process trains, calibrates or pushes the pipeline.
         ValueError: for an argument out of its range, or a folder that is not a pipeline.
         PushError: if the Hub cannot be reached or refuses.
     """
@@ -75,6 +78,26 @@ def push_pipeline(
     check_repo_id(repo_id)
     if attempts < 1:
         raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
+    root = Path(pipeline_dir)
+    if not root.is_dir():  # `export_folder` says what is wrong with it
+        export_folder(root, form)
+    with own(root, "push", read_only=True):
+        return _push_owned(
+            root, repo_id, form, private, revision, token, message, endpoint, attempts
+        )
+
+
+def _push_owned(
+    pipeline_dir: Path,
+    repo_id: str,
+    form: str,
+    private: bool,
+    revision: str | None,
+    token: str | None,
+    message: str,
+    endpoint: str | None,
+    attempts: int,
+) -> str:
     from ddim_schedulers.training import cards
 
     export = export_folder(pipeline_dir, form)

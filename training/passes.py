@@ -5,10 +5,11 @@ alone, so that any number of processes gets the same numbers, and a part that is
 computed again.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ddim_schedulers.betas import alpha_bar_before
 from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.ownership import Owner, OwnershipError, follow, own
 from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.checkpoints import to_json
@@ -69,6 +71,48 @@ class AccelerateTeam(Team):
         from accelerate.utils import gather_object
 
         return list(gather_object(values)) if self.count > 1 else values
+
+
+@contextlib.contextmanager
+def own_together(
+    folder: Path,
+    verb: str,
+    team: Team | None = None,
+    *,
+    parts: frozenset[str] | None = None,
+    transient: bool = False,
+) -> Iterator[Owner]:
+    """Own a folder meanwhile, all processes of a team at once: the main one holds it.
+
+    Args:
+        folder: as in `ownership.own`.
+        verb: as there.
+        team: the processes; None for this one alone.
+        parts: as there.
+        transient: as there.
+
+    Raises:
+        FolderInUseError: on every process.
+        OSError: on every process, where nothing can be written to the folder.
+    """
+    team = Team() if team is None else team
+    with contextlib.ExitStack() as stack:
+        # token and record of the main process's ownership, or why it has none
+        said: Any = None
+        if team.index == 0:
+            try:
+                owner = stack.enter_context(own(folder, verb, parts=parts, transient=transient))
+                record = owner.record
+                said = (str(owner.folder), owner.token, None if record is None else record.name)
+            except (OwnershipError, OSError) as error:
+                said = error
+        if team.count > 1:
+            said = team.gather([said])[0]
+        if isinstance(said, Exception):
+            raise said
+        if team.index > 0:
+            owner = stack.enter_context(follow(folder, said))
+        yield owner
 
 
 @dataclass(frozen=True)
@@ -147,11 +191,39 @@ def run_pass(
         progress: called with a line of text after each part, or None.
 
     Raises:
+        FolderInUseError: another process owns `work_dir`.
         ValueError: if `batch_size` is below 1, or `work_dir` holds parts of another pass.
     """
     check_batch_size(batch_size)
     team = Team() if team is None else team
-    asked = sorted(timesteps)
+    with own_together(work_dir, "a pass", team, transient=True) as owner:
+        return _run(
+            subject,
+            images,
+            sorted(timesteps),
+            clip=clip,
+            seed=seed,
+            batch_size=batch_size,
+            work_dir=work_dir,
+            team=team,
+            progress=progress,
+            owner=owner,
+        )
+
+
+def _run(
+    subject: Subject,
+    images: torch.Tensor,
+    asked: list[int],
+    *,
+    clip: float | None,
+    seed: int,
+    batch_size: int,
+    work_dir: Path,
+    team: Team,
+    progress: Any,
+    owner: Owner,
+) -> Pass:
     blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
     chunks = math.ceil(len(images) / batch_size)
     parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
@@ -166,6 +238,7 @@ def run_pass(
     for number, (c, b) in enumerate(mine):
         batch = images[c * batch_size : (c + 1) * batch_size]
         values = measure(subject, batch, blocks[b], clip, seed, c)
+        owner.check()
         write_bytes(_file(work_dir, (c, b)), pack_sealed(values, kept.about((c, b))))
         if progress is not None:
             progress(f"part {number + 1} of {len(mine)}")
@@ -185,7 +258,7 @@ def run_pass(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
-    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp"):
+    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
         for path in work_dir.glob(pattern):
             path.unlink(missing_ok=True)
     if work_dir.is_dir() and not any(work_dir.iterdir()):

@@ -86,6 +86,10 @@ class Window:
         t = torch.cat([row[0] for row in self._rows[-parts:]])
         return t, torch.cat(self._raw[-parts:])
 
+    def norms(self) -> Tensor:
+        """Gradient norms (steps,) since the last reading, on the host; equal on all processes."""
+        return torch.stack(self._norms).cpu().double() if self._norms else torch.empty(0)
+
     def read(self, accelerator: Accelerator, stop: bool) -> Reading:
         """Gathers over processes and reads once."""
         share, steps = self.share, len(self._norms)

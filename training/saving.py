@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
     """The contents of a checkpoint, by file name."""
     state = {
         "step": trainer.step,
+        "updates": trainer.updates,
         "place": list(trainer.place),
         "ema": trainer.average.state_dict(),
         "best": trainer.best,
@@ -92,6 +94,11 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     if trainer.accelerator.scaler is not None and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.best = state["step"], state["best"]
+    # earlier versions did not count the steps that were applied
+    trainer.updates = trainer.saved_updates = state.get("updates", trainer.step)
+    failed = (folder / checkpoints.FAILED).exists()
+    own = folder.resolve().parent == (trainer.root / "checkpoints").resolve()
+    trainer.saved = trainer.step if own and not failed else None
     trainer.place = tuple(state.get("place", (0, 0)))
 
 
@@ -117,11 +124,15 @@ def _export(trainer: "Trainer") -> Path:
             unet=trainer.average.unet,
             scheduler=trainer.scheduler,  # type: ignore[arg-type]  # any scheduler will do
         )
-        partial = trainer.root / ".pipeline"
+        trainer.owner.check()
+        partial = trainer.root / f".pipeline-{secrets.token_hex(6)}"
+        for leftover in trainer.root.glob(".pipeline-*"):  # of a run that was killed here
+            checkpoints.discard(leftover)
         # whoever lacks this package loads it too, unless no stock scheduler knows the prediction
         stock_knows = trainer.config.prediction_type != "posterior_mean"
         for note in save_pipeline(pipeline, partial, "portable" if stock_knows else "plug-in"):
             logger.warning(note)
+        trainer.owner.check()
         checkpoints.discard(target)
         partial.rename(target)
         trainer.unet.save_pretrained(trainer.root / "unet_raw")

@@ -26,15 +26,15 @@ def train(config: TrainingConfig) -> "TrainingResult":
         ValueError: bad settings or data, before training begins.
         CheckpointError: a checkpoint cannot be written (the last good one is left), or none be
         read. NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. It was not
-        applied.
+        applied. FolderInUseError: another process owns the folder.
     """
     from ddim_schedulers.training.launch import settle
     from ddim_schedulers.training.saving import push
-    from ddim_schedulers.training.trainer import Trainer
+    from ddim_schedulers.training.trainer import open_trainer
 
     try:
-        trainer = Trainer(config)
-        result = trainer.run()
+        with open_trainer(config) as trainer:
+            result = trainer.run()
     finally:
         settle()
     push(trainer, result.pipeline_dir)
@@ -57,18 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     from ddim_schedulers.training.launch import settle
     from ddim_schedulers.training.outcome import NonFiniteError
     from ddim_schedulers.training.saving import push
-    from ddim_schedulers.training.trainer import Trainer
+    from ddim_schedulers.training.trainer import open_trainer
 
     pipeline_dir: Path | None = None
     try:
-        trainer = Trainer(config)
-        if dry_run:
-            from ddim_schedulers.training.dry_run import report
+        with open_trainer(config, owns=not dry_run) as trainer:
+            if dry_run:
+                from ddim_schedulers.training.dry_run import report
 
-            lines = report(trainer)
-        else:
-            result = trainer.run()
-            lines, pipeline_dir = result.summary(), result.pipeline_dir
+                lines = report(trainer)
+            else:
+                result = trainer.run()
+                lines, pipeline_dir = result.summary(), result.pipeline_dir
     except (CheckpointError, NonFiniteError) as error:
         print(f"ddim-schedulers train: {error}", file=sys.stderr)
         return 1

@@ -8,11 +8,12 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from diffusers.utils import logging
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ddim_schedulers.betas import terminal_signal
 from ddim_schedulers.pipelines.files import check_folders, write_bytes
+from ddim_schedulers.pipelines.ownership import Owner, OwnershipError
 from ddim_schedulers.training import checkpoints, saving
 from ddim_schedulers.training.averaging import AveragedUNet
 from ddim_schedulers.training.batches import (
@@ -43,6 +45,7 @@ from ddim_schedulers.training.models import load_unet, make_scheduler, make_unet
 from ddim_schedulers.training.objectives import make_objective
 from ddim_schedulers.training.outcome import NonFiniteError, TrainingResult, describe_left_out
 from ddim_schedulers.training.parsing import to_yaml
+from ddim_schedulers.training.passes import AccelerateTeam, own_together
 from ddim_schedulers.training.processes import from_main
 from ddim_schedulers.training.records import Records, Window
 from ddim_schedulers.training.stopping import StopSignals
@@ -53,6 +56,33 @@ from ddim_schedulers.training.watch import Watcher
 logger = logging.get_logger(__name__)
 
 
+VERB = "train"
+# What a run writes in its folder, beside files. Others may own any other folder in it.
+PARTS = frozenset({"checkpoints", "logs", "pictures", "pipeline", "unet_raw"})
+
+
+@contextmanager
+def open_trainer(config: TrainingConfig, owns: bool = True) -> Iterator["Trainer"]:
+    """A trainer whose folder is owned before it looks for checkpoints, on every process.
+
+    Args:
+        config: the settings.
+        owns: False where nothing is written.
+
+    Raises:
+        FolderInUseError: another process owns the folder.
+        ValueError: bad settings or data.
+    """
+    check_folders(Path(config.output_dir), "checkpoints", "output_dir")
+    accelerator = make_accelerator(config)
+    with ExitStack() as stack:
+        owner = None
+        if owns:
+            team, root = AccelerateTeam(config.cpu), Path(config.output_dir)
+            owner = stack.enter_context(own_together(root, VERB, team, parts=PARTS))
+        yield Trainer(config, accelerator, owner)
+
+
 class Trainer:
     """Everything a run needs, built from its settings.
 
@@ -60,9 +90,14 @@ class Trainer:
         ValueError: bad settings or data.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator | None = None,
+        owner: Owner | None = None,
+    ) -> None:
         self.config = config
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator(config) if accelerator is None else accelerator
         self.device = self.accelerator.device
         self.dtype = torch.float64 if config.weights_dtype == "float64" else torch.float32
         self.share = Share(
@@ -72,7 +107,8 @@ class Trainer:
             self.accelerator.gradient_accumulation_steps,
         )
         self.root = Path(config.output_dir)
-        check_folders(self.root, "checkpoints", "output_dir")
+        self.owner = Owner(self.root) if owner is None else owner
+        self.known = checkpoints.names_in(self.root / "checkpoints")
         self.start_from = saving.choose_checkpoint(config, self.accelerator)
         # The main process first: what it downloads or caches, the others find.
         with self.accelerator.main_process_first():
@@ -83,6 +119,11 @@ class Trainer:
         self.contents = from_main(self.accelerator, lambda: contents_of(self))
         self.records = Records(self.root, self.accelerator.is_main_process)
         self.step = 0
+        self.updates = 0  # steps that were applied, in all sessions
+        self.skipped_in_a_row = 0
+        self.saved: int | None = None  # step of the newest checkpoint of the rotation
+        self.saved_updates = 0
+        self.between_steps = True  # weights and average belong to `step`
         self.place = (0, 0)  # in a stream: epoch, and how many images of it were used
         self.best: dict[str, Any] = {}
         self.evaluations: list[dict[str, Any]] = []
@@ -199,6 +240,11 @@ class Trainer:
 
     def run(self) -> TrainingResult:
         """Trains to the end, or until a signal or `stop_after`; pushes nothing. See `train`."""
+        with own_together(self.root, VERB, AccelerateTeam(self.config.cpu), parts=PARTS) as owner:
+            self.owner = owner
+            return self._run()
+
+    def _run(self) -> TrainingResult:
         config = self.config
         stop = config.max_train_steps
         if config.stop_after is not None:
@@ -211,6 +257,11 @@ class Trainer:
             seconds = time.perf_counter() - began
             if self.step < config.max_train_steps and stopped_by is None:
                 stopped_by = "stop_after"
+            if not stopped_by and self.updates == 0:
+                raise NonFiniteError(
+                    f"none of the {self.step} steps was finite and applied: the weights are those "
+                    "of the start, and no pipeline is exported; lower lr, or look at the data"
+                )
             pipeline_dir = None if stopped_by else saving.export(self)
         except OSError as error:
             if not checkpoints.is_full(error):
@@ -237,14 +288,26 @@ class Trainer:
         return open_loader(self.batches, self.step, stop, self.config.num_workers, pin)
 
     def _steps_from(self, loader: Iterator[Batch], stop: int, signals: StopSignals) -> str | None:
-        config, window = self.config, Window(self.share, self.step)
-        saved = self.step if self.start_from is not None else -1
+        window = Window(self.share, self.step)
+        try:
+            return self._loop(loader, window, stop, signals)
+        except (NonFiniteError, checkpoints.CheckpointError, OwnershipError):
+            raise
+        except Exception as error:
+            self._save_what_was_done(window, error)
+            raise
+
+    def _loop(
+        self, loader: Iterator[Batch], window: Window, stop: int, signals: StopSignals
+    ) -> str | None:
+        config = self.config
         alone = self.accelerator.num_processes == 1
         stopped_by: str | None = None
         while self.step < stop and stopped_by is None:
             self.one_step(loader, window)
             self.step += 1
             self.average.step()
+            self.between_steps = True
             stopped_by = signals.name if alone else None
             due = self._due(config.checkpoint_every) and self.step < stop
             look = self._due(config.validate_every) or self._due(config.sample_every)
@@ -252,11 +315,11 @@ class Trainer:
                 stopped_by = self._read(window, signals)
             if look and self._look() or due:
                 self._save()
-                saved = self.step
             if look or due:
                 self.records.restart_clock(self.step)
-        if saved != self.step:
-            self._save()
+        if self.saved != self.step:
+            nothing = self.updates == 0 and self.step >= config.max_train_steps
+            self._save("no step was finite and applied" if nothing else None)
         return stopped_by
 
     def _due(self, every: int) -> bool:
@@ -265,6 +328,7 @@ class Trainer:
     def _look(self) -> bool:
         """Evaluates the averaged weights; True if they are the best so far."""
         config, unet = self.config, self.average.unet
+        self.owner.check()
         report: dict[str, Any] = {"step": self.step, "weights": self.average.name}
         unet.eval()
         if self._due(config.validate_every):
@@ -300,16 +364,18 @@ class Trainer:
             torch.manual_seed(
                 derive_seed(self.config.seed, "dropout", self.step, self.share.process_index)
             )
+        place = self.place
         for _ in range(self.share.parts):
             batch: Batch = next(loader)
             if "place" in batch:
-                self.place = tuple(batch["place"].tolist())
+                place = tuple(batch["place"].tolist())
             with self.accelerator.accumulate(self.network):
                 loss = self._loss(batch, window)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._update(window)
         self._learn_from_losses(window)
+        self.place = place
 
     def _loss(self, batch: Batch, window: Window) -> Tensor:
         x0, noise, u = (
@@ -346,6 +412,7 @@ class Trainer:
             # are.
             inner = self.optimizer.optimizer
             inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).to(torch.float32)
+        self.between_steps = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         window.close_step(norm)
@@ -364,17 +431,46 @@ class Trainer:
     def _read(self, window: Window, signals: StopSignals) -> str | None:
         """The one host read of `log_every` steps: losses, flags and signals of all processes."""
         reading = window.read(self.accelerator, signals.name is not None)
+        longest = self._count(reading.norms)
+        self.owner.check()
         rate = self.learning_rate(self.step - 1)
         values = self.records.take(reading, self.step, rate, self.config.batch_size)
         if self.config.tracker != "none":
             self.accelerator.log(values, step=self.step)
         failed = reading.failed_steps(fp16=self.accelerator.scaler is not None)
         if failed and self.config.on_nonfinite == "stop":
-            self._save()
-            raise NonFiniteError(self._describe(reading, failed[0]))
+            raise self._failure(self._describe(reading, failed[0]))
+        if longest >= self.config.nonfinite_limit:
+            raise self._failure(
+                f"{longest} steps in a row were not finite and were not applied "
+                f"(nonfinite_limit is {self.config.nonfinite_limit}); the weights are those of the "
+                f"last finite step; up to step {self.step} {self.updates} steps were applied"
+            )
         if reading.stop_requested:
             return signals.name or "a signal to another process"
         return None
+
+    def _count(self, norms: Tensor) -> int:
+        """Counts the steps applied and skipped; the longest row of skipped ones so far, at least.
+
+        Args:
+            norms: (steps,) gradient norms, on the host.
+        """
+        longest = 0
+        for applied in torch.isfinite(norms).tolist():
+            self.updates += applied
+            self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+            longest = max(longest, self.skipped_in_a_row)
+        return longest
+
+    def _failure(self, why: str) -> NonFiniteError:
+        """Saves the state outside the rotation; the error that ends the run."""
+        self._save(why)
+        folder = checkpoints.folder_of(self.root / "checkpoints", self.step)
+        return NonFiniteError(
+            f"{why} The state is kept in {folder}, which 'latest' passes over and no checkpoint "
+            "was deleted for; --resume with that folder continues from it."
+        )
 
     def _describe(self, reading: Any, step: int) -> str:
         ids = self.batches.ids(step)
@@ -390,24 +486,68 @@ class Trainer:
             f"is not finite: {', '.join(bad) or 'none'}. Batch: {rows}"
         )
 
-    def _save(self) -> None:
-        """Writes a checkpoint from the main process; an error there ends all of them."""
-        message: list[str | None] = [None]
+    def _save(self, failed: str | None = None) -> None:
+        """Writes a checkpoint from the main process; an error there ends all of them.
+
+        Args:
+            failed: why the session fails, which puts the checkpoint outside the rotation.
+        """
+        found: list[Exception | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                root = self.root / "checkpoints"
-                checkpoints.write(root, self.step, saving.state_files(self))
-                checkpoints.prune(root, self.step, self.config.keep_last, self.best.get("step"))
-            except checkpoints.CheckpointError as error:
-                message[0] = str(error)
+                self._write_checkpoint(failed)
+            except (checkpoints.CheckpointError, OwnershipError) as error:
+                found[0] = error
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(message)
-        if message[0] is not None:
-            raise checkpoints.CheckpointError(message[0])
+            broadcast_object_list(found)
+        if found[0] is not None:
+            raise found[0]
+        if failed is None:
+            self.saved, self.saved_updates = self.step, self.updates
+
+    def _write_checkpoint(self, failed: str | None) -> None:
+        root, best, files = (
+            self.root / "checkpoints",
+            self.best.get("step"),
+            saving.state_files(self),
+        )
+        target = checkpoints.folder_of(root, self.step)
+        if failed is not None:
+            if target in checkpoints.listed(root):
+                return  # a good one of this step stays
+            files[checkpoints.FAILED] = checkpoints.to_json({"why": failed})
+        checkpoints.write(root, self.step, files, self.owner.check)
+        self.known.add(target.name)
+        if failed is not None:
+            for folder in checkpoints.failed_in(root):  # one is enough
+                if folder != target and folder.name in self.known:
+                    checkpoints.discard(folder)
+            return
+        if self.updates == self.saved_updates and self.saved not in (None, self.step, best):
+            # The weights are the same as there: a row of skipped steps pushes no other one out.
+            assert self.saved is not None
+            checkpoints.discard(checkpoints.folder_of(root, self.saved))
+        checkpoints.prune(root, self.step, self.config.keep_last, best, self.known)
+
+    def _save_what_was_done(self, window: Window, error: Exception) -> None:
+        """After an error, of the data or of another process, keeps the finished steps.
+
+        The other processes may be gone, so nothing is asked of them.
+        """
+        if not (self.between_steps and self.accelerator.is_main_process) or self.step == self.saved:
+            return
+        try:
+            norms = window.norms()
+            self._count(norms)
+            finite = self.accelerator.scaler is not None or bool(torch.isfinite(norms).all())
+            stop = self.config.on_nonfinite == "stop" and not finite
+            self._write_checkpoint("a step was not finite" if stop else None)
+            logger.warning(f"The run ends with an error; {self.step} finished steps are saved.")
+        except Exception as second:  # the first error is the one to tell
+            logger.warning(f"The {self.step} finished steps could not be saved: {second}")
 
     def _start_records(self) -> None:
         if self.accelerator.is_main_process:
-            self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             found = self.data.inventory.to_dict() | {"digest": self.contents["data"]}
             write_bytes(self.root / "data.json", checkpoints.to_json(found))

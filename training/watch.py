@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers.pipelines.files import write_atomically, write_png
 from ddim_schedulers.training.batches import generator
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import ImageData
@@ -220,7 +221,7 @@ def save_grid(images: Tensor, path: Path) -> None:
         canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas[..., 0] if shown.shape[1] == 1 else canvas).save(path)
+    write_png(path, Image.fromarray(canvas[..., 0] if shown.shape[1] == 1 else canvas))
 
 
 def plot_over_t(t: Tensor, error: Tensor, path: Path) -> None:
@@ -255,4 +256,4 @@ def _figure() -> tuple[Any, Any]:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))

@@ -3,6 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
+    from ddim_schedulers.pipelines.ownership import Owner
+    from ddim_schedulers.training.passes import AccelerateTeam
 
 HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
 
@@ -72,19 +77,31 @@ def run(args: argparse.Namespace) -> int:
         return _run_trajectory(args)
     if args.data is None:
         raise ValueError("--data is missing; --objective likelihood measures images")
-    from ddim_schedulers.training import calibration as library
-    from ddim_schedulers.training.measured_data import load_measured_data
-    from ddim_schedulers.training.passes import AccelerateTeam, discard
-    from ddim_schedulers.training.subject import clip_limit, load_subject
+    from ddim_schedulers.training.passes import AccelerateTeam, own_together
 
     target = config_file(args.output, args.pipeline)
     team = AccelerateTeam(args.cpu)
+    work_dir = Path(args.work_dir) if args.work_dir else target.parent / "calibration-parts"
+    with (
+        own_together(owned_folder(target), "calibrate", team) as owner,
+        own_together(work_dir, "calibrate", team, transient=True),
+    ):
+        return _run_pass(args, target, team, work_dir, owner)
+
+
+def _run_pass(
+    args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
+) -> int:
+    from ddim_schedulers.training import calibration as library
+    from ddim_schedulers.training.measured_data import load_measured_data
+    from ddim_schedulers.training.passes import discard
+    from ddim_schedulers.training.subject import clip_limit, load_subject
+
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)
     num_images = 100 if args.num_images is None else args.num_images
     chosen = library.choose_images(len(data), num_images, args.seed)
     images, _ = data.batch(chosen)
-    work_dir = Path(args.work_dir) if args.work_dir else target.parent / "calibration-parts"
     result, cost = library.calibrate(
         subject,
         images,
@@ -96,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda line: print(f"process {team.index}: {line}", file=sys.stderr, flush=True),
     )
     if team.index == 0:
+        owner.check()
         library.save_calibration(result, target, subject.saved)
         discard(work_dir)
         last = len(subject.alpha_bar) - 1
@@ -109,22 +127,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _undo(args: argparse.Namespace) -> int:
+    from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.training.calibration import undo
 
     if args.data is not None:
         raise ValueError(f"--data is {args.data!r}; --undo measures nothing")
     target = config_file(args.output, args.pipeline)
-    print(f"{target} is again what {undo(target)} kept")
+    with own(owned_folder(target), "calibrate"):
+        print(f"{target} is again what {undo(target)} kept")
     return 0
 
 
 def _run_trajectory(args: argparse.Namespace) -> int:
-    import torch
-
-    from ddim_schedulers import GeneralizedDDIMScheduler
     from ddim_schedulers.pipelines.bulk import process_of
-    from ddim_schedulers.training import calibration as library
-    from ddim_schedulers.training.subject import load_subject
+    from ddim_schedulers.pipelines.ownership import own
 
     if args.data is not None:
         raise ValueError(f"--data is {args.data!r}; --objective trajectory starts from noise alone")
@@ -135,6 +151,17 @@ def _run_trajectory(args: argparse.Namespace) -> int:
             "alone."
         )
     target = config_file(args.output, args.pipeline)
+    with own(owned_folder(target), "calibrate") as owner:
+        return _measure_trajectory(args, target, owner)
+
+
+def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") -> int:
+    import torch
+
+    from ddim_schedulers import GeneralizedDDIMScheduler
+    from ddim_schedulers.training import calibration as library
+    from ddim_schedulers.training.subject import load_subject
+
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     subject = load_subject(args.pipeline, device)
     record, cost = library.measure_trajectory(
@@ -145,6 +172,7 @@ def _run_trajectory(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    owner.check()
     library.save_record(record, target, subject.saved)
     scheduler = GeneralizedDDIMScheduler.from_config(
         subject.config,
@@ -160,6 +188,12 @@ def _run_trajectory(args: argparse.Namespace) -> int:
             print(f"{steps:>3} steps: {' '.join(str(t) for t, _ in scheduler.planned_pairs())}")
     print(f"{cost['network_calls']} network calls, {cost['seconds']:.1f} s; written to {target}")
     return 0
+
+
+def owned_folder(target: Path) -> Path:
+    """The folder to own while a scheduler's config changes: its pipeline's, where it has one."""
+    pipeline = target.parent.parent
+    return pipeline if (pipeline / "model_index.json").is_file() else target.parent
 
 
 def config_file(output: str | None, pipeline: str) -> Path:

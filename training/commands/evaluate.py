@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 HELP = "Measure samples of any scheduler, eta and number of steps against real images; resumable."
 
@@ -34,10 +35,11 @@ def run(args: argparse.Namespace) -> int:
 
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
     config = load_evaluation(args.config, **{name: getattr(args, name) for name in names.split()})
+    from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.evaluation import Evaluation
     from ddim_schedulers.training.evaluation import run as evaluate
     from ddim_schedulers.training.evaluation_report import short, write_report
-    from ddim_schedulers.training.passes import AccelerateTeam
+    from ddim_schedulers.training.passes import AccelerateTeam, own_together
 
     team = AccelerateTeam(args.cpu)
 
@@ -46,12 +48,15 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"process {team.index}: {line}\n")
         sys.stderr.flush()
 
-    evaluation = Evaluation(config, team, team.state.device, progress)
-    evaluation.shows_steps = True
-    results = evaluate(evaluation, sample=not args.report)
-    if team.index == 0:
-        written = write_report(evaluation, results)
-        print(short(results))
-        print("Written:", *written)
-    team.wait()
+    check_folders(Path(config.output_dir), "cells", "output_dir")
+    with own_together(Path(config.output_dir), "evaluate", team) as owner:
+        evaluation = Evaluation(config, team, team.state.device, progress)
+        evaluation.shows_steps = True
+        results = evaluate(evaluation, sample=not args.report)
+        if team.index == 0:
+            owner.check()
+            written = write_report(evaluation, results)
+            print(short(results))
+            print("Written:", *written)
+        team.wait()
     return 0

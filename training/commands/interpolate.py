@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Interpolates; 0 when it is done."""
     from ddim_schedulers.pipelines import InterpolationPipeline, make_grid
     from ddim_schedulers.pipelines.fitness import SINGLE_STEP, is_deterministic
+    from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.training.commands import _picture_files
 
     if args.images is not None and args.mode != "diffuse":
@@ -66,26 +67,27 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output)
     names = _names(args, len(args.seeds or images or ()))
     _picture_files.check_output(folder, names)
-    pipe = _model_options.load(InterpolationPipeline, args)
-    if args.images is not None and not isinstance(pipe.scheduler, SINGLE_STEP):
-        raise ValueError(
-            f"--images do not fit {type(pipe.scheduler).__name__}, whose steps depend on those "
-            "before them; use --scheduler ddim."
-        )
-    if not encoded:  # those go through DDIM, whatever the scheduler
-        _model_options.check_own_scheduler(pipe.scheduler, args)
-        if args.seeds is not None and not is_deterministic(pipe.scheduler):
+    with own(folder, "interpolate"):
+        pipe = _model_options.load(InterpolationPipeline, args)
+        if args.images is not None and not isinstance(pipe.scheduler, SINGLE_STEP):
             raise ValueError(
-                f"--seeds do not determine the images of {type(pipe.scheduler).__name__}, which "
-                "draws noise in its steps; use --scheduler ddim."
+                f"--images do not fit {type(pipe.scheduler).__name__}, whose steps depend on those "
+                "before them; use --scheduler ddim."
             )
-    output = _interpolate(pipe, args, images)
-    _picture_files.write(folder, names, output.images)
-    _picture_files.write_latents(folder / "latents.safetensors", output.latents)
-    columns = len(output.images) // output.rows
-    _picture_files.write_grid(folder, make_grid(output.images, columns))
-    print(f"{len(output.images)} images written to {folder}")
-    return 0
+        if not encoded:  # those go through DDIM, whatever the scheduler
+            _model_options.check_own_scheduler(pipe.scheduler, args)
+            if args.seeds is not None and not is_deterministic(pipe.scheduler):
+                raise ValueError(
+                    f"--seeds do not determine the images of {type(pipe.scheduler).__name__}, "
+                    "which draws noise in its steps; use --scheduler ddim."
+                )
+        output = _interpolate(pipe, args, images)
+        _picture_files.write(folder, names, output.images)
+        _picture_files.write_latents(folder / "latents.safetensors", output.latents)
+        columns = len(output.images) // output.rows
+        _picture_files.write_grid(folder, make_grid(output.images, columns))
+        print(f"{len(output.images)} images written to {folder}")
+        return 0
 
 
 def _names(args: argparse.Namespace, ends: int) -> list[str]:

@@ -3,6 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
+    from ddim_schedulers.pipelines.ownership import Owner
+    from ddim_schedulers.training.passes import AccelerateTeam
 
 HELP = "Compute a pipeline's bits per dimension, term by term."
 
@@ -52,17 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, and writes likelihood.json, .md and .png."""
-    from ddim_schedulers.pipelines.files import check_folders, write_bytes
+    from ddim_schedulers.pipelines.files import check_folders
+    from ddim_schedulers.training.passes import AccelerateTeam, own_together
+
+    check_folders(Path(args.output_dir), "", "--output_dir")
+    team = AccelerateTeam(args.cpu)
+    output = Path(args.output_dir)
+    work_dir = Path(args.work_dir) if args.work_dir else output / "likelihood-parts"
+    with (
+        own_together(output, "likelihood", team) as owner,
+        own_together(work_dir, "likelihood", team, transient=True),
+    ):
+        return _evaluate(args, team, output, work_dir, owner)
+
+
+def _evaluate(
+    args: argparse.Namespace, team: "AccelerateTeam", output: Path, work_dir: Path, owner: "Owner"
+) -> int:
+    from ddim_schedulers.pipelines.files import write_bytes
     from ddim_schedulers.training import likelihood as library
     from ddim_schedulers.training.calibration import choose_images
     from ddim_schedulers.training.checkpoints import to_json
     from ddim_schedulers.training.measured_data import load_measured_data
-    from ddim_schedulers.training.passes import AccelerateTeam, discard
+    from ddim_schedulers.training.passes import discard
     from ddim_schedulers.training.subject import clip_limit, load_subject
     from ddim_schedulers.training.versions import versions
 
-    check_folders(Path(args.output_dir), "", "--output_dir")
-    team = AccelerateTeam(args.cpu)
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)
     bins = data.levels if args.bins is None else args.bins
@@ -87,8 +107,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    output = Path(args.output_dir)
-    work_dir = Path(args.work_dir) if args.work_dir else output / "likelihood-parts"
     report = library.evaluate(
         subject,
         images,
@@ -102,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         report |= {"data": args.data, "pipeline": args.pipeline, "versions": made_with}
         report["found"] = data.inventory.counts()
         lines = library.table(report)
-        output.mkdir(parents=True, exist_ok=True)
+        owner.check()
         for name, content in (
             ("likelihood.json", to_json(report)),
             ("likelihood.md", ("\n".join(lines) + "\n").encode()),

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines import InversionPipeline, make_grid
     from ddim_schedulers.pipelines.files import write_json
     from ddim_schedulers.pipelines.inversion import DEFAULT_TOLERANCE
+    from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.training.commands import _picture_files
 
     _model_options.refuse_solver(args, "reconstruction encodes and decodes with order 1")
@@ -48,31 +49,34 @@ def run(args: argparse.Namespace) -> int:
     names = [f"{i:06d}-{path.stem}.png" for i, path in enumerate(paths)]
     _picture_files.check_output(folder, names)
     images = _picture_files.read(paths)
-    pipe = _model_options.load(InversionPipeline, args)
-    output: Any = pipe.reconstruct(
-        images,
-        num_inference_steps=args.num_inference_steps,
-        timesteps=args.timesteps,
-        refinements=args.refinements,
-        tolerance=tolerance,
-        batch_size=args.batch_size,
-    )
-    _picture_files.write(folder, names, output.images)
-    _picture_files.write_latents(folder / "latents.safetensors", output.inversion.latents)
-    pairs = [image for pair in zip(images, output.images, strict=True) for image in pair]
-    _picture_files.write_grid(folder, make_grid(pairs, min(len(pairs), 16)))
-    residual = output.inversion.residual
-    mean = float(output.error.mean())
-    report = {
-        "error_mean": mean,
-        "error": dict(zip(names, output.error.tolist(), strict=True)),
-        "steps": len(output.inversion.timesteps),
-        "timesteps": output.inversion.timesteps,
-        "refinements": args.refinements,
-        "tolerance": tolerance,
-        "residual_max": None if residual is None else float(residual.max()),
-        "converged": output.inversion.converged,
-    }
-    write_json(folder / "errors.json", report)
-    print(f"{len(paths)} images, error per dimension on [0, 1]: {mean:.6g}; written to {folder}")
-    return 0
+    with own(folder, "reconstruct"):
+        pipe = _model_options.load(InversionPipeline, args)
+        output: Any = pipe.reconstruct(
+            images,
+            num_inference_steps=args.num_inference_steps,
+            timesteps=args.timesteps,
+            refinements=args.refinements,
+            tolerance=tolerance,
+            batch_size=args.batch_size,
+        )
+        _picture_files.write(folder, names, output.images)
+        _picture_files.write_latents(folder / "latents.safetensors", output.inversion.latents)
+        pairs = [image for pair in zip(images, output.images, strict=True) for image in pair]
+        _picture_files.write_grid(folder, make_grid(pairs, min(len(pairs), 16)))
+        residual = output.inversion.residual
+        mean = float(output.error.mean())
+        report = {
+            "error_mean": mean,
+            "error": dict(zip(names, output.error.tolist(), strict=True)),
+            "steps": len(output.inversion.timesteps),
+            "timesteps": output.inversion.timesteps,
+            "refinements": args.refinements,
+            "tolerance": tolerance,
+            "residual_max": None if residual is None else float(residual.max()),
+            "converged": output.inversion.converged,
+        }
+        write_json(folder / "errors.json", report)
+        print(
+            f"{len(paths)} images, error per dimension on [0, 1]: {mean:.6g}; written to {folder}"
+        )
+        return 0

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines import GenerationPipeline
     from ddim_schedulers.pipelines.bulk import FOLDERS, SamplingJob, process_of, sample_to_directory
     from ddim_schedulers.pipelines.files import check_folders
+    from ddim_schedulers.pipelines.ownership import own
 
     _model_options.apply_preset(args)
     rank, world_size = process_of()
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
         eta=_model_options.eta_of_call(args),
     )
     check_folders(Path(args.output), FOLDERS[args.format], "--output")
-    pipe = _model_options.load(GenerationPipeline, args)
-    _model_options.check_own_scheduler(pipe.scheduler, args)
-    report = sample_to_directory(pipe, args.output, job, rank=rank, world_size=world_size)
+    with own(args.output, "sample", rank=rank, world_size=world_size):
+        pipe = _model_options.load(GenerationPipeline, args)
+        _model_options.check_own_scheduler(pipe.scheduler, args)
+        report = sample_to_directory(pipe, args.output, job, rank=rank, world_size=world_size)
     state = "complete" if report.complete else "other processes are still at work"
     # one write for the whole line: processes share the terminal
     print(
