@@ -70,6 +70,16 @@ ON_LINSPACE = ("DPMSolverSinglestepScheduler", "UnCLIPScheduler")
 # Classes whose networks know only `original_inference_steps` noise levels.
 DISTILLED = ("LCMScheduler", "TCDScheduler")
 
+# Settings of ours, beside flags, that mean nothing as null and that not all our classes read.
+NEVER_NULL = (
+    "dynamic_thresholding_ratio",
+    "quadratic_end",
+    "reverse_variance",
+    "sample_max_value",
+    "solver_form",
+    "solver_order",
+)
+
 # The largest weight that a consistency model's boundary condition may give to x_t where it is left
 # out; LCM's own settings give 7e-6.
 MAX_BOUNDARY = 1e-4
@@ -86,6 +96,9 @@ def read_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
         ValueError: for another process, and for keys that contradict each other or leave the
             process open.
     """
+    defaulted = config.get("_use_default_values", [])
+    if not isinstance(defaulted, list | tuple | set):
+        raise ValueError(f"`_use_default_values` is {defaulted!r}; it must be a list of names.")
     read = with_new_names(config)
     name = _class_of(read)
     if name not in (None, *OUR_CLASSES) and type(read.get("timesteps")) is int:
@@ -103,7 +116,9 @@ def read_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
         del read["variance_type"]
     if _is_of_stock(config, name):
         read.setdefault("clip_sample", False)  # a class without the key never clips
-    if name not in OUR_CLASSES:
+    if name in OUR_CLASSES:
+        _check_own_null(read)
+    else:
         read = _without_null(read, overrides)
     read = _with_learned_variance(without_shared_defaults(_without_solver(read)))
     if "_use_default_values" in read:
@@ -289,6 +304,13 @@ def _check_boundary(asked: Mapping[str, Any]) -> None:
                 f"{boundary:.2g} of x_0 out of x_t itself, which no member of the family does; at "
                 f"most {MAX_BOUNDARY} can be left out."
             )
+
+
+def _check_own_null(config: Mapping[str, Any]) -> None:
+    """Refuse null in a config of ours, also for a key that another of our classes reads."""
+    for key in (*FLAGS, *NEVER_NULL):
+        if key in config and config[key] is None:
+            raise ValueError(f"`{key}` is None; it must have a value, or be left out.")
 
 
 def _without_null(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def check_types(config: Mapping[str, Any]) -> None:
     for name in FLAGS:
         _require(config, name, _is_flag, "True or False")
     for name in NUMBERS:
-        _require(config, name, _is_number, "a number")
+        _require(config, name, _is_number, "a number of at most 64 bits")
     for name in NAMES:
         _require(config, name, _is_name, "a name")
     for name in NUMBER_LISTS:
@@ -73,7 +73,7 @@ def check_types(config: Mapping[str, Any]) -> None:
             _check_list(f"calibration[{name!r}]", statistics.get(name), _is_number, "numbers")
     for name in OPTIONAL_NUMBERS:
         if config.get(name) is not None:
-            _require(config, name, _is_number, "None or a number")
+            _require(config, name, _is_number, "None or a number of at most 64 bits")
 
 
 def check_numbers(name: str, values: Any) -> None:

@@ -304,6 +304,30 @@ def test_null_is_what_stock_takes_it_for(cls):
 
 
 @each_class
+def test_null_in_a_config_of_ours_is_refused_by_each_class(cls):
+    for named in CLASSES:
+        for key in (
+            "clip_sample",
+            "lower_order_final",
+            "quadratic_end",
+            "reverse_variance",
+            "sample_max_value",
+            "set_alpha_to_one",
+            "solver_corrector",
+            "solver_form",
+            "solver_order",
+            "thresholding",
+        ):
+            with pytest.raises(ValueError, match=f"`{key}` is None"):
+                cls.from_config({"_class_name": named.__name__, key: None})
+        for key in ("calibration", "eta", "late_noise_cap", "sigma", "timesteps", "variance_type"):
+            cls.from_config({"_class_name": named.__name__, key: None})
+    for wrong in (None, 5, "beta_end"):
+        with pytest.raises(ValueError, match="`_use_default_values` is "):
+            cls.from_config({"beta_schedule": "linear", "_use_default_values": wrong})
+
+
+@each_class
 @pytest.mark.parametrize(
     "key",
     [
