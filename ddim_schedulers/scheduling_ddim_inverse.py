@@ -12,6 +12,7 @@ from diffusers.utils import deprecate
 
 from .attributes import watched
 from .betas import alpha_bar_before
+from .config_types import check_types
 from .family_config import FAMILY_KEYS
 from .parameterization import Coefficients, eps_coefficients, x0_coefficients
 from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, fold
@@ -114,7 +115,9 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
             raise TypeError(
                 f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}"
             )
-        self.register_to_config(**kwargs)
+        if kwargs:  # diffusers formats the whole config for its log, and a hostile list is long
+            check_types(self.config)
+            self.register_to_config(**kwargs)
 
     def _check_solver_order(self) -> None:
         order = self.config.get("solver_order", 1)
