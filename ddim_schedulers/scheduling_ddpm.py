@@ -106,8 +106,8 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         super()._check_config()
         self._check_variance_type()
 
-    @property
-    def variance_type(self) -> str:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def variance_type(self) -> str:
         """The config's `variance_type`, under stock's attribute name."""
         return self.config.variance_type
 

@@ -601,3 +601,27 @@ def test_stock_ddim_broadcasts_no_variance():
     with pytest.raises(RuntimeError, match="size"):
         stock.step(torch.zeros(1, 4, 2, 2), 250, x)
     assert ours.step(torch.zeros(1, 4, 2, 2), 250, x).prev_sample.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "asked"),
+    [
+        (DDIMScheduler, GeneralizedDDIMScheduler, [(500, 480), (20, -1)]),
+        (DDPMScheduler, MarkovianDDPMScheduler, [(500,), (100,)]),
+    ],
+)
+def test_get_variance_follows_what_public_code_assigns(stock, ours, asked):
+    betas = torch.linspace(1e-3, 0.03, 1000)
+    schedulers = stock(), ours()
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+        scheduler._get_variance(*asked[0])
+        scheduler.betas, scheduler.alphas = betas, 1 - betas
+        scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        if stock is DDIMScheduler:
+            scheduler.final_alpha_cumprod = torch.tensor(0.9995)
+        else:
+            scheduler.timesteps = torch.tensor([700, 500, 100, 3])
+    for arguments in asked:
+        expected, found = (scheduler._get_variance(*arguments) for scheduler in schedulers)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
