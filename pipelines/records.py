@@ -92,6 +92,6 @@ def warn_of_clipping(share: float | None, config: Any) -> None:  # noqa: ANN401
         logger.warning(
             f"Clipping cut {share:.1%} of the predicted values by more than {CLIP_MARGIN:.0%} "
             f"of clip_sample_range={config.get('clip_sample_range', 1.0)} in "
-            "mid-sampling. If the model works on latents or other unbounded data, set "
-            "clip_sample=False in the scheduler's config; else the model is far from its data."
+            "mid-sampling. A network that was trained little does that; where the data are "
+            "latents, or unbounded otherwise, set clip_sample=False in the scheduler's config."
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import importlib.metadata
 import os
 import pkgutil
@@ -137,6 +138,17 @@ def test_dashes_and_underscores_are_as_good_in_every_verb(verb, capsys):
     with pytest.raises(SystemExit):
         spelled(argparse.ArgumentParser(), ["--pipline"])
     assert spelled(parser, ["--", "--no-such"]) == ["--", "--no-such"]
+
+
+@pytest.mark.parametrize("verb", sorted(set(cli.VERBS) - cli.OWN_PARSER))
+def test_the_help_says_every_default(verb):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"ddim_schedulers.training.commands.{verb}").add_arguments(parser)
+    for action in parser._actions:
+        if action.required or action.default in (None, False, argparse.SUPPRESS):
+            continue
+        values = action.default if isinstance(action.default, list) else [action.default]
+        assert " ".join(map(str, values)) in action.help, action.option_strings
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,13 @@ def write(path, values):
     return str(path)
 
 
+def test_a_path_is_as_good_as_text(tmp_path):
+    config = TrainingConfig(output_dir=tmp_path / "a", data=tmp_path)
+    assert (config.output_dir, config.data) == (str(tmp_path / "a"), str(tmp_path))
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
 def test_field_names_are_unique_and_explained():
     names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
     assert len(names) == len(set(names))

@@ -6,6 +6,7 @@ ones winning, from the defaults here, a YAML or JSON file, and flags (`parsing.p
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -301,6 +302,9 @@ class TrainingConfig(
     _argument_group_name = "all"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # a file and a flag have text
+            if isinstance(value := getattr(self, field.name), os.PathLike):
+                setattr(self, field.name, os.fspath(value))
         check(self)
 
     def to_dict(self) -> dict[str, Any]:

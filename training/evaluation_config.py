@@ -21,6 +21,7 @@ repetition. Every cell of a table has the table's n.
 import dataclasses
 import inspect
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -258,6 +259,7 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
     """`EvaluationConfig` of a mapping; see `load_evaluation`."""
     fields = {f.name: f for f in dataclasses.fields(EvaluationConfig)}
     _known(values, fields, where)
+    values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
     for name in ("pipeline", "output_dir", "data", "tables"):
         if name not in values:
             raise ValueError(f"{where}: {name} is missing")

@@ -37,7 +37,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
         help="how images of another size are fitted (exact: refused); a likelihood needs pixels "
         "that were not resized",
     )
-    group.add_argument("--image_mode", choices=("keep", "L", "RGB", "RGBA"), default="keep")
+    group.add_argument(
+        "--image_mode",
+        choices=("keep", "L", "RGB", "RGBA"),
+        default="keep",
+        help="convert image files to grey, colour, or colour with alpha (keep)",
+    )
     group.add_argument(
         "--background",
         default="white",

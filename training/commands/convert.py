@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="file that torch.save wrote")
     parser.add_argument("--output", required=True, help="new folder of the pipeline")
     parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="where the file holds both"
+        "--weights", choices=("ema", "raw"), default="ema", help="where the file holds both (ema)"
     )
     parser.add_argument(
         "--image_size", type=int, help="side of the images; by default found from the attention"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fixed_small", "fixed_large"),
         help="of the sampler; by default fixed_large for 32 x 32 images, else fixed_small",
     )
-    parser.add_argument("--form", choices=FORMS, default="portable", help="as in `push`")
+    parser.add_argument("--form", choices=FORMS, default="portable", help="as in `push` (portable)")
 
 
 def run(args: argparse.Namespace) -> int:

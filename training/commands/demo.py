@@ -8,8 +8,10 @@ HELP = "Train a small model on embedded digits and sample it with every member o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the demo."""
-    parser.add_argument("--output", default="runs/digits", help="folder for all that is written")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    parser.add_argument(
+        "--output", default="runs/digits", help="folder for all that is written (runs/digits)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (0)")
     parser.add_argument(
         "--quick", action="store_true", help="show every part in under a minute, not its quality"
     )

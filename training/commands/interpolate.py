@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("chain", "grid", "diffuse"),
         default="chain",
-        help="two or more ends in a row (the default); four corners; or two images diffused to "
-        "--timestep",
+        help="two or more ends in a row; four corners; or two images diffused to --timestep "
+        "(chain)",
     )
     parser.add_argument(
         "--num_points", type=int, default=8, help="pictures of a stretch or side (8)"

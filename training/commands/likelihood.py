@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_images", type=int, default=64, help="images (64)")
     parser.add_argument("--output_dir", required=True, help="folder for JSON, table and plot")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[10, 25, 50, 100, 1000], help="lengths S of tau"
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[10, 25, 50, 100, 1000],
+        help="lengths S of tau (10 25 50 100 1000)",
     )
     parser.add_argument(
         "--variances",
@@ -37,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["even"],
         help="tau; each must hold timestep 0, and optimal needs a calibration (even)",
     )
-    parser.add_argument("--eta", type=float, default=1.0, help="the member, > 0 (1: DDPM)")
+    parser.add_argument("--eta", type=float, default=1.0, help="the member, > 0; 1 is DDPM (1.0)")
     parser.add_argument(
         "--clip",
         choices=("config", "on", "off"),

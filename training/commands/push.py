@@ -17,11 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMS,
         default="portable",
         help="who can load it: anyone (portable), who has this package (plug-in), or anyone who "
-        "trusts the code in the repository (self-contained)",
+        "trusts the code in the repository (self-contained); portable if not given",
     )
     parser.add_argument("--private", action="store_true", help="create it as private")
     parser.add_argument("--revision", help="branch, created where missing; main if not given")
-    parser.add_argument("--message", default="Upload pipeline", help="first line of the commit")
+    parser.add_argument(
+        "--message", default="Upload pipeline", help="first line of the commit (Upload pipeline)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
