@@ -15,6 +15,9 @@ import torch
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 
+# `torch.quantile` takes no longer rows.
+MAX_QUANTILE = 2**24
+
 Coefficients = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -176,8 +179,20 @@ def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch
         clamp(x0, -q, q) / q with q the quantile of the sample, within [1, max_value].
     """
     flat = x0.flatten(1)
-    q = torch.quantile(flat.abs(), ratio, dim=1, keepdim=True).clamp(min=1, max=max_value)
+    q = _quantile(flat.abs(), ratio).clamp(min=1, max=max_value)
     return (torch.clamp(flat, -q, q) / q).reshape(x0.shape)
+
+
+def _quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Return the quantile of each row, (B, 1), interpolated linearly as `torch.quantile` does."""
+    count = values.shape[1]
+    if count <= MAX_QUANTILE:
+        return torch.quantile(values, ratio, dim=1, keepdim=True)
+    place = ratio * (count - 1)
+    low = int(place)
+    ordered = values.sort(dim=1).values
+    below, above = ordered[:, low].unsqueeze(1), ordered[:, min(low + 1, count - 1)].unsqueeze(1)
+    return torch.lerp(below, above, place - low)
 
 
 def _needed(alpha_bar_before: torch.Tensor | None) -> torch.Tensor:

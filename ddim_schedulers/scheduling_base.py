@@ -12,6 +12,8 @@ on the device of the sample; `step` looks its row up and reads nothing back.
 
 import numbers
 import operator
+import reprlib
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -127,6 +129,7 @@ class Past(NamedTuple):
     predictions: tuple[torch.Tensor, ...]
     known: torch.Tensor  # (1,)
     timestep: torch.Tensor  # (1,), of the newest
+    thread: int | None = None  # that made it; None where it may go on anywhere
 
 
 class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
@@ -148,6 +151,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._newest: tuple[Table, dict[int, tuple[torch.Tensor, ...]]] | None = None
         self.init_noise_sigma = 1.0
         self._past: Past | None = None
+        # how often a plan was made, and which one each thread last saw: a history belongs to one
+        self._planned_times, self._runs = 0, dict[int, int]()
         self._plan_of_config()
         self._check_calibration()
 
@@ -191,14 +196,18 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         """
         self._follow()
         past = self._past
+        if past is not None and not holds_numbers(past.predictions[0]):
+            past = None
         if past is not None:
-            past = past._replace(predictions=tuple(e.detach() for e in past.predictions))
+            past = past._replace(
+                thread=None, predictions=tuple(e.detach() for e in past.predictions)
+            )
         anew = {
             "_tables": {},
             "_newest": None,
             "_forward": {},
             "_marks": {},
-            "_public": {**self._public},
+            "_runs": {},
         }
         return {**self.__dict__, **anew, "_public": {**self._public}, "_past": past}
 
@@ -212,6 +221,9 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             stride: where every step goes this far down instead, from whatever timestep.
         """
         self._past = None
+        if not torch.compiler.is_dynamo_compiling():
+            self._planned_times += 1
+            self._runs[threading.get_ident()] = self._planned_times
         config = self.config
         same = config is self._planned_config and config.changes == self._planned_changes
         if timesteps == self._plan and stride == self._stride and same:
@@ -469,7 +481,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _check_timestep(self, timestep: Any) -> int:
         try:
-            t = operator.index(timestep)
+            t = -1 if isinstance(timestep, bool) else operator.index(timestep)
         except TypeError:
             t = -1
         if not 0 <= t < len(self):
@@ -508,6 +520,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _keep(self, key: tuple, table: Table) -> Table:
         """Store a table for the steps to come, and return it."""
+        if torch.jit.is_tracing() or not holds_numbers(table.rows):
+            return table
         if len(self._tables) >= MAX_TABLES:
             self._forget_tables()
         if not torch.compiler.is_compiling():
@@ -635,6 +649,11 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         for name, tensor in (("sample", sample), ("model_output", model_output)):
             if not tensor.is_floating_point():
                 raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
+        if model_output.device != sample.device:
+            raise ValueError(
+                f"`model_output` is on the device {model_output.device}; it must be on that of "
+                f"`sample`, {sample.device}."
+            )
         if learned is None and model_output.shape == sample.shape:
             return model_output, None
         has_half = _has_half(model_output, sample)
@@ -709,7 +728,16 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             e_x0, e_x, e_m = multistep.estimate.index_select(0, t).unbind(1)
             e = torch.mul(x0, e_x0).addcmul_(x, e_x).addcmul_(m, e_m)
         count = multistep.weights.shape[0] - 1
-        past = self._past
+        past, thread = self._past, None
+        if not torch.compiler.is_dynamo_compiling():
+            thread = threading.get_ident()
+            number = read_if_free(timestep) if isinstance(timestep, torch.Tensor) else timestep
+            if number in (self._plan[0], [self._plan[0]]):  # nothing of another run is touched
+                none = (torch.zeros_like(e),) * (count - 1)
+                self._past = Past((e, *none), torch.zeros_like(t), t, thread)
+                self._runs[thread] = self._planned_times
+                return
+            self._check_thread(past, thread)
         if past is None or not _alike(past.predictions, e, count):
             past = Past((torch.zeros_like(e),) * count, torch.zeros_like(t), torch.full_like(t, -1))
         follows = multistep.before.index_select(0, t) == past.timestep
@@ -718,10 +746,24 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         for j, (earlier, weight) in enumerate(zip(past.predictions, weights, strict=True)):
             # not a product with 0 alone: what an abandoned run left may be NaN
             out.addcmul_(torch.where(known > j, earlier - e, 0.0), weight)
-        self._past = Past((e, *past.predictions[:-1]), known, t)
+        self._past = Past((e, *past.predictions[:-1]), known, t, thread)
+        if thread is not None:
+            self._runs[thread] = self._planned_times
+
+    def _check_thread(self, past: Past | None, thread: int) -> None:
+        """Refuse a step in the middle of a run whose history another thread has replaced."""
+        owner = thread if past is None else past.thread
+        if owner in (None, thread) and self._runs.get(thread, -1) in (-1, self._planned_times):
+            return
+        raise RuntimeError(
+            f"Two threads share a scheduler of `solver_order`={self.config.solver_order}: another "
+            "thread has planned or stepped in the middle of this run, and the history of "
+            "predictions is not of this run. Give each thread its own, e.g. by `copy.deepcopy`."
+        )
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Return the sample as it is: a variance-preserving process needs no scaling."""
+        check_tensors(sample=sample)
         return sample
 
     def _forward_coefficients(
@@ -736,9 +778,18 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         key = (sample.device, compute_dtype(sample))
         if key not in self._forward:
             roots = torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()], dim=1)
-            self._forward[key] = roots.to(device=key[0], dtype=key[1])
-        picked = _pick(self._forward[key], timesteps, "timesteps")
-        shape = (-1,) + (1,) * (sample.ndim - 1)
+            made = roots.to(device=key[0], dtype=key[1])
+            if torch.jit.is_tracing() or not holds_numbers(made):
+                return self._picked(made, timesteps, sample.ndim)
+            self._forward[key] = made
+        return self._picked(self._forward[key], timesteps, sample.ndim)
+
+    @staticmethod
+    def _picked(
+        roots: torch.Tensor, timesteps: torch.Tensor, ndim: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        picked = _pick(roots, timesteps, "timesteps")
+        shape = (-1,) + (1,) * (ndim - 1)
         return picked[:, 0].reshape(shape), picked[:, 1].reshape(shape)
 
     def add_noise(
@@ -751,6 +802,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             noise: standard Gaussian, the same shape.
             timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
         """
+        check_tensors(original_samples=original_samples, noise=noise)
         root, rest = self._forward_coefficients(original_samples, timesteps)
         dtype = torch.promote_types(original_samples.dtype, noise.dtype)
         return (root * original_samples + rest * noise).to(dtype)
@@ -765,6 +817,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             noise: standard Gaussian, the same shape.
             timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
         """
+        check_tensors(sample=sample, noise=noise)
         root, rest = self._forward_coefficients(sample, timesteps)
         return (root * noise - rest * sample).to(torch.promote_types(sample.dtype, noise.dtype))
 
@@ -789,6 +842,9 @@ def _alike(predictions: tuple[torch.Tensor, ...], e: torch.Tensor, count: int) -
     """Tell whether a history is of this run: its length, and the shape, dtype and device of `e`."""
     newest = predictions[0]
     same = newest.shape == e.shape and newest.dtype == e.dtype and newest.device == e.device
+    if same and not torch.compiler.is_dynamo_compiling():
+        modes = [getattr(each, "fake_mode", None) for each in (newest, e)]
+        same = modes[0] is modes[1] and holds_numbers(newest) == holds_numbers(e)
     return same and len(predictions) == count
 
 
@@ -804,11 +860,45 @@ def fold(x0: Coefficients, eps: Coefficients, row: Transition, clipped: bool) ->
     return [zero, row.x0 * x0[0] + row.eps * eps[0], row.x0 * x0[1] + row.eps * eps[1]]
 
 
+def holds_numbers(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor outlives the mode that it was made in.
+
+    What `FakeTensorMode`, `torch.export`, `torch.func.vmap` and the like pass around has no
+    storage to point to. `torch.compile` takes care of what its code keeps.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"`{name}` is {reprlib.repr(value)}; it must be a tensor.")
+
+
 def _pick(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.Tensor:
     """Return the rows of a tensor of timesteps, one after the other.
 
     On an accelerator nothing is read back, and a timestep out of range is the device's own error.
     """
+    check_tensors(**{name: timesteps})
+    if timesteps.is_meta and not rows.is_meta:
+        raise ValueError(
+            f"`{name}` is on the device 'meta' and has no values; it must be on the device of the "
+            f"sample, {rows.device}, or on the CPU."
+        )
     if timesteps.dtype not in INTEGER_DTYPES:
         raise ValueError(f"`{name}` has dtype {timesteps.dtype}; it must be an integer tensor.")
     index = timesteps.to(rows.device, torch.int64).reshape(-1)
@@ -852,6 +942,7 @@ def _noise_like(
         )
     if generator is not None:
         raise ValueError("`generator` and `variance_noise` are both given; pass one of them.")
+    check_tensors(variance_noise=variance_noise)
     if variance_noise.shape != prediction.shape:
         raise ValueError(
             f"`variance_noise` has shape {tuple(variance_noise.shape)}; it must be "

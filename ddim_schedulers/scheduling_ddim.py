@@ -17,6 +17,7 @@ from .scheduling_base import (
     FamilySchedulerMixin,
     Multistep,
     Table,
+    check_tensors,
     compute_dtype,
     logger,
     read_if_free,
@@ -262,6 +263,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         self._commit(planned, member)
         self._warn_of_terminal_signal()
         self._show(device)
+        if not torch.compiler.is_dynamo_compiling():
+            eta = None if self._sigma is not None else (self.config.eta or 0.0)
+            self._table_for(eta, False, self._public["timesteps"].device, torch.float32)
 
     def _commit(self, planned: list[int], member: torch.Tensor | None) -> None:
         """Replace the plan, or leave everything as it was if the new one is refused."""
@@ -424,6 +428,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         Raises:
             ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
         """
+        if not (isinstance(sample, torch.Tensor) and isinstance(model_output, torch.Tensor)):
+            check_tensors(model_output=model_output, sample=sample)
         self._follow()
         if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")

@@ -15,7 +15,7 @@ from .betas import alpha_bar_before
 from .config_types import check_types
 from .family_config import FAMILY_KEYS
 from .parameterization import Coefficients, eps_coefficients, x0_coefficients
-from .scheduling_base import FamilySchedulerMixin, Table, compute_dtype, fold
+from .scheduling_base import FamilySchedulerMixin, Table, check_tensors, compute_dtype, fold
 from .transition import transition
 
 
@@ -176,6 +176,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         self._num_inference_steps = len(self._plan)
         self._planned = True
         self._show(device)
+        if not torch.compiler.is_dynamo_compiling():
+            self._table_for(self._public["timesteps"].device, torch.float32)
 
     def _coefficients(self) -> tuple[Coefficients, Coefficients]:
         """Return those of x0_hat and eps_hat, from x_s and the prediction."""
@@ -230,6 +232,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         Raises:
             ValueError: before `set_timesteps`, or for an argument out of its range, naming it.
         """
+        if not (isinstance(sample, torch.Tensor) and isinstance(model_output, torch.Tensor)):
+            check_tensors(model_output=model_output, sample=sample)
         self._follow()
         if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")

@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import checked_plan, watched
-from .scheduling_base import MIN_STD, FamilySchedulerMixin, Table, compute_dtype
+from .scheduling_base import MIN_STD, FamilySchedulerMixin, Table, check_tensors, compute_dtype
 from .sigmas import sigma_eta, sigma_hat
 
 VARIANCE_TYPES = (
@@ -195,6 +195,8 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         self._custom_timesteps = timesteps is not None
         self._num_inference_steps = len(self._plan)
         self._show(device)
+        if not torch.compiler.is_dynamo_compiling():
+            self._table_for(self._public["timesteps"].device, torch.float32)
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
         clips, key = self._clips(), (device, dtype)
@@ -290,6 +292,8 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         Raises:
             ValueError: for an argument out of its range, naming it.
         """
+        if not (isinstance(sample, torch.Tensor) and isinstance(model_output, torch.Tensor)):
+            check_tensors(model_output=model_output, sample=sample)
         self._follow()
         table = self._table_for(sample.device, compute_dtype(sample, model_output))
         name = self.config.variance_type

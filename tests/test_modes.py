@@ -1,0 +1,175 @@
+"""Modes of torch, and threads, leave a scheduler as new; what is no tensor is refused."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ddim_schedulers import (
+    GeneralizedDDIMInverseScheduler,
+    GeneralizedDDIMScheduler,
+    MarkovianDDPMScheduler,
+    parameterization,
+)
+
+CLASSES = (GeneralizedDDIMScheduler, MarkovianDDPMScheduler, GeneralizedDDIMInverseScheduler)
+each_class = pytest.mark.parametrize("cls", CLASSES)
+X, M = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+T = torch.tensor([5, 7])
+
+
+class Step(torch.nn.Module):
+    def __init__(self, scheduler):
+        super().__init__()
+        self.scheduler = scheduler
+
+    def forward(self, m, x):
+        noisy = self.scheduler.add_noise(x, m, T)
+        return self.scheduler.step(m, 500, noisy, return_dict=False)[0]
+
+
+def _export(step):
+    return torch.export.export(step, (M, X), strict=False)
+
+
+def _make_fx(step):
+    return make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(M, X)
+
+
+def _fake(step):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return step(mode.from_tensor(M), mode.from_tensor(X))
+
+
+def _vmap(step):
+    x, m = X[None], M[None]
+    return torch.func.vmap(step, randomness="different")(m, x)
+
+
+def _grad(step):
+    return torch.func.grad(lambda x: step(M, x).sum())(X)
+
+
+def _trace(step):
+    return torch.jit.trace(step, (M, X), check_trace=False)
+
+
+@each_class
+@pytest.mark.parametrize("mode", [_export, _make_fx, _fake, _vmap, _grad, _trace])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning",
+    "ignore::DeprecationWarning",
+    "ignore:There is a performance drop",
+)
+def test_a_mode_leaves_the_scheduler_as_new(cls, mode, order, dtype):
+    settings = {"solver_order": order} if cls is GeneralizedDDIMScheduler else {}
+    if order > 1 and not settings:
+        settings = {"clip_sample": False}
+    scheduler, fresh = cls(**settings), cls(**settings)
+    scheduler.set_timesteps(10)
+    fresh.set_timesteps(10)
+    mode(Step(scheduler))
+    for each in (scheduler, copy.deepcopy(scheduler)):
+        outputs = []
+        for one in (each, copy.deepcopy(fresh)):
+            torch.manual_seed(0)
+            noisy = one.add_noise(X.to(dtype), M.to(dtype), T)
+            outputs.append(one.step(M.to(dtype), 400, noisy, return_dict=False)[0])
+        assert type(outputs[0]) is torch.Tensor
+        if order == 1:
+            assert torch.equal(*outputs)
+
+
+def test_a_cold_scheduler_exports_as_a_warm_one():
+    counts = []
+    for warm in (False, True):
+        scheduler = GeneralizedDDIMScheduler()
+        scheduler.set_timesteps(10)
+        if warm:
+            Step(scheduler)(M, X)
+        module = Step(scheduler)
+        module.forward = lambda m, x, s=scheduler: s.step(m, 500, x, return_dict=False)[0]
+        counts.append(len(torch.export.export(module, (M, X), strict=False).graph.nodes))
+    assert counts[0] == counts[1] < 31  # stock's program
+
+
+@pytest.mark.parametrize("plans_itself", [False, True])
+def test_two_threads_on_one_scheduler_of_order_2_are_told(plans_itself):
+    scheduler = GeneralizedDDIMScheduler(solver_order=2, clip_sample=False)
+    scheduler.set_timesteps(10)
+    ts = scheduler.timesteps
+    scheduler.step(M, ts[0], X)
+
+    def other():
+        if plans_itself:
+            scheduler.set_timesteps(10)
+        scheduler.step(M, ts[0], X)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    with pytest.raises(RuntimeError, match="Two threads share a scheduler of `solver_order`=2"):
+        scheduler.step(M, ts[1], X)
+    scheduler.set_timesteps(10)  # a new run
+    for t in ts:
+        scheduler.step(M, t, X)
+
+
+BAD = (None, "x", [1.0], np.zeros((2, 3, 4, 4)))
+
+
+@each_class
+@pytest.mark.parametrize("bad", BAD, ids=lambda v: type(v).__name__)
+def test_what_is_no_tensor_is_refused(cls, bad):
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    for call, name in (
+        (lambda: scheduler.step(bad, 500, X), "model_output"),
+        (lambda: scheduler.step(M, 500, bad), "sample"),
+        (lambda: scheduler.step(M, bad, X), "timestep"),
+        (lambda: scheduler.scale_model_input(bad, 500), "sample"),
+        (lambda: scheduler.add_noise(bad, M, T), "original_samples"),
+        (lambda: scheduler.add_noise(X, bad, T), "noise"),
+        (lambda: scheduler.add_noise(X, M, bad), "timesteps"),
+        (lambda: scheduler.get_velocity(bad, M, T), "sample"),
+        (lambda: scheduler.get_velocity(X, bad, T), "noise"),
+        (lambda: scheduler.get_velocity(X, M, bad), "timesteps"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            call()
+
+
+@each_class
+def test_bools_and_tensors_without_values_are_refused(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    meta = X.to("meta")
+    for call, name in (
+        (lambda: scheduler.step(M, True, X), "timestep"),
+        (lambda: scheduler.step(M, T[0].to("meta"), X), "timestep"),
+        (lambda: scheduler.step(meta, 500, X), "model_output"),
+        (lambda: scheduler.step(M, 500, meta), "model_output"),
+        (lambda: scheduler.add_noise(X, M, T.to("meta")), "timesteps"),
+        (lambda: scheduler.set_timesteps(True), "num_inference_steps"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            call()
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.5, 0.995, 1.0])
+def test_long_rows_have_the_quantile_of_short_ones(ratio, monkeypatch):
+    x = 3 * X.double()
+    expected = parameterization.dynamic_threshold(x, ratio, 5.0)
+    monkeypatch.setattr(parameterization, "MAX_QUANTILE", 7)
+    torch.testing.assert_close(parameterization.dynamic_threshold(x, ratio, 5.0), expected)
+
+
+def test_a_row_beyond_torchs_quantile_is_thresholded():
+    x = torch.linspace(-2, 2, 2**24 + 2)[None]
+    assert parameterization.dynamic_threshold(x, 0.995, 3.0).abs().max() == 1
