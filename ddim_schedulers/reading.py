@@ -461,26 +461,6 @@ def safetensors_shapes(path: Place) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-# What diffusers reads of a saved pipeline before it looks at the rest.
-_CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
-
-
-def check_saved(folder: Place) -> None:
-    """Check the configs and the headers of the weights that lie in the folder of a saved pipeline.
-
-    For loaders that read by themselves, as diffusers' `from_pretrained`; what is no folder passes.
-
-    Raises:
-        DamagedFileError: naming the first file that cannot be read.
-    """
-    root = Path(folder)
-    for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern)):
-        if path.name in _CONFIGS:
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            safetensors_shapes(path)
-
-
 def safetensors_header(data: bytes, path: Place) -> dict[str, Any]:
     """Return the header of the contents of a safetensors file; `path` is for the message.
 

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 
 from ddim_schedulers.family_config import PROCESS_KEYS
+from ddim_schedulers.network_config import check_complete, check_saved
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.bulk import SamplingJob, read_shard, sample_to_directory, settings_of
 from ddim_schedulers.pipelines.files import check_folders, write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
-from ddim_schedulers.reading import DamagedFileError, check_saved, npz_names, read_npz
+from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
 from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.data import ImageData, load_data
 from ddim_schedulers.training.evaluation_config import (
@@ -124,6 +125,7 @@ class Evaluation:
             raise ValueError(
                 f"pipeline {self.config.pipeline!r} cannot be loaded: {error}"
             ) from error
+        check_complete(pipe.unet, folder)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device).speed_up(
             compile=self.config.compile,

@@ -7,7 +7,8 @@ from typing import Any
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.reading import DamagedFileError, check_saved, read_json
+from ddim_schedulers.network_config import check_complete, check_network_config, check_saved
+from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.config import ProcessConfig
 
 # The networks of DDPM (arXiv:2006.11239), App. B, as the converted checkpoints configure them: no
@@ -126,6 +127,7 @@ def load_unet(
         unet = UNet2DModel.from_pretrained(path, subfolder="unet" if is_pipeline else None)
     except OSError as error:
         raise ValueError(f"from_pretrained: no UNet2DModel at {path}: {error}") from error
+    check_complete(unet, path)
     wanted = (channels, channels * (2 if learned_variance else 1))
     if (unet.config.in_channels, unet.config.out_channels) != wanted:
         raise ValueError(
@@ -169,6 +171,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"model: {path} is not the config of a UNet2DModel")
     config = {name: value for name, value in config.items() if not name.startswith("_")}
+    check_network_config(config, path)
     known = set(inspect.signature(UNet2DModel.__init__).parameters)
     if unknown := sorted(set(config) - known):
         raise ValueError(f"model: {path} has keys that UNet2DModel does not know: {unknown}")

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.reading import check_saved
+from ddim_schedulers.network_config import check_complete, check_saved
 from ddim_schedulers.training.places import pipeline_folder
 
 
@@ -119,6 +119,7 @@ def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Su
             f"pipeline is {str(pipeline)!r}; it must be a saved pipeline with the folders unet "
             f"(UNet2DModel) and scheduler: {error}"
         ) from error
+    check_complete(unet, pipeline)
     return dataclasses.replace(subject_of(unet.to(device), dict(config)), saved=dict(config))
 
 

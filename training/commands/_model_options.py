@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ddim_schedulers.reading import DamagedFileError, check_saved, read_json
+from ddim_schedulers.network_config import check_complete, check_saved
+from ddim_schedulers.reading import read_json
 from ddim_schedulers.training.config import DTYPES
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
         return Saved(unet, scheduler)  # type: ignore[arg-type]  # registered for diffusers' loader
     _check_parts(found.name)
     try:
-        return Saved.from_pretrained(found.name)
+        saved = Saved.from_pretrained(found.name)
     except OSError as error:
         where = (
             "" if Path(found.name).is_dir() else " is no folder here, and as a name on the Hub it"
@@ -238,6 +239,8 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
         raise ValueError(
             f"--pipeline {place!r}{where} cannot be loaded: {' '.join(str(error).split())}"
         ) from error
+    check_complete(saved.unet, place)
+    return saved
 
 
 def _check_parts(place: str) -> None:
@@ -246,9 +249,9 @@ def _check_parts(place: str) -> None:
         return
     index = folder / "model_index.json"
     try:
-        check_saved(folder)
         parts = read_json(index)
-    except DamagedFileError as error:
+        check_saved(folder)
+    except ValueError as error:
         raise ValueError(f"--pipeline: {error}") from error
     for name, alone in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
         # the oldest repositories have their files beside the index
