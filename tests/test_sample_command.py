@@ -1,5 +1,6 @@
 """Sampling to a folder, and the verbs `sample`, `reconstruct` and `interpolate`."""
 
+import errno
 import io
 import json
 import os
@@ -550,6 +551,31 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
         err = capsys.readouterr().err
         assert message in err and "--output is" in err and err.count("\n") == 1
     assert not (tmp_path / "sealed" / "new").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_the_output_is_tried_before_the_work(model, tmp_path, monkeypatch, capsys, number):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    photo = str(tmp_path / "photo.png")
+    Image.new("L", (SIZE, SIZE), 80).save(photo)
+    place, data = ["--pipeline", model], ["--data", "digits", "--cpu"]
+    for verb, option, extra in (
+        ("sample", "--output", [*place, "--num_images", "1"]),
+        ("reconstruct", "--output", [*place, "--images", photo]),
+        ("interpolate", "--output", [*place, "--seeds", "1", "2"]),
+        ("likelihood", "--output_dir", [*place, *data]),
+        ("calibrate", "--output", [*place, *data]),
+        ("export", "--output", place),
+        ("train", "--output_dir", ["--cpu", "--progress_bar", "false"]),
+        ("demo", "--output", ["--quick"]),
+    ):
+        assert cli.main([verb, *extra, option, str(tmp_path / "out")]) == 2, verb
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert f"{option.lstrip('-')} is" in err and os.strerror(number) in err, (verb, err)
+        assert not (tmp_path / "out").exists()
 
 
 def test_another_scheduler_rescues_a_repository_whose_own_does_not_fit(tmp_path, capsys):
