@@ -646,21 +646,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(
 ):
     user = ModuleType("spaces_of_a_user")
     user.maps = torch.nn.Identity
-    user.pair = lambda: _Function(lambda x: (x.flatten(1),))
-    user.nan = lambda: _Function(lambda x: x.flatten(1) / 0 * 0)
+    user.pair, user.nan = _Pair, _Nan
     monkeypatch.setitem(sys.modules, user.__name__, user)
     with pytest.raises(ValueError, match=message):
         Evaluation(parse_evaluation({**_settings(pipeline, tmp_path), **change}))
     assert not (tmp_path / "cells").exists()
 
 
-class _Function(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
+class _Pair(torch.nn.Module):
     def forward(self, images):
-        return self.function(images)
+        return (images.flatten(1),)
+
+
+class _Nan(torch.nn.Module):
+    def forward(self, images):
+        return images.flatten(1) / 0 * 0
 
 
 def test_too_few_labels_are_refused(pipeline, tmp_path):

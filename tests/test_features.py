@@ -101,7 +101,7 @@ def test_any_module_is_a_feature_space_and_its_weights_are_its_name(monkeypatch)
     assert fingerprint("somewhere:Stand", space) != before
     assert fingerprint("pixels", make_feature_space("pixels", SHAPE)) != before
     for name, message in (
-        ("somewhere:wrong", "int, not a torch.nn.Module"),
+        ("somewhere:wrong", "no class of torch.nn.Module, and is not called"),
         ("somewhere:none", "feature_space"),
         ("nowhere_at_all:X", "feature_space"),
         ("no/such.safetensors", "the classifier .* cannot be read"),

@@ -15,6 +15,16 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "posterior_mean")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
+# Feature spaces that this package makes itself; any other name says what to import.
+FEATURE_SPACES = ("pixels", "classifier", "inception", "dinov2")
+
+
+def names_code(feature_space: str) -> bool:
+    """Whether a feature space is imported by its name, which runs the code of that module."""
+    known = feature_space.partition(":")[0] in FEATURE_SPACES
+    return ":" in feature_space and not known and not feature_space.endswith(".safetensors")
+
+
 def option(default: Any, help_text: str) -> Any:
     """A field whose `help_text` is what `--help` shows."""
     return dataclasses.field(default=default, metadata={"help": help_text})
@@ -215,7 +225,9 @@ class ValidationConfig:
     sample_steps: int = option(50, "DDIM steps (eta 0) of samples for grid, distance and drift")
     frechet_images: int = option(0, "samples for Frechet distance and channel drift; 0: neither")
     feature_space: str = option(
-        "pixels", "'pixels' (pooled to at most 8x8), or module:factory of a torch.nn.Module"
+        "pixels",
+        "'pixels' (pooled to at most 8x8), or module:Name of a torch.nn.Module; a file that names "
+        "one needs --trust_code",
     )
     eval_batch_size: int = option(64, "images at a time, for each process, in evaluation")
     best_by: Literal["loss", "frechet"] = option("loss", "figure that decides the best checkpoint")

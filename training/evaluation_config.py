@@ -31,7 +31,7 @@ from typing import Any
 from ddim_schedulers.training.cards import check_card
 from ddim_schedulers.training.config import DTYPES, DataConfig, TrainingConfig
 from ddim_schedulers.training.flags import nearest
-from ddim_schedulers.training.parsing import load_config, read_file
+from ddim_schedulers.training.parsing import check_no_code, load_config, read_file
 
 CLASSIFIER = "classifier"
 FAMILY = "GeneralizedDDIMScheduler"
@@ -237,11 +237,14 @@ class EvaluationConfig:
         return _unique(cell for table in self.tables for cell in table.cells)
 
 
-def load_evaluation(path: str | Path, **overrides: Any) -> EvaluationConfig:
+def load_evaluation(
+    path: str | Path, trust_code: bool = False, **overrides: Any
+) -> EvaluationConfig:
     """Read an evaluation's YAML or JSON file.
 
     Args:
         path: the file.
+        trust_code: whether the file may name feature spaces to import; a call always may.
         **overrides: values that win over the file's; `data` replaces `data.data`. None is no value.
 
     Raises:
@@ -252,6 +255,8 @@ def load_evaluation(path: str | Path, **overrides: Any) -> EvaluationConfig:
     given = {key: value for key, value in overrides.items() if value is not None}
     if "data" in given:
         values["data"] = {**_mapping(values.get("data"), "data"), "data": given.pop("data")}
+    if not trust_code and "features" not in given and isinstance(values.get("features"), list):
+        check_no_code([str(name) for name in values["features"]], str(path))
     return parse_evaluation({**values, **given}, str(path))
 
 

@@ -182,16 +182,15 @@ def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Modul
 def _imported(name: str) -> torch.nn.Module:
     module, _, attribute = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module), attribute)()
+        found = getattr(importlib.import_module(module), attribute)
+        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+            raise ValueError(f"{attribute} is no class of torch.nn.Module, and is not called")
+        made = found()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"feature_space is {name!r}; it must be 'pixels', 'inception', 'dinov2', a classifier's"
-            f" .safetensors file, or module:factory: {error}"
+            f" .safetensors file, or module:Name of a torch.nn.Module class: {error}"
         ) from error
-    if not isinstance(made, torch.nn.Module):
-        raise ValueError(
-            f"feature_space {name!r} gives {type(made).__name__}, not a torch.nn.Module"
-        )
     return made.eval()
 
 

@@ -8,20 +8,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddim_schedulers.reading import DamagedFileError, read_json, read_yaml
-from ddim_schedulers.training.config import GROUPS, TrainingConfig
+from ddim_schedulers.training.config import GROUPS, TrainingConfig, names_code
 from ddim_schedulers.training.flags import nearest, spelled
 
 
-def load_config(path: str | Path | None = None, **overrides: Any) -> TrainingConfig:
+def load_config(
+    path: str | Path | None = None, trust_code: bool = False, **overrides: Any
+) -> TrainingConfig:
     """The settings of a YAML or JSON file with `overrides` (flat field names) on top.
 
+    Args:
+        path: the file.
+        trust_code: whether the file may name code to import; a call always may.
+        **overrides: values that win over the file's.
+
     Raises:
-        ValueError: an unknown key (the nearest valid one is named) or a value of the wrong type.
+        ValueError: an unknown key (the nearest valid one is named), a value of the wrong type, or
+            a file that names code to import or a push that the call does not ask for.
     """
     parser = _parser("ddim-schedulers train")
     values = _converted(parser, read_file(Path(path)), str(path)) if path is not None else {}
-    values |= _converted(parser, overrides, "the call")
-    return TrainingConfig(**values)
+    given = _converted(parser, overrides, "the call")
+    _check_trusted({k: v for k, v in values.items() if k not in given}, str(path), trust_code)
+    return TrainingConfig(**{**values, **given})
 
 
 def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[TrainingConfig, bool]:
@@ -40,16 +49,50 @@ def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[Tr
         action="store_true",
         help="print the settings, load a batch, do one step, report parameters, memory and time",
     )
+    parser.add_argument(
+        "--trust_code",
+        action="store_true",
+        help="let --config name code to import (feature_space module:Name)",
+    )
     argv = spelled(parser, argv)
     path = _config_path(argv)
     if path is not None:
-        parser.set_defaults(**_converted(parser, read_file(Path(path)), path))
+        values = _converted(parser, read_file(Path(path)), path)
+        given = {word.partition("=")[0].lstrip("-") for word in argv if word.startswith("--")}
+        unsaid = {name: value for name, value in values.items() if name not in given}
+        _check_trusted(unsaid, path, "trust_code" in given)
+        parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"{unknown[0]!r} stands where a flag is expected")
     values = {name: getattr(namespace, name) for name in _names()}
     values = {name: None if value == [None] else value for name, value in values.items()}
     return TrainingConfig(**values), namespace.dry_run
+
+
+def _check_trusted(values: dict[str, Any], path: str, trust_code: bool) -> None:
+    """Refuse what a file of somebody else must not decide: code that runs here, and an upload."""
+    if values.get("push_to_hub"):
+        raise ValueError(
+            f"push_to_hub is true in {path}; it must be asked for on the command line: "
+            "--push_to_hub"
+        )
+    if not trust_code:
+        check_no_code([str(values.get("feature_space", ""))], path)
+
+
+def check_no_code(feature_spaces: list[str], path: str) -> None:
+    """Refuse feature spaces that are imported by name.
+
+    Raises:
+        ValueError: naming the first of them, the file and the flag.
+    """
+    for name in feature_spaces:
+        if names_code(name):
+            raise ValueError(
+                f"feature_space is {name!r} in {path}, which runs code of the module "
+                f"{name.partition(':')[0]!r}; it must be allowed on the command line: --trust_code"
+            )
 
 
 def to_yaml(config: TrainingConfig) -> str:

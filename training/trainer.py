@@ -249,6 +249,7 @@ class Trainer:
         stop = config.max_train_steps
         if config.stop_after is not None:
             stop = min(stop, self.step + config.stop_after)
+        self.watcher.prepare()
         began = time.perf_counter()
         try:
             self._start_records()

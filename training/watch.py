@@ -53,9 +53,12 @@ class Watcher:
     _distance: Any = field(default=None, init=False)
     _moments: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
+    def prepare(self) -> None:
+        """Make the feature space, which may run code of others; a dry run does not."""
         if self.config.frechet_images:  # a wrong name is found before training begins
             self.features = make_feature_space(self.config.feature_space, self.data.shape)
+
+    def __post_init__(self) -> None:
         fewest = self.accelerator.num_processes
         for name in ("validation_images", "sample_images"):
             if getattr(self.config, name) < fewest:

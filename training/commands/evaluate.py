@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", action="store_true", help="sample nothing: tables of the cells that are there"
     )
     parser.add_argument("--cpu", action="store_true", help="do not use an accelerator")
+    parser.add_argument(
+        "--trust_code",
+        action="store_true",
+        help="let --config name code to import (features module:Name)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.evaluation_config import load_evaluation
 
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
-    config = load_evaluation(args.config, **{name: getattr(args, name) for name in names.split()})
+    overrides = {name: getattr(args, name) for name in names.split()}
+    config = load_evaluation(args.config, args.trust_code, **overrides)
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.evaluation import Evaluation
     from ddim_schedulers.training.evaluation import run as evaluate
