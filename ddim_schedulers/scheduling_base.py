@@ -246,13 +246,14 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _follow(self) -> None:
         """Make anew what was computed from attributes or settings that have changed since."""
-        config = self.config
+        config = self._internal_dict  # not by the property: every step passes here
         if config is not self._planned_config or config.changes != self._planned_changes:
             self._follow_config()
-        if torch.compiler.is_compiling():
+        if not self._marks or torch.compiler.is_compiling():
             return
         for value, mark in self._marks.values():
-            if mark_of(value) != mark:
+            plain_tensor = type(value) is torch.Tensor and mark is not None
+            if (value._version if plain_tensor else mark_of(value)) != mark:
                 self._take_edits()
                 break
 
