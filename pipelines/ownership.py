@@ -286,9 +286,9 @@ def _others(place: Path, mine: Mapping[str, Any]) -> list[tuple[Path, dict[str, 
             found.append((path, record))
     name = f"{PREFIX}-0.json"
     for above in place.parents:
-        record = _read(above / name) if (above / name).exists() else None
-        if record is not None and _covers(above, record.get("parts"), place):
-            found.append((above / name, record))
+        around = _read(above / name)
+        if around is not None and _covers(above, around.get("parts"), place):
+            found.append((above / name, around))
     if mine["parts"] is None:
         below = list(place.glob(f"*/{name}"))
     else:

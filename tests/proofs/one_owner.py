@@ -68,7 +68,8 @@ def verbs(root: Path) -> dict[str, tuple[list[str], Path]]:
     config.write_text(
         f"pipeline: {pipe}\ndata: {{data: digits}}\noutput_dir: {root / 'evaluate'}\n"
         "features: [pixels]\nneighbours: 2\n"
-        "tables:\n  - {name: one, n: 64, steps: [2, 3], rows: [{eta: 0.0}]}\n"
+        "tables:\n  - name: one\n    n: 64\n"
+        "    grid: [{steps: [2, 3], members: [0], spacing: [trailing]}]\n"
     )
     out = {name: root / name for name in ("train", "sample", "likelihood", "interpolate")}
     out["reconstruct"] = root / "reconstruct"
@@ -92,7 +93,17 @@ def verbs(root: Path) -> dict[str, tuple[list[str], Path]]:
         ),
         "evaluate": (["evaluate", "--config", str(config), "--cpu"], root / "evaluate"),
         "interpolate": (
-            ["interpolate", *device, "--seeds", "0", "1", "--num_inference_steps", "20"]
+            [
+                "interpolate",
+                *device,
+                "--scheduler",
+                "ddim",
+                "--seeds",
+                "0",
+                "1",
+                "--num_inference_steps",
+                "20",
+            ]
             + ["--output", str(out["interpolate"])],
             out["interpolate"],
         ),
