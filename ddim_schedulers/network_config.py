@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ddim_schedulers.reading import Place, read_json, safetensors_shapes
 
 LEVELS, LAYERS, CHANNELS, SIDE = 16, 64, 16384, 16384  # far above every published network
@@ -123,7 +121,7 @@ def check_saved(folder: Place) -> None:
             safetensors_shapes(path)
 
 
-def check_complete(network: torch.nn.Module, place: Place) -> None:
+def check_complete(network: Any, place: Place) -> None:
     """Check that every weight of a loaded network was in its file: diffusers only warns.
 
     Raises:
