@@ -1,18 +1,9 @@
 """Where a pipeline is: a saved one, one of a run, a checkpoint, or a name on the Hub."""
 
-import dataclasses
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ddim_schedulers.reading import read_json
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
-
-    from ddim_schedulers import MarkovianDDPMScheduler
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 INDEX = "model_index.json"
@@ -36,7 +27,7 @@ class Place:
 def find(place: str, option: str = "pipeline", weights: str = "averaged") -> Place:
     """Look for a pipeline without asking the Hub.
 
-    Of a run the pipeline is taken, or where there is none, or none of the newest checkpoint, that
+    Of a run the pipeline is taken; where there is none, or a checkpoint is younger, the newest
     checkpoint.
 
     Args:
@@ -104,31 +95,3 @@ def pipeline_folder(place: str, option: str = "pipeline") -> str:
             f"`ddim-schedulers export --pipeline {place} --output FOLDER`."
         )
     return found.name
-
-
-def load_checkpoint(
-    folder: Path, weights: str = "averaged"
-) -> tuple["UNet2DModel", "MarkovianDDPMScheduler", str]:
-    """The network of a checkpoint in evaluation mode, the scheduler of its run, and what it is.
-
-    Args:
-        folder: the checkpoint.
-        weights: `averaged`, where the run keeps an average, or `raw`.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    from diffusers import UNet2DModel
-
-    from ddim_schedulers.training.checkpoints import verify
-    from ddim_schedulers.training.config import ProcessConfig
-    from ddim_schedulers.training.models import make_scheduler
-
-    if (damage := verify(folder)) is not None:
-        raise ValueError(f"checkpoint {folder} is damaged: {damage}")
-    state: dict[str, Any] = read_json(folder / STATE)
-    config = {f.name: state["config"][f.name] for f in dataclasses.fields(ProcessConfig)}
-    averaged = weights == "averaged" and (folder / "unet_ema").is_dir()
-    unet = UNet2DModel.from_pretrained(folder, subfolder="unet_ema" if averaged else "unet")
-    said = f"checkpoint {folder}, step {state['step']}, {'averaged' if averaged else 'raw'} weights"
-    return unet.eval(), make_scheduler(ProcessConfig(**config)), said

@@ -225,7 +225,9 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
     logging.disable_progress_bar()
     found = places.find(place, "--pipeline", weights)
     if found.checkpoint is not None:
-        unet, scheduler, said = places.load_checkpoint(found.checkpoint, weights)
+        from ddim_schedulers.training.checkpoint_network import load_checkpoint
+
+        unet, scheduler, said = load_checkpoint(found.checkpoint, weights)
         if process_of()[0] == 0:
             print(f"--pipeline: {said}", file=sys.stderr)
         return Saved(unet, scheduler)  # type: ignore[arg-type]  # registered for diffusers' loader
