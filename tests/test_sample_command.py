@@ -569,6 +569,7 @@ def test_the_output_is_tried_before_the_work(model, tmp_path, monkeypatch, capsy
         ("likelihood", "--output_dir", [*place, *data]),
         ("calibrate", "--output", [*place, *data]),
         ("export", "--output", place),
+        ("convert", "--output", ["--checkpoint", photo]),
         ("train", "--output_dir", ["--cpu", "--progress_bar", "false"]),
         ("demo", "--output", ["--quick"]),
     ):

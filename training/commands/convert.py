@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from ddim_schedulers.export import FORMS
 
@@ -28,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts; what the form cannot express goes to stderr."""
+    from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training import convert
 
+    check_folders(Path(args.output), "", "--output")
     notes = convert.convert_checkpoint(
         args.checkpoint,
         args.output,
