@@ -12,8 +12,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
 from ddim_schedulers.export import with_installed_schedulers
+from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_network, check_scheduler
 from ddim_schedulers.pipelines.files import write_bytes
-from ddim_schedulers.pipelines.fitness import SINGLE_STEP, check_network, check_scheduler
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.sampling import state_dtype
 

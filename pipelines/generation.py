@@ -16,7 +16,7 @@ from ddim_schedulers.pipelines.base import (
     check_batch_size,
     chunks,
 )
-from ddim_schedulers.pipelines.fitness import (
+from ddim_schedulers.pipelines.compatibility import (
     MULTISTEP,
     SINGLE_STEP,
     check_scheduler,

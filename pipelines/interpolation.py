@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from ddim_schedulers.pipelines.base import DEFAULT_BATCH_SIZE, UnconditionalPipeline
-from ddim_schedulers.pipelines.fitness import (
+from ddim_schedulers.pipelines.compatibility import (
     MULTISTEP,
     SINGLE_STEP,
     check_scheduler,

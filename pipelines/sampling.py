@@ -17,7 +17,7 @@ from ddim_schedulers import (
     GeneralizedDDIMScheduler,
     parameterization,
 )
-from ddim_schedulers.pipelines.fitness import has_argument, is_deterministic
+from ddim_schedulers.pipelines.compatibility import has_argument, is_deterministic
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators
 from ddim_schedulers.scheduling_base import FamilySchedulerMixin

@@ -16,8 +16,8 @@ import traceback
 import torch
 
 import ddim_schedulers.pipelines
-import ddim_schedulers.training.calibration
-import ddim_schedulers.training.trainer  # noqa: F401  # forked processes have them ready
+import ddim_schedulers.training.likelihood.calibration
+import ddim_schedulers.training.trainer.trainer  # noqa: F401  # forked processes have them ready
 
 torch.set_num_threads(1)
 

@@ -13,18 +13,18 @@ PACKAGE = "ddim_schedulers"
 # Circles that are known and not yet broken, by the names of their modules.
 KNOWN_CIRCLES = [
     {
-        "training.batches",
-        "training.cards",
         "training.config",
-        "training.data",
-        "training.evaluation",
-        "training.evaluation_config",
-        "training.evaluation_report",
-        "training.features",
-        "training.hub",
+        "training.data.batches",
+        "training.data.images",
+        "training.data.sources",
+        "training.evaluation.cells",
+        "training.evaluation.config",
+        "training.evaluation.report",
+        "training.likelihood.error_sweep",
+        "training.metrics.features",
         "training.parsing",
-        "training.passes",
-        "training.sources",
+        "training.sharing.cards",
+        "training.sharing.hub",
     }
 ]
 

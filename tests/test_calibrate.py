@@ -16,13 +16,15 @@ from ddim_schedulers.export import export_folder
 from ddim_schedulers.likelihood import make_plan, variational_bound
 from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.reading import safetensors_header
-from ddim_schedulers.training import calibration, checkpoints, passes
-from ddim_schedulers.training import likelihood as library
-from ddim_schedulers.training.calibration import calibrate, save_calibration
 from ddim_schedulers.training.cli import main
-from ddim_schedulers.training.likelihood import LikelihoodSettings, evaluate
-from ddim_schedulers.training.passes import Team, run_pass
-from ddim_schedulers.training.subject import load_subject, subject_of
+from ddim_schedulers.training.likelihood import calibration
+from ddim_schedulers.training.likelihood import error_sweep as passes
+from ddim_schedulers.training.likelihood import table as library
+from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
+from ddim_schedulers.training.likelihood.error_sweep import Team, run_pass
+from ddim_schedulers.training.likelihood.measured_model import load_subject, subject_of
+from ddim_schedulers.training.likelihood.table import LikelihoodSettings, evaluate
+from ddim_schedulers.training.networks import checkpoints
 
 STEPS = 12
 

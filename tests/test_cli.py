@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import ddim_schedulers.training.commands
 from ddim_schedulers.training import cli, parsing
-from ddim_schedulers.training.flags import spelled
+from ddim_schedulers.training.common.flags import spelled
 
 FAKE = "fake"
 

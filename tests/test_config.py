@@ -8,8 +8,8 @@ from importlib.resources import files
 import pytest
 import yaml
 
+from ddim_schedulers.training.common.flags import STOCK_NAMES
 from ddim_schedulers.training.config import COMPUTED_FROM, GROUPS, TrainingConfig
-from ddim_schedulers.training.flags import STOCK_NAMES
 from ddim_schedulers.training.parsing import load_config, parse_args, to_yaml
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.training import cli, convert
+from ddim_schedulers.training import cli
+from ddim_schedulers.training.sharing import convert
 
 WIDTH, MULTIPLIERS, BLOCKS, ATTENDS = 32, (1, 2, 2), 2, (1,)  # 32 x 32 images, attention at 16
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data import load_data
-from ddim_schedulers.training.folders import IMAGE_SUFFIXES
+from ddim_schedulers.training.data.folders import IMAGE_SUFFIXES
+from ddim_schedulers.training.data.images import load_data
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +245,7 @@ def test_places_that_are_no_data_are_told_what_they_are(tmp_path):
         for streaming in (False, True):
             with pytest.raises(ValueError, match=f"data: .*{name} {message}"):
                 if streaming:
-                    from ddim_schedulers.training.streams import open_stream
+                    from ddim_schedulers.training.data.streams import open_stream
 
                     open_stream(TrainingConfig(data=str(tmp_path / name), streaming=True))
                 else:

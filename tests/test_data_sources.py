@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from ddim_schedulers.pipelines.image_files import BadImageError
-from ddim_schedulers.training.batches import Draws, MapBatches, Share, open_loader
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data import digits, fit_image, load_data
-from ddim_schedulers.training.sources import ArraySource
+from ddim_schedulers.training.data.batches import Draws, MapBatches, Share, open_loader
+from ddim_schedulers.training.data.images import digits, fit_image, load_data
+from ddim_schedulers.training.data.sources import ArraySource
 
 
 def pixels(*shape, dtype=np.uint8, seed=0):
@@ -310,7 +310,7 @@ def test_parquet_with_an_image_column_of_any_name(parquet):
 
 
 def test_a_stream_gives_the_same_batches_from_any_place_and_split(parquet):
-    from ddim_schedulers.training.streams import StreamBatches, open_stream
+    from ddim_schedulers.training.data.streams import StreamBatches, open_stream
 
     config = TrainingConfig(
         data=parquet, streaming=True, shuffle_buffer=8, validate_every=1, validation_images=4
@@ -359,7 +359,7 @@ def test_batches_are_a_function_of_seed_step_and_position():
 
 def test_every_epoch_shows_every_image_once():
     source = ArraySource(pixels(10, 2, 2), "ten")
-    from ddim_schedulers.training.data import ImageData
+    from ddim_schedulers.training.data.images import ImageData
 
     data = ImageData(source, np.arange(10), 1, (2, 2), (0.0, 255.0), 256)
     batches = MapBatches(data, Draws(0, 4, False, False, False), Share(4, 1, 0, 1))

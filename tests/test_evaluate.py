@@ -20,14 +20,14 @@ from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.reading import safetensors_header
-from ddim_schedulers.training import checkpoints
-from ddim_schedulers.training import evaluation as library
-from ddim_schedulers.training import features as spaces
 from ddim_schedulers.training.cli import main
-from ddim_schedulers.training.evaluation import Evaluation, run
-from ddim_schedulers.training.evaluation_config import load_evaluation, parse_evaluation
-from ddim_schedulers.training.evaluation_report import markdown, pivot, short, unsaid_lines
-from ddim_schedulers.training.metrics import frechet_distance
+from ddim_schedulers.training.evaluation import cells as library
+from ddim_schedulers.training.evaluation.cells import Evaluation, run
+from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
+from ddim_schedulers.training.evaluation.report import markdown, pivot, short, unsaid_lines
+from ddim_schedulers.training.metrics import features as spaces
+from ddim_schedulers.training.metrics.distances import frechet_distance
+from ddim_schedulers.training.networks import checkpoints
 
 STEPS = 12
 EXPECTED = {
@@ -176,7 +176,7 @@ def test_a_figure_is_that_of_the_stored_images_and_the_training_images(whole):
     images = np.concatenate([np.load(shard)["images"] for shard in shards])
     seeds = np.concatenate([np.load(shard)["seeds"] for shard in shards])
     assert images.dtype == np.uint8 and seeds.tolist() == list(range(10, 20))
-    from ddim_schedulers.training.data import digits
+    from ddim_schedulers.training.data.images import digits
 
     space = spaces.make_feature_space("pixels", (1, 8, 8))
     # 17 grey levels through uint8, on both sides
@@ -227,7 +227,7 @@ def test_what_is_there_is_not_computed_again_and_another_space_needs_no_sampling
     again = run(Evaluation(config))
     assert again["tables"] == results["tables"]
     monkeypatch.undo()
-    monkeypatch.setattr("ddim_schedulers.pipelines.bulk._sample", never)
+    monkeypatch.setattr("ddim_schedulers.pipelines.sampling_job._sample", never)
     added = load_evaluation(output / "e.yaml", features=["pixels", f"{__name__}:Mean"])
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _module())
     found = run(Evaluation(added))
@@ -306,7 +306,9 @@ def test_another_number_of_neighbours_is_measured_anew(pipeline, tmp_path, monke
     tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
     own = {"tables": tables, "keep_images": True}
     run(Evaluation(_config(pipeline, tmp_path, **own)))
-    monkeypatch.setattr("ddim_schedulers.pipelines.bulk._sample", None)  # the images are there
+    monkeypatch.setattr(
+        "ddim_schedulers.pipelines.sampling_job._sample", None
+    )  # the images are there
     config = _config(pipeline, tmp_path, **own, neighbours=2)
     run(Evaluation(config))
     cell = json.loads((tmp_path / "cells" / f"{config.cells[0].label}.json").read_text())

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddim_schedulers.training.cards import CARD_TEXTS, best_cells, check_card, render_example
-from ddim_schedulers.training.evaluation_config import load_evaluation
+from ddim_schedulers.training.evaluation.config import load_evaluation
+from ddim_schedulers.training.sharing.cards import (
+    CARD_TEXTS,
+    best_cells,
+    check_card,
+    render_example,
+)
 
 FOLDER = Path(str(files("ddim_schedulers.model_cards")))
 CARDS = sorted(path.parent for path in FOLDER.glob("*/metrics.json"))

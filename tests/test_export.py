@@ -16,7 +16,8 @@ from ddim_schedulers import (
     export,
     pipelines,
 )
-from ddim_schedulers.training import cli, hub
+from ddim_schedulers.training import cli
+from ddim_schedulers.training.sharing import hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # see test_hub
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_schedulers.training import features as library
-from ddim_schedulers.training.features import (
+from ddim_schedulers.training.metrics import features as library
+from ddim_schedulers.training.metrics.features import (
     DinoFeatures,
     InceptionFeatures,
     classifier_record,

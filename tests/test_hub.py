@@ -18,8 +18,9 @@ import pytest
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.export import save_pipeline
-from ddim_schedulers.training import cli, hub
-from ddim_schedulers.training.cards import render
+from ddim_schedulers.training import cli
+from ddim_schedulers.training.sharing import hub
+from ddim_schedulers.training.sharing.cards import render
 
 # huggingface_hub hands the open file to its HTTP library by an old name (huggingface_hub 2.4,
 # `_upload_single_part`)

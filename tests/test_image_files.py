@@ -15,7 +15,7 @@ from ddim_schedulers.pipelines import image_files
 from ddim_schedulers.pipelines.image_files import BadImageError, Fit, Reading, decode, header_of
 from ddim_schedulers.pipelines.images import read_image
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data import load_data
+from ddim_schedulers.training.data.images import load_data
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -77,7 +77,7 @@ def test_tables_and_streams_are_turned_too(tmp_path, place):
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 
-    from ddim_schedulers.training.streams import open_stream
+    from ddim_schedulers.training.data.streams import open_stream
 
     data = with_orientation(Image.fromarray(pixels(6, 8)), "PNG", 6)
     rows = [{"bytes": data, "path": f"{n}.png"} for n in range(3)]
@@ -318,7 +318,7 @@ import json, resource, sys, warnings
 warnings.simplefilter("error")
 import torch
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data import load_data
+from ddim_schedulers.training.data.images import load_data
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 data = load_data(TrainingConfig(validation_fraction=0.0, **json.loads(sys.argv[1])))[0]

@@ -11,8 +11,8 @@ from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, to
 from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
 from ddim_schedulers.likelihood import expected_bound, make_plan
 from ddim_schedulers.optimal import gaussian_eps
-from ddim_schedulers.training import learned_betas
-from ddim_schedulers.training.learned_betas import LearnedBetas, learn_betas, save_betas
+from ddim_schedulers.training.likelihood import learned_betas
+from ddim_schedulers.training.likelihood.learned_betas import LearnedBetas, learn_betas, save_betas
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from ddim_schedulers.training.metrics import (
+from ddim_schedulers.training.metrics.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.training.cli import main
-from ddim_schedulers.training.models import PRESETS
-from ddim_schedulers.training.subject import load_subject
+from ddim_schedulers.training.likelihood.measured_model import load_subject
+from ddim_schedulers.training.networks.models import PRESETS
 
 BAD = {
     "sample_size": (0, -8, 10**9, 8.0, "8", [8], [8, 8, 8], True),

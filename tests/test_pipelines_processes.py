@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
-from ddim_schedulers.pipelines.bulk import process_of
+from ddim_schedulers.pipelines.sampling_job import process_of
 
 MEMBERS = {
     "eta 0": GeneralizedDDIMScheduler(eta=0.0),

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, InversionPipeline
-from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory
 from ddim_schedulers.pipelines.sampling import predict
+from ddim_schedulers.pipelines.sampling_job import SamplingJob, sample_to_directory
 
 # diffusers' own, said by torch's compiler about the upsampling block
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

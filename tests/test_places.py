@@ -9,9 +9,9 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.training import places
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.networks import places
 from ddim_schedulers.training.train import train
 
 UNET = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddim_schedulers.training.processes import check_joined, on_cpu
+from ddim_schedulers.training.common.processes import check_joined, on_cpu
 
 
 @pytest.mark.parametrize("asked, available, used", [(0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 1)])

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_schedulers.training import checkpoints, contents, same_run
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.contents import digest_of_images
-from ddim_schedulers.training.sources import ArraySource, FolderSource, Reading
+from ddim_schedulers.training.data.sources import ArraySource, FolderSource, Reading
+from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.train import train
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.trainer import contents, same_run
+from ddim_schedulers.training.trainer.contents import digest_of_images
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 UNET = {
     "block_out_channels": [8, 16],
@@ -226,10 +227,10 @@ def test_arrays_are_told_apart_by_a_value_a_shape_or_a_dtype(monkeypatch, whole)
 COUNTED = """
 import json, os, sys
 from pathlib import Path
-from ddim_schedulers.training import contents
+from ddim_schedulers.training.trainer import contents
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.launch import settle
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.trainer.engine import settle
+from ddim_schedulers.training.trainer.trainer import Trainer
 real = contents.digest_of_images
 def counted(*arguments):
     Path(sys.argv[2], os.environ["RANK"]).write_text("")

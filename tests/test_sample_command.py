@@ -27,9 +27,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler, to_portable
-from ddim_schedulers.pipelines import GenerationPipeline, bulk, files, records
-from ddim_schedulers.pipelines.bulk import SamplingJob, process_of, sample_to_directory
+from ddim_schedulers.pipelines import GenerationPipeline, files, records
+from ddim_schedulers.pipelines import sampling_job as bulk
 from ddim_schedulers.pipelines.records import ClipCounter
+from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, sample_to_directory
 from ddim_schedulers.training import cli
 
 SIZE = 8

@@ -7,7 +7,7 @@ import pytest
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.export import FORMS, export_folder
-from ddim_schedulers.training.secrets import CREDENTIALS, check_upload
+from ddim_schedulers.training.sharing.secrets import CREDENTIALS, check_upload
 
 # Put together here, so that no scanner of this repository takes them for real ones.
 FORGED = {

@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 
-from ddim_schedulers.training import checkpoints
-from ddim_schedulers.training.checkpoint_contents import WEIGHTS
-from ddim_schedulers.training.checkpoints import CheckpointError
+from ddim_schedulers.training.networks import checkpoints
+from ddim_schedulers.training.networks.checkpoint_contents import WEIGHTS
+from ddim_schedulers.training.networks.checkpoints import CheckpointError
 
 
 def contents(step):
@@ -208,7 +208,7 @@ def test_the_limit_of_a_real_file_system_call_is_reported(root):
     """A real refusal by the kernel (a limit on file size), not a stand-in."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from ddim_schedulers.training import checkpoints as c\n"
+        "from ddim_schedulers.training.networks import checkpoints as c\n"
         "try: c.write(Path(sys.argv[1]), 40, {'state.json': b'0' * 100_000})\n"
         "except c.CheckpointError as error: print(error)"
     )

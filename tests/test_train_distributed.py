@@ -31,8 +31,8 @@ accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == jobs["processes"], accelerator.num_processes
 
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.trainer.result import NonFiniteError
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 if jobs["processes"] == 2:
     # FSDP and DeepSpeed aside, DDP over CPU processes must be what really runs.

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ddim_schedulers.pipelines.ownership import OwnershipLostError
-from ddim_schedulers.training import checkpoints, train
+from ddim_schedulers.training import train
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data import ImageData
-from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.data.images import ImageData
+from ddim_schedulers.training.networks import checkpoints
+from ddim_schedulers.training.trainer.result import NonFiniteError
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 UNET = {
     "block_out_channels": [8, 8],

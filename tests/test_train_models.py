@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.models import PRESETS, load_unet, make_scheduler, make_unet
+from ddim_schedulers.training.networks.models import PRESETS, load_unet, make_scheduler, make_unet
 
 
 def on_meta(*args, **kwargs):

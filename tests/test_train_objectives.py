@@ -13,7 +13,7 @@ from ddim_schedulers.parameterization import PREDICTION_TYPES, eps_from, target,
 from ddim_schedulers.process import Gaussian, gaussian_kl, q_s_given_t_0, q_sample
 from ddim_schedulers.sigmas import sigma_eta
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.objectives import (
+from ddim_schedulers.training.objectives.losses import (
     Objective,
     bin_log_likelihood,
     gamma_exact,

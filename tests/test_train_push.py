@@ -10,7 +10,8 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 
-from ddim_schedulers.training import cli, hub, train
+from ddim_schedulers.training import cli, train
+from ddim_schedulers.training.sharing import hub
 
 # huggingface_hub hands the open file to its HTTP library by an old name (see test_hub)
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -107,7 +108,8 @@ def test_the_push_is_the_last_thing(argv, monkeypatch):
 CHILD = """
 import pathlib, sys, time
 import torch
-from ddim_schedulers.training import hub, train
+from ddim_schedulers.training import train
+from ddim_schedulers.training.sharing import hub
 
 torch.set_num_threads(1)
 gone = pathlib.Path(sys.argv[1])

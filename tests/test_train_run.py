@@ -23,19 +23,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.training import checkpoints, saving, stopping, train, trainer
-from ddim_schedulers.training.checkpoints import CheckpointError
-from ddim_schedulers.training.compiling import (
+from ddim_schedulers.training import train
+from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
+from ddim_schedulers.training.networks import checkpoints
+from ddim_schedulers.training.networks.checkpoints import CheckpointError
+from ddim_schedulers.training.trainer import saving, trainer
+from ddim_schedulers.training.trainer import signals as stopping
+from ddim_schedulers.training.trainer.compiling import (
     check_gradients,
     compile_for_training,
     loses_gradients,
 )
-from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
-from ddim_schedulers.training.launch import LearningRate
-from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.records import Records, Window
-from ddim_schedulers.training.stopping import StopSignals
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.trainer.engine import LearningRate
+from ddim_schedulers.training.trainer.records import Records, Window
+from ddim_schedulers.training.trainer.result import NonFiniteError
+from ddim_schedulers.training.trainer.signals import StopSignals
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 UNET = {
     "block_out_channels": [8, 16],
@@ -707,7 +710,7 @@ def test_a_process_that_does_not_end_in_noise_is_spoken_of_once(settings, steps,
     records = []
     handler = logging.Handler()
     handler.emit = records.append
-    logger = logging.getLogger("ddim_schedulers.training.trainer")
+    logger = logging.getLogger("ddim_schedulers.training.trainer.trainer")
     logger.addHandler(handler)
     try:
         run(settings("a", num_train_timesteps=steps, max_train_steps=1))
@@ -757,7 +760,7 @@ def test_the_command_line_trains_and_reports(settings, tmp_path, capsys):
 
 
 def test_a_failed_push_does_not_lose_the_run(settings, monkeypatch):
-    from ddim_schedulers.training import hub
+    from ddim_schedulers.training.sharing import hub
 
     asked = []
     monkeypatch.setattr(hub, "push_after_training", lambda *a, **k: asked.append((a, k)))

@@ -12,10 +12,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ddim_schedulers.pipelines.image_files import BadImageError
-from ddim_schedulers.training import checkpoints, train
+from ddim_schedulers.training import train
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.networks import checkpoints
+from ddim_schedulers.training.trainer.result import NonFiniteError
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 UNET = {
     "block_out_channels": [8, 16],

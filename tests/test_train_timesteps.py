@@ -5,8 +5,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from ddim_schedulers.training.batches import Draws
-from ddim_schedulers.training.timestep_sampling import (
+from ddim_schedulers.training.data.batches import Draws
+from ddim_schedulers.training.objectives.timestep_sampling import (
     LossAwareTimesteps,
     UniformTimesteps,
     make_timestep_sampler,

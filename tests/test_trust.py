@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ddim_schedulers.training import cli
-from ddim_schedulers.training.evaluation_config import load_evaluation
+from ddim_schedulers.training.evaluation.config import load_evaluation
 from ddim_schedulers.training.parsing import load_config, parse_args
 
 EVALUATION = "pipeline: p\noutput_dir: o\ndata: {data: digits}\nfeatures: [pixels, planted:Space]\n"

@@ -6,7 +6,7 @@ import sklearn
 import torch
 
 import ddim_schedulers
-from ddim_schedulers.training.versions import versions
+from ddim_schedulers.training.common.versions import versions
 
 
 def test_each_version_stands_under_the_name_that_was_asked_for_in_that_order():

@@ -143,7 +143,7 @@ def _version() -> str:
 
 
 def _run(verb: str, argv: list[str]) -> int:
-    from ddim_schedulers.training.flags import spelled
+    from ddim_schedulers.training.common.flags import spelled
 
     module = importlib.import_module(f"ddim_schedulers.training.commands.{verb}")
     if verb in OWN_PARSER:
@@ -160,7 +160,7 @@ def _run(verb: str, argv: list[str]) -> int:
 
 def _message(verb: str, error: Exception) -> str | None:
     """What to tell the user; None for an error that is not theirs to mend."""
-    from ddim_schedulers.training.failures import sentence
+    from ddim_schedulers.training.common.failures import sentence
 
     if isinstance(error, ValueError):
         return f"{PROG} {verb}: error: {error}"

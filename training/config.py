@@ -457,7 +457,7 @@ def _check_colour(name: str) -> None:
 
 
 def _check_push(config: TrainingConfig) -> None:
-    from ddim_schedulers.training.hub import check_repo_id
+    from ddim_schedulers.training.sharing.hub import check_repo_id
 
     if not config.hub_repo_id:
         raise ValueError("push_to_hub needs hub_repo_id, as in USER/NAME")

@@ -24,9 +24,9 @@ from ddim_schedulers.pipelines import (
     SamplingPath,
 )
 from ddim_schedulers.pipelines.files import write_bytes
-from ddim_schedulers.training.evaluation_report import pivot
-from ddim_schedulers.training.figures import panels_figure, rows_figure, save_figure, tiles
-from ddim_schedulers.training.versions import versions
+from ddim_schedulers.training.common.figures import panels_figure, rows_figure, save_figure, tiles
+from ddim_schedulers.training.common.versions import versions
+from ddim_schedulers.training.evaluation.report import pivot
 
 GREY_LEVELS = 17
 SURE = 0.9
@@ -144,7 +144,7 @@ class _Digits:
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
 
-        from ddim_schedulers.training.data import digits
+        from ddim_schedulers.training.data.images import digits
 
         labels = load_digits().target
         train, held_out = digits("train"), digits("held_out")
@@ -198,7 +198,7 @@ class _Judge:
         from sklearn.linear_model import LogisticRegression
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        from ddim_schedulers.training.features import make_feature_space
+        from ddim_schedulers.training.metrics.features import make_feature_space
 
         # despite its name it takes any features, and accumulates their moments in float64
         self._distance = FrechetInceptionDistance(

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddim_schedulers.training.common.failures import sentence
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.failures import sentence
 
 if TYPE_CHECKING:
-    from ddim_schedulers.training.outcome import TrainingResult
+    from ddim_schedulers.training.trainer.result import TrainingResult
 
 
 def train(config: TrainingConfig) -> "TrainingResult":
@@ -28,9 +28,9 @@ def train(config: TrainingConfig) -> "TrainingResult":
         read. NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. It was not
         applied. FolderInUseError: another process owns the folder.
     """
-    from ddim_schedulers.training.launch import settle
-    from ddim_schedulers.training.saving import push
-    from ddim_schedulers.training.trainer import open_trainer
+    from ddim_schedulers.training.trainer.engine import settle
+    from ddim_schedulers.training.trainer.saving import push
+    from ddim_schedulers.training.trainer.trainer import open_trainer
 
     try:
         with open_trainer(config) as trainer:
@@ -53,17 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     from ddim_schedulers.training.parsing import parse_args
 
     config, dry_run = parse_args(sys.argv[1:] if argv is None else argv)
-    from ddim_schedulers.training.checkpoints import CheckpointError
-    from ddim_schedulers.training.launch import settle
-    from ddim_schedulers.training.outcome import NonFiniteError
-    from ddim_schedulers.training.saving import push
-    from ddim_schedulers.training.trainer import open_trainer
+    from ddim_schedulers.training.networks.checkpoints import CheckpointError
+    from ddim_schedulers.training.trainer.engine import settle
+    from ddim_schedulers.training.trainer.result import NonFiniteError
+    from ddim_schedulers.training.trainer.saving import push
+    from ddim_schedulers.training.trainer.trainer import open_trainer
 
     pipeline_dir: Path | None = None
     try:
         with open_trainer(config, owns=not dry_run) as trainer:
             if dry_run:
-                from ddim_schedulers.training.dry_run import report
+                from ddim_schedulers.training.trainer.dry_run import report
 
                 lines = report(trainer)
             else:

@@ -47,9 +47,9 @@ def planning():
 
 def runs():
     """Returns a calibration, a likelihood and their bare network calls, by name."""
-    from ddim_schedulers.training.calibration import calibrate
-    from ddim_schedulers.training.likelihood import LikelihoodSettings, evaluate
-    from ddim_schedulers.training.subject import subject_of
+    from ddim_schedulers.training.likelihood.calibration import calibrate
+    from ddim_schedulers.training.likelihood.measured_model import subject_of
+    from ddim_schedulers.training.likelihood.table import LikelihoodSettings, evaluate
 
     big_t, batch = 20, 16
     unet = network(None)
@@ -87,10 +87,10 @@ def estimators(args):
 
     The terms of every image are measured once at all t; what is left to chance is the draw of t.
     """
-    from ddim_schedulers.training.calibration import choose_images
-    from ddim_schedulers.training.measured_data import load_measured_data
-    from ddim_schedulers.training.passes import run_pass
-    from ddim_schedulers.training.subject import load_subject
+    from ddim_schedulers.training.likelihood.calibration import choose_images
+    from ddim_schedulers.training.likelihood.error_sweep import run_pass
+    from ddim_schedulers.training.likelihood.measured_data import load_measured_data
+    from ddim_schedulers.training.likelihood.measured_model import load_subject
 
     subject = load_subject(args.pipeline)
     data = load_measured_data(args, subject)
@@ -140,8 +140,8 @@ def frechet(first, second):
 def sampling(args):
     """Pixel Frechet distance with the member's own noise and with the optimal one."""
     from ddim_schedulers.pipelines import GenerationPipeline
-    from ddim_schedulers.training.measured_data import load_measured_data
-    from ddim_schedulers.training.subject import load_subject
+    from ddim_schedulers.training.likelihood.measured_data import load_measured_data
+    from ddim_schedulers.training.likelihood.measured_model import load_subject
 
     subject = load_subject(args.pipeline)
     data = load_measured_data(args, subject).all().flatten(1)
@@ -182,7 +182,7 @@ def sampling(args):
 
 
 def main():
-    from ddim_schedulers.training.measured_data import add_data_arguments
+    from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)

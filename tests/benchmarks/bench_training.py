@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.models import make_unet
-from ddim_schedulers.training.records import Window
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.networks.models import make_unet
+from ddim_schedulers.training.trainer.records import Window
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 STEPS = 1_000_000  # more than any run takes
 

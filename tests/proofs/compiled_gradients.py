@@ -15,7 +15,7 @@ import sys
 import torch
 from diffusers import UNet2DModel
 
-from ddim_schedulers.training.compiling import compile_for_training
+from ddim_schedulers.training.trainer.compiling import compile_for_training
 
 TOLERANCE = 1e-4  # relative, of a float32 gradient
 

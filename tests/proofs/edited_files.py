@@ -31,17 +31,20 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler
-from ddim_schedulers.pipelines import GenerationPipeline, bulk
-from ddim_schedulers.training import checkpoints, passes, saving
-from ddim_schedulers.training.calibration import calibrate, save_calibration
+from ddim_schedulers.pipelines import GenerationPipeline
+from ddim_schedulers.pipelines import sampling_job as bulk
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.evaluation import Evaluation, run
-from ddim_schedulers.training.evaluation_config import load_evaluation, parse_evaluation
-from ddim_schedulers.training.likelihood import LikelihoodSettings, make_rows
+from ddim_schedulers.training.evaluation.cells import Evaluation, run
+from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
+from ddim_schedulers.training.likelihood import error_sweep as passes
+from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
+from ddim_schedulers.training.likelihood.measured_model import load_subject, subject_of
+from ddim_schedulers.training.likelihood.table import LikelihoodSettings, make_rows
+from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.parsing import load_config
-from ddim_schedulers.training.subject import load_subject, subject_of
 from ddim_schedulers.training.train import train
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.trainer import saving
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 VALUES = (None, True, "x", [], {}, -1, -5.5, 10**18, 10**400, math.nan, math.inf, -math.inf)
 NOTICED, HARMLESS, PLAUSIBLE, RAW, WRONG = "noticed", "harmless", "plausible", "RAW", "WRONG"

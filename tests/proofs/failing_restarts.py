@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ddim_schedulers.training import checkpoints, train
+from ddim_schedulers.training import train
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.outcome import NonFiniteError
-from ddim_schedulers.training.trainer import Trainer
+from ddim_schedulers.training.networks import checkpoints
+from ddim_schedulers.training.trainer.result import NonFiniteError
+from ddim_schedulers.training.trainer.trainer import Trainer
 
 torch.set_num_threads(1)
 BROKEN_FROM = 8

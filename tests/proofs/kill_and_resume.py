@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-import ddim_schedulers.training.trainer  # noqa: F401  # forked runs have it ready
+import ddim_schedulers.training.trainer.trainer  # noqa: F401  # forked runs have it ready
 from ddim_schedulers.training import train
 
 torch.set_num_threads(1)

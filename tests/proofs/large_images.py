@@ -44,7 +44,7 @@ def child(folder: str, settings: dict) -> None:
     import torch
 
     from ddim_schedulers.training.config import TrainingConfig
-    from ddim_schedulers.training.data import load_data
+    from ddim_schedulers.training.data.images import load_data
 
     torch.set_num_threads(1)
     config = TrainingConfig(data=folder, validation_fraction=0.0, **settings)

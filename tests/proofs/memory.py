@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline
-from ddim_schedulers.pipelines.bulk import SamplingJob, sample_to_directory
+from ddim_schedulers.pipelines.sampling_job import SamplingJob, sample_to_directory
 
 
 def run(kind: str, num_images: int) -> None:

@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-import ddim_schedulers.training.trainer  # noqa: F401  # forked processes have it ready
+import ddim_schedulers.training.trainer.trainer  # noqa: F401  # forked processes have it ready
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.export import save_pipeline
-from ddim_schedulers.training import calibration, checkpoints, evaluation, likelihood  # noqa: F401
 from ddim_schedulers.training.cli import main as cli
+from ddim_schedulers.training.evaluation import cells as evaluation  # noqa: F401
+from ddim_schedulers.training.likelihood import calibration  # noqa: F401
+from ddim_schedulers.training.networks import checkpoints  # noqa: F401
 
 torch.set_num_threads(1)
 REFUSED = re.compile(r"is in use by `[\w ]+` on host \S+, process \d+, last sign of life \d{4}-")

@@ -214,8 +214,8 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
     from diffusers.utils import logging
 
     from ddim_schedulers.pipelines.base import UnconditionalPipeline
-    from ddim_schedulers.pipelines.bulk import process_of
-    from ddim_schedulers.training import places
+    from ddim_schedulers.pipelines.sampling_job import process_of
+    from ddim_schedulers.training.networks import places
 
     class Saved(UnconditionalPipeline):
         def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
@@ -225,7 +225,7 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
     logging.disable_progress_bar()
     found = places.find(place, "--pipeline", weights)
     if found.checkpoint is not None:
-        from ddim_schedulers.training.checkpoint_network import load_checkpoint
+        from ddim_schedulers.training.networks.checkpoint_network import load_checkpoint
 
         unet, scheduler, said = load_checkpoint(found.checkpoint, weights)
         if process_of()[0] == 0:
@@ -267,8 +267,8 @@ def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # no
     Raises:
         ValueError: for an option that it does not take, naming the option that helps.
     """
-    from ddim_schedulers.pipelines.bulk import process_of
-    from ddim_schedulers.pipelines.fitness import has_argument
+    from ddim_schedulers.pipelines.compatibility import has_argument
+    from ddim_schedulers.pipelines.sampling_job import process_of
 
     name = type(scheduler).__name__
     if eta_of_call(args) is not None and not has_argument(scheduler.step, "eta"):

@@ -19,8 +19,8 @@ def find(places: Sequence[str], limit: int | None) -> list[Path]:
     Raises:
         ValueError: for a place that does not exist, no image at all, or a limit below 1.
     """
-    from ddim_schedulers.training.folders import files_of
-    from ddim_schedulers.training.inventory import listed
+    from ddim_schedulers.training.data.folders import files_of
+    from ddim_schedulers.training.data.inventory import listed
 
     if limit is not None and limit < 1:
         raise ValueError(f"--num_images is {limit}; it must be >= 1.")

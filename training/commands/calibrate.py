@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.pipelines.ownership import Owner
-    from ddim_schedulers.training.passes import AccelerateTeam
+    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam
 
 HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    from ddim_schedulers.training.measured_data import add_data_arguments
+    from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
     parser.add_argument(
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_trajectory(args)
     if args.data is None:
         raise ValueError("--data is missing; --objective likelihood measures images")
-    from ddim_schedulers.training.passes import AccelerateTeam, own_together
+    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam, own_together
 
     target = config_file(args.output, args.pipeline)
     team = AccelerateTeam(args.cpu)
@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 def _run_pass(
     args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
 ) -> int:
-    from ddim_schedulers.training import calibration as library
-    from ddim_schedulers.training.measured_data import load_measured_data
-    from ddim_schedulers.training.passes import discard
-    from ddim_schedulers.training.subject import clip_limit, load_subject
+    from ddim_schedulers.training.likelihood import calibration as library
+    from ddim_schedulers.training.likelihood.error_sweep import discard
+    from ddim_schedulers.training.likelihood.measured_data import load_measured_data
+    from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_subject
 
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)
@@ -128,7 +128,7 @@ def _run_pass(
 
 def _undo(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.ownership import own
-    from ddim_schedulers.training.calibration import undo
+    from ddim_schedulers.training.likelihood.calibration import undo
 
     if args.data is not None:
         raise ValueError(f"--data is {args.data!r}; --undo measures nothing")
@@ -139,8 +139,8 @@ def _undo(args: argparse.Namespace) -> int:
 
 
 def _run_trajectory(args: argparse.Namespace) -> int:
-    from ddim_schedulers.pipelines.bulk import process_of
     from ddim_schedulers.pipelines.ownership import own
+    from ddim_schedulers.pipelines.sampling_job import process_of
 
     if args.data is not None:
         raise ValueError(f"--data is {args.data!r}; --objective trajectory starts from noise alone")
@@ -159,8 +159,8 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
     import torch
 
     from ddim_schedulers import GeneralizedDDIMScheduler
-    from ddim_schedulers.training import calibration as library
-    from ddim_schedulers.training.subject import load_subject
+    from ddim_schedulers.training.likelihood import calibration as library
+    from ddim_schedulers.training.likelihood.measured_model import load_subject
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     subject = load_subject(args.pipeline, device)
@@ -203,8 +203,8 @@ def config_file(output: str | None, pipeline: str) -> Path:
         ValueError: if there is none, or it cannot be written.
     """
     from ddim_schedulers.pipelines.files import check_folders
-    from ddim_schedulers.training.calibration import CONFIG_NAME
-    from ddim_schedulers.training.places import INDEX, pipeline_folder
+    from ddim_schedulers.training.likelihood.calibration import CONFIG_NAME
+    from ddim_schedulers.training.networks.places import INDEX, pipeline_folder
 
     if output is None:
         path = Path(pipeline_folder(pipeline, "--pipeline")) / "scheduler"

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts; what the form cannot express goes to stderr."""
     from ddim_schedulers.pipelines.files import check_folders
-    from ddim_schedulers.training import convert
+    from ddim_schedulers.training.sharing import convert
 
     check_folders(Path(args.output), "", "--output")
     notes = convert.convert_checkpoint(

@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, and prints the tables of the distances; 0 when it is done."""
-    from ddim_schedulers.training.evaluation_config import load_evaluation
+    from ddim_schedulers.training.evaluation.config import load_evaluation
 
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
     overrides = {name: getattr(args, name) for name in names.split()}
     config = load_evaluation(args.config, args.trust_code, **overrides)
     from ddim_schedulers.pipelines.files import check_folders
-    from ddim_schedulers.training.evaluation import Evaluation
-    from ddim_schedulers.training.evaluation import run as evaluate
-    from ddim_schedulers.training.evaluation_report import short, write_report
-    from ddim_schedulers.training.passes import AccelerateTeam, own_together
+    from ddim_schedulers.training.evaluation.cells import Evaluation
+    from ddim_schedulers.training.evaluation.cells import run as evaluate
+    from ddim_schedulers.training.evaluation.report import short, write_report
+    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam, own_together
 
     team = AccelerateTeam(args.cpu)
 

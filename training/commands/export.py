@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ddim_schedulers.export import FORMS
-from ddim_schedulers.training.places import WEIGHTS
+from ddim_schedulers.training.networks.places import WEIGHTS
 
 HELP = "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form."
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Interpolates; 0 when it is done."""
     from ddim_schedulers.pipelines import InterpolationPipeline, make_grid
-    from ddim_schedulers.pipelines.fitness import SINGLE_STEP, is_deterministic
+    from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, is_deterministic
     from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.training.commands import _picture_files
 

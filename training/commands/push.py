@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pushes; 0 when it is done, 1 when the Hub refuses or cannot be reached."""
-    from ddim_schedulers.training import hub
-    from ddim_schedulers.training.places import pipeline_folder
+    from ddim_schedulers.training.networks.places import pipeline_folder
+    from ddim_schedulers.training.sharing import hub
 
     args.pipeline = pipeline_folder(args.pipeline, "--pipeline")
     options = {"form": args.form, "private": args.private, "revision": args.revision}

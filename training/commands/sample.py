@@ -27,9 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Samples this process's share; 0 when it is done."""
     from ddim_schedulers.pipelines import GenerationPipeline
-    from ddim_schedulers.pipelines.bulk import FOLDERS, SamplingJob, process_of, sample_to_directory
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.pipelines.ownership import own
+    from ddim_schedulers.pipelines.sampling_job import (
+        FOLDERS,
+        SamplingJob,
+        process_of,
+        sample_to_directory,
+    )
 
     _model_options.apply_preset(args)
     rank, world_size = process_of()

@@ -1,0 +1,1 @@
+"""What every room uses: processes, seeds, storage, folders, figures, versions."""

@@ -1,0 +1,1 @@
+"""Images from anywhere, and the batches of a step."""

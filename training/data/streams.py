@@ -1,0 +1,236 @@
+"""Batches from a stream: `datasets` sets that are read in order and never held in memory.
+
+Every process reads the whole stream and decodes only the images at its own positions of the global
+batch, so that the split over processes does not matter here either. The stream is shuffled within a
+buffer, with a seed of its own for each epoch. A resumed run reads up to the image where the
+checkpoint was made.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from ddim_schedulers.pipelines.image_files import (
+    BadImageError,
+    Fit,
+    Reading,
+    decode,
+    header_of,
+)
+from ddim_schedulers.training.config import DataConfig, TrainingConfig
+from ddim_schedulers.training.data.batches import Batch, Draws, Share, derive_seed
+from ddim_schedulers.training.data.fitting import check_fit
+from ddim_schedulers.training.data.images import ImageData, checked
+from ddim_schedulers.training.data.sources import (
+    find_image_column,
+    load_table,
+    path_note,
+    raw_file,
+    raw_row,
+    reading_of,
+)
+
+# Images of a stream that are looked at before training, to learn what its images are like.
+LOOKED_AT = 64
+
+Row = dict[str, Any] | None
+
+
+@dataclass
+class ListSource:
+    """The first images of a stream, undecoded, which are kept."""
+
+    rows: list[Row]
+    label: str
+    reading: Reading
+    uniform: bool = field(default=False, init=False)
+    left_out: Counter[str] = field(default_factory=Counter, init=False)
+    understood: str = field(default="", init=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Place in the stream, with the file name where there is one."""
+        return f"{self.label}[{index}]{path_note(self.rows[index])}"
+
+    def header(self, index: int) -> Any:
+        """From the first bytes."""
+        return header_of(raw_file(self.rows[index]), self.name(index), self.reading)
+
+    def read(
+        self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The decoded image."""
+        return decode(raw_file(self.rows[index]), self.name(index), self.reading, fit, crop)
+
+    def raw(self, index: int) -> tuple[str, Any]:
+        """File name and bytes, or path, as the row holds them."""
+        return raw_row(self.rows[index])
+
+    def stored_bytes(self) -> int:
+        """Of the rows that are kept."""
+        return sum(len(row["bytes"] or b"") for row in self.rows if row is not None)
+
+    def listing(self) -> Iterable[str]:
+        """All that is kept can be read."""
+        return ()
+
+
+def held_out_of_stream(validate_every: int, validation_images: int) -> int:
+    """How many images at the start of a stream are not trained on."""
+    return validation_images if validate_every else 0
+
+
+def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData | None]:
+    """The stream, its first images, and those of them that are held out.
+
+    The first images say what all are like, and are the reference of the Frechet distance; the
+    first `validation_images` are held out if `validate_every` is set.
+
+    Raises:
+        ValueError: no such set, no image column, nothing in it or nothing beyond the held-out
+            images, or one of the first images does not fit.
+    """
+    from datasets import Image
+
+    table = load_table(config, streaming=True)
+    if not hasattr(table, "features") or table.features is None:
+        table = table._resolve_features()
+    column = find_image_column(table.features, config)
+    table = table.select_columns([column]).cast_column(column, Image(decode=False))
+    held_out = held_out_of_stream(config.validate_every, config.validation_images)
+    reference = config.validation_images if config.frechet_images else 0
+    rows = [row[column] for row in table.take(max(held_out + 1, reference, LOOKED_AT))]
+    if not rows:
+        raise ValueError(f"data: the stream {config.data} is empty")
+    if len(rows) <= held_out:
+        raise ValueError(
+            f"validation_images is {held_out}, but the stream {config.data} has only {len(rows)} "
+            "images, which leaves none to train on"
+        )
+    data = checked(ListSource(rows, config.data, reading_of(config)), config)
+    data.inventory.looked_at = len(rows)
+    if held_out == 0:
+        return Stream(table, column, config), data, None
+    kept = replace(data, ids=data.ids[data.ids < held_out])
+    if len(kept) == 0:
+        raise ValueError(f"data: none of the {held_out} held-out images can be read")
+    return Stream(table.skip(held_out), column, config), data, kept
+
+
+@dataclass
+class Stream:
+    """Undecoded images of one epoch after another.
+
+    Attributes:
+        table: a `datasets.IterableDataset`.
+        column: its image column, undecoded.
+        config: of the run.
+    """
+
+    table: Any
+    column: str
+    config: DataConfig
+
+    def rows(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, Row]]:
+        """(epoch, number in it, image) from image `offset` of `epoch` on, without end.
+
+        Raises:
+            ValueError: an epoch without images.
+        """
+        while True:
+            number = 0
+            for row in self._shuffled(np.random.default_rng(derive_seed(seed, "stream", epoch))):
+                if number >= offset:
+                    yield epoch, number, row
+                number += 1
+            if number == 0:
+                raise ValueError(f"data: the stream {self.config.data} is empty")
+            epoch, offset = epoch + 1, 0
+
+    def _shuffled(self, random: np.random.Generator) -> Iterator[Row]:
+        # The shuffle of `datasets` gives another order in a worker process than in the main one.
+        held: list[Row] = []
+        for row in self.table:
+            if len(held) < self.config.shuffle_buffer:
+                held.append(row[self.column])
+                continue
+            at = int(random.integers(len(held)))
+            out, held[at] = held[at], row[self.column]
+            yield out
+        yield from (held[i] for i in random.permutation(len(held)))
+
+
+class StreamBatches(IterableDataset[Batch]):
+    """The batches of a stream, from a place in it on; see `MapBatches` for what a batch is."""
+
+    def __init__(self, stream: Stream, data: ImageData, draws: Draws, share: Share) -> None:
+        self.stream, self.data, self.draws, self.share = stream, data, draws, share
+        self.dtype = data.source.header(int(data.ids[0])).dtype
+        self.start, self.stop = 0, 0
+        self.place = (0, 0)  # epoch and image of it, where the first batch begins
+
+    def ids(self, step: int) -> np.ndarray:
+        """Images of a stream have no numbers: the count of images seen before, (G,)."""
+        return np.arange(step * self.share.batch_size, (step + 1) * self.share.batch_size)
+
+    def names(self, ids: np.ndarray) -> list[str]:
+        """What to call the images of `ids` in a report."""
+        return [f"{self.stream.config.data}, image {i} of the shuffled stream" for i in ids]
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = self.stream.rows(self.draws.seed, *self.place)
+        for step in range(self.start, self.stop):
+            taken = [next(rows) for _ in range(self.share.batch_size)]
+            after = torch.tensor([taken[-1][0], taken[-1][1] + 1])
+            crops = self.draws.small(step)[2] if self.draws.random_crop else None
+            for part in range(self.share.parts):
+                positions = self.share.positions(part)
+                images, replaced = [], 0
+                for position in positions.tolist():
+                    crop = None if crops is None else crops[position]
+                    array, moved = self._read(taken, position, crop)
+                    replaced += moved
+                    images.append(self._prepare(array, crop, taken[position]))
+                batch = self.draws.make_batch(
+                    step, positions, torch.stack(images), self.ids(step)[positions], replaced
+                )
+                yield batch | {"place": after}
+
+    def _prepare(self, array: np.ndarray, crop: np.ndarray | None, row: Any) -> torch.Tensor:
+        if array.shape[0] != self.data.channels:
+            raise ValueError(
+                f"data: {self._name(row)} has {array.shape[0]} channels, the first image has "
+                f"{self.data.channels}; set image_mode to convert"
+            )
+        if array.dtype.name != self.dtype:
+            raise ValueError(
+                f"data: {self._name(row)} is {array.dtype.name}, the first image is {self.dtype}; "
+                "convert the files to one bit depth"
+            )
+        check_fit(array.shape[-2:], self.data.size, self.data.fit, self._name(row))
+        return self.data.prepare(array, crop)
+
+    def _read(
+        self, taken: list[Any], position: int, crop: np.ndarray | None
+    ) -> tuple[np.ndarray, int]:
+        reading, fit = reading_of(self.stream.config), Fit(self.data.size, self.data.fit)
+        for tries in range(len(taken)):
+            row = taken[(position + tries) % len(taken)]
+            try:
+                array = decode(raw_file(row[2]), self._name(row), reading, fit, crop)
+                return array, min(tries, 1)
+            except BadImageError:
+                if self.data.on_bad_image == "stop":
+                    raise
+        raise BadImageError(self._name(taken[position]), "nor can any other of its batch")
+
+    def _name(self, row: Any) -> str:
+        at = f"{self.stream.config.data}, epoch {row[0]}, image {row[1]} of the shuffled stream"
+        return at + path_note(row[2])

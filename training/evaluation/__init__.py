@@ -1,0 +1,1 @@
+"""Which sampler, how many steps, at what cost: tables, reports and cards."""

@@ -1,0 +1,1 @@
+"""Bits per dimension, and the statistics behind the optimal noise and trajectory."""

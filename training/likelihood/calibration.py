@@ -1,0 +1,291 @@
+"""Statistics of a trained network, once for every sampler: gamma_t and the errors of its estimates.
+
+They go into the scheduler's config under `calibration`, where `reverse_variance="optimal"`,
+`variance_type="optimal"` and `timestep_spacing="optimal"` find them. A scheduler of stock diffusers
+stays one: it carries them under its private key, and `from_config` of our classes restores them.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.parameterization import eps_from
+from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.plugin import SETTINGS_KEY, STOCK_CLASSES
+from ddim_schedulers.reading import read_json
+from ddim_schedulers.timesteps import make_timesteps
+from ddim_schedulers.training.data.batches import generator
+from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, Pass, Team, run_pass
+from ddim_schedulers.training.likelihood.measured_model import Subject
+from ddim_schedulers.training.networks.checkpoints import to_json
+from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
+
+CONFIG_NAME = "scheduler_config.json"
+# Not `.json`: such a file is no part of the pipeline, and is not pushed.
+KEPT = ".bak"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of every timestep, lists of T numbers, and how they were got.
+
+    Attributes:
+        gamma: E||eps_theta||^2 / d (Analytic-DPM, arXiv:2201.06503, Eq. 8).
+        eps_error: E||eps - eps_theta||^2 / d.
+        x0_error: E||x_0 - x0_hat||^2 / d, x0_hat clipped as `clip` says.
+        gamma_std_error: standard error of `gamma`, over the images.
+        eps_error_std_error: of `eps_error`.
+        x0_error_std_error: of `x0_error`.
+        num_images: M.
+        clip: limit of |x0_hat|, None for none.
+        seed: of the noise and of the choice of images.
+    """
+
+    gamma: list[float]
+    eps_error: list[float]
+    x0_error: list[float]
+    gamma_std_error: list[float]
+    eps_error_std_error: list[float]
+    x0_error_std_error: list[float]
+    num_images: int
+    clip: float | None
+    seed: int
+
+
+def calibration_of(result: Pass, clip: float | None, seed: int) -> Calibration:
+    """Means and standard errors of a pass over all timesteps, with two images or more."""
+    n = result.statistics.shape[1]
+    means = result.statistics.mean(1)
+    errors = result.statistics.std(1) / math.sqrt(n)
+    values = {name: _short(means[i]) for i, name in enumerate(STATISTICS)}
+    spread = {f"{name}_std_error": _short(errors[i]) for i, name in enumerate(STATISTICS)}
+    return Calibration(**values, **spread, num_images=n, clip=clip, seed=seed)
+
+
+def _short(values: torch.Tensor) -> list[float]:
+    """Nine digits: more would only make the config longer."""
+    return [float(f"{value:.9g}") for value in values.tolist()]
+
+
+def choose_images(count: int, num_images: int, seed: int) -> list[int]:
+    """`num_images` of `count` positions, without repetition, increasing.
+
+    Raises:
+        ValueError: if there are fewer, or if it is below 2, which leaves no standard error.
+    """
+    if not 2 <= num_images <= count:
+        raise ValueError(f"num_images is {num_images}; it must be 2 to {count}, what the data hold")
+    order = torch.randperm(count, generator=generator(seed, "images"))
+    return sorted(order[:num_images].tolist())
+
+
+def calibrate(
+    subject: Subject,
+    images: torch.Tensor,
+    *,
+    clip: float | None,
+    seed: int = 0,
+    batch_size: int = 64,
+    work_dir: Path,
+    team: Team | None = None,
+    progress: Any = None,
+) -> tuple[Calibration, dict[str, Any]]:
+    """Estimate the statistics from `images`, (M, C, H, W), with T network calls for each.
+
+    Returns:
+        The statistics, and the cost: `network_calls` (in batches), `seconds`, `processes`.
+
+    Raises:
+        ValueError: as `run_pass`.
+    """
+    begun = time.perf_counter()
+    result = run_pass(
+        subject,
+        images,
+        range(len(subject.alpha_bar)),
+        clip=clip,
+        seed=seed,
+        batch_size=batch_size,
+        work_dir=work_dir,
+        team=team,
+        progress=progress,
+    )
+    cost = {
+        "network_calls": result.calls,
+        "seconds": time.perf_counter() - begun,
+        "processes": 1 if team is None else team.count,
+    }
+    return calibration_of(result, clip, seed), cost
+
+
+def measure_trajectory(
+    subject: Subject,
+    *,
+    num_samples: int = 48,
+    steps: int = 100,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Any = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Follow fine trajectories from noise, for `timestep_spacing="calibrated"`.
+
+    The probability-flow ODE is solved at order 2 on `steps` evenly spaced timesteps from T - 1 to
+    0, without clipping, and the inner products of the network's eps are averaged over samples and
+    dimensions (see `ddim_schedulers.trajectory`).
+
+    Returns:
+        The value of `calibration`, and the cost: `network_calls` (in batches) and `seconds`.
+
+    Raises:
+        ValueError: for a count out of range, or a chain that starts at alpha_bar = 0.
+    """
+    big_t = len(subject.alpha_bar)
+    most = min(MAX_FINE_STEPS, big_t)
+    if not 2 <= steps <= most:
+        raise ValueError(f"trajectory_steps is {steps}; it must be 2 to {most}")
+    if num_samples < 1:
+        raise ValueError(f"num_images is {num_samples}; it must be at least 1")
+    if float(subject.alpha_bar[-1]) == 0:
+        raise ValueError(
+            "the chain has zero terminal SNR, where the trajectory starts at an infinite rho; "
+            "timestep_spacing='calibrated' is not for it, use 'trailing'"
+        )
+    check_batch_size(batch_size)
+    begun = time.perf_counter()
+    plan = make_timesteps("linspace", steps, big_t)
+    # the member, the noise and the solver of sampling, which the config may hold, are not the ODE's
+    scheduler = GeneralizedDDIMScheduler.from_config(
+        subject.config,
+        timesteps=plan,
+        timestep_spacing="leading",
+        clip_sample=False,
+        thresholding=False,
+        calibration=None,
+        eta=0.0,
+        sigma=None,
+        reverse_variance="sigma",
+        solver_order=2,
+        solver_form="sample",
+        solver_corrector=False,
+        lower_order_final=False,
+    )
+    size = subject.unet.config.sample_size
+    shape = (subject.channels, *((size, size) if isinstance(size, int) else size))
+    noise = torch.randn((num_samples, *shape), generator=generator(seed, "trajectory"))
+    gram = torch.zeros(steps, steps, dtype=torch.float64)
+    calls = 0
+    for part in noise.split(batch_size):
+        scheduler.set_timesteps()
+        x, seen = part.to(subject.dtype), []
+        for t in plan:
+            output = subject.predict_mean(x, torch.full((len(x),), t))
+            now, before = subject.alpha_bar[t], subject.alpha_bar[max(t - 1, 0)]
+            before = before if t else torch.ones_like(now)
+            seen.append(eps_from(subject.prediction_type, output.double(), x, now, before))
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        curve = torch.stack([eps.flatten() for eps in seen])
+        gram += curve @ curve.T
+        calls += steps
+        if progress is not None:
+            progress(f"{calls} network calls")
+    record = {"trajectory": trajectory_record(plan, gram / noise.numel())}
+    return record, {"network_calls": calls, "seconds": time.perf_counter() - begun}
+
+
+def save_calibration(
+    calibration: Calibration, config_file: Path, source: dict[str, Any] | None = None
+) -> None:
+    """Put the statistics into a scheduler's config file, as `save_record`."""
+    save_record(asdict(calibration), config_file, source)
+
+
+def save_record(
+    values: dict[str, Any], config_file: Path, source: dict[str, Any] | None = None
+) -> None:
+    """Put values into `calibration` of a scheduler's config file, atomically; the rest stays.
+
+    The config as it was is kept beside it, see `undo`.
+
+    Args:
+        values: what is added.
+        config_file: may be missing where there is a `source`.
+        source: the config that is written with `values` where there is no file yet.
+
+    Raises:
+        ValueError: if the file is not the config of a scheduler.
+    """
+    if config_file.exists() or source is None:
+        config = read_json(config_file)
+    else:
+        config = copy.deepcopy(source)
+    if not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"{config_file} is not a scheduler's config: it has no _class_name")
+    if config["_class_name"] in STOCK_CLASSES:
+        settings = config
+    else:
+        record = config.setdefault(
+            SETTINGS_KEY, {"class": "GeneralizedDDIMScheduler", "settings": {}, "stand_ins": {}}
+        )
+        settings = record.get("settings") if isinstance(record, dict) else None
+    before = settings.get("calibration") if isinstance(settings, dict) else 0
+    if not isinstance(settings, dict) or not isinstance(before, dict | None):
+        raise ValueError(
+            f"{config_file}: `{SETTINGS_KEY}` and `calibration` must be objects; they were changed"
+        )
+    settings["calibration"] = {**(before or {}), **values}
+    written = to_json(config)
+    if not config_file.exists():
+        config_file.parent.mkdir(parents=True, exist_ok=True)
+    elif (old := config_file.read_bytes()) != written:
+        number = len(_kept(config_file)) + 1
+        write_bytes(config_file.with_name(f"{config_file.name}.{number}{KEPT}"), old)
+    write_bytes(config_file, written)
+
+
+def undo(config_file: Path) -> Path:
+    """Put back the config that the last calibration replaced.
+
+    Returns:
+        The file that held it, and is gone.
+
+    Raises:
+        ValueError: if none is kept.
+    """
+    if not (kept := _kept(config_file)):
+        raise ValueError(
+            f"undo: no earlier config is kept beside {config_file} ({config_file.name}.1{KEPT}), "
+            "so no calibration is to be undone"
+        )
+    kept[-1].replace(config_file)
+    return kept[-1]
+
+
+def _kept(config_file: Path) -> list[Path]:
+    """The configs that calibrations replaced, the oldest first: `NAME.1.bak`, `NAME.2.bak`, ..."""
+    found = []
+    while (path := config_file.with_name(f"{config_file.name}.{len(found) + 1}{KEPT}")).is_file():
+        found.append(path)
+    return found
+
+
+def summary(calibration: Calibration, timesteps: Sequence[int]) -> list[str]:
+    """Lines of a table: statistics and standard errors at some timesteps."""
+    lines = [f"{'t':>6} {'gamma':>20} {'eps_error':>20} {'x0_error':>20}"]
+    for t in timesteps:
+        cells = []
+        for name in STATISTICS:
+            value, error = (
+                getattr(calibration, name)[t],
+                getattr(calibration, f"{name}_std_error")[t],
+            )
+            cells.append(f"{value:.5f} +- {error:.5f}")
+        lines.append(f"{t:>6} " + " ".join(f"{cell:>20}" for cell in cells))
+    return lines

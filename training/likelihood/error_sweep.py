@@ -1,0 +1,359 @@
+"""One pass of a network over images and timesteps, in parts that are kept and shared out.
+
+A part is (a chunk of images, a block of timesteps). Its noise depends on the seed, the chunk and t
+alone, so that any number of processes gets the same numbers, and a part that is on disk is not
+computed again.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from ddim_schedulers.betas import alpha_bar_before
+from ddim_schedulers.likelihood import predict_x0
+from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.ownership import Owner, OwnershipError, follow, own
+from ddim_schedulers.reading import DamagedFileError, read_json
+from ddim_schedulers.training.common.processes import check_joined, on_cpu
+from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.data.batches import generator
+from ddim_schedulers.training.likelihood.measured_model import Subject
+from ddim_schedulers.training.networks.checkpoints import to_json
+
+logger = logging.get_logger(__name__)
+
+STATISTICS = ("gamma", "eps_error", "x0_error")
+TIMESTEPS_PER_PART = 50
+CLAIM = "pass.json"
+SEALED = "sealed"  # in the claim: every part has a check sum
+
+
+class Team:
+    """The processes that share a piece of work; this one alone, unless a sub-class says more."""
+
+    index = 0
+    count = 1
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes in one, on every process."""
+        return values
+
+
+class AccelerateTeam(Team):
+    """The processes of `torchrun` or `accelerate launch`."""
+
+    def __init__(self, cpu: bool = False) -> None:
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=on_cpu(cpu))
+        check_joined(self.state.num_processes)
+        self.index = self.state.process_index
+        self.count = self.state.num_processes
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+        self.state.wait_for_everyone()
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes in one, on every process."""
+        from accelerate.utils import gather_object
+
+        return list(gather_object(values)) if self.count > 1 else values
+
+
+@contextlib.contextmanager
+def own_together(
+    folder: Path,
+    verb: str,
+    team: Team | None = None,
+    *,
+    parts: frozenset[str] | None = None,
+    transient: bool = False,
+) -> Iterator[Owner]:
+    """Own a folder meanwhile, all processes of a team at once: the main one holds it.
+
+    Args:
+        folder: as in `ownership.own`.
+        verb: as there.
+        team: the processes; None for this one alone.
+        parts: as there.
+        transient: as there.
+
+    Raises:
+        FolderInUseError: on every process.
+        OSError: on every process, where nothing can be written to the folder.
+    """
+    team = Team() if team is None else team
+    with contextlib.ExitStack() as stack:
+        # token and record of the main process's ownership, or why it has none
+        said: Any = None
+        if team.index == 0:
+            try:
+                owner = stack.enter_context(own(folder, verb, parts=parts, transient=transient))
+                record = owner.record
+                said = (str(owner.folder), owner.token, None if record is None else record.name)
+            except (OwnershipError, OSError) as error:
+                said = error
+        if team.count > 1:
+            said = team.gather([said])[0]
+        if isinstance(said, Exception):
+            raise said
+        if team.index > 0:
+            owner = stack.enter_context(follow(folder, said))
+        yield owner
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one network call for each image and timestep says.
+
+    Attributes:
+        timesteps: the n timesteps, increasing.
+        statistics: of each image, float64 (3, N, n): ||eps_theta||^2 / d, ||eps - eps_theta||^2 /
+            d, and ||x_0 - x0_hat||^2 / d with the clipping asked for.
+        x0_hat: at timestep 0, float64 (N, C, H, W); empty if 0 is not among the timesteps.
+        calls: network calls that this session made, of all processes, in batches.
+    """
+
+    timesteps: list[int]
+    statistics: torch.Tensor
+    x0_hat: torch.Tensor
+    calls: int
+
+
+def measure(
+    subject: Subject,
+    images: torch.Tensor,
+    timesteps: Sequence[int],
+    clip: float | None,
+    seed: int,
+    chunk: int,
+) -> dict[str, torch.Tensor]:
+    """One part: `statistics` (3, B, n) of the images (B, C, H, W), and `x0_hat` at timestep 0."""
+    x0, before = images.to(torch.float64), alpha_bar_before(subject.alpha_bar)
+    rows, first = [], torch.empty(0)
+    for t in timesteps:
+        noise = torch.randn(x0.shape, generator=generator(seed, "pass", chunk, t)).to(x0)
+        steps = torch.full((len(x0),), t)
+        x0_hat, eps_hat, _ = predict_x0(
+            subject.predict_mean,
+            x0,
+            steps,
+            subject.alpha_bar[steps],
+            before[steps],
+            noise,
+            subject.prediction_type,
+            clip,
+            subject.dtype,
+        )
+        squares = (eps_hat**2, (noise - eps_hat) ** 2, (x0 - x0_hat) ** 2)
+        rows.append(torch.stack([v.flatten(1).mean(1) for v in squares]))
+        if t == 0:
+            first = x0_hat
+    return {"statistics": torch.stack(rows, 2), "x0_hat": first}
+
+
+def run_pass(
+    subject: Subject,
+    images: torch.Tensor,
+    timesteps: Sequence[int],
+    *,
+    clip: float | None,
+    seed: int,
+    batch_size: int,
+    work_dir: Path,
+    team: Team | None = None,
+    progress: Any = None,
+) -> Pass:
+    """Measure all images at all timesteps, sharing the parts among processes.
+
+    Args:
+        subject: network and process.
+        images: (N, C, H, W) in [-1, 1], the same on every process.
+        timesteps: which, any order.
+        clip: limit of |x0_hat|, or None.
+        seed: of the noise.
+        batch_size: images in a chunk.
+        work_dir: where parts are kept; all processes must see it. An interrupted pass goes on.
+        team: the processes that share it; None for this one alone.
+        progress: called with a line of text after each part, or None.
+
+    Raises:
+        FolderInUseError: another process owns `work_dir`.
+        ValueError: if `batch_size` is below 1, or `work_dir` holds parts of another pass.
+    """
+    check_batch_size(batch_size)
+    team = Team() if team is None else team
+    with own_together(work_dir, "a pass", team, transient=True) as owner:
+        return _run(
+            subject,
+            images,
+            sorted(timesteps),
+            clip=clip,
+            seed=seed,
+            batch_size=batch_size,
+            work_dir=work_dir,
+            team=team,
+            progress=progress,
+            owner=owner,
+        )
+
+
+def _run(
+    subject: Subject,
+    images: torch.Tensor,
+    asked: list[int],
+    *,
+    clip: float | None,
+    seed: int,
+    batch_size: int,
+    work_dir: Path,
+    team: Team,
+    progress: Any,
+    owner: Owner,
+) -> Pass:
+    blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
+    chunks = math.ceil(len(images) / batch_size)
+    parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
+    work_dir.mkdir(parents=True, exist_ok=True)  # on each machine: what is not shared is said below
+    if team.index == 0:
+        _claim(work_dir, subject, images, asked, clip, seed, batch_size)
+    team.wait()
+    kept = _Parts(work_dir, images.shape, blocks, batch_size)
+    todo = [p for p in parts if not kept.is_whole(p, team.index == 0)]
+    mine = todo[team.index :: team.count]
+    team.wait()  # nobody writes before all have seen what is left
+    for number, (c, b) in enumerate(mine):
+        batch = images[c * batch_size : (c + 1) * batch_size]
+        values = measure(subject, batch, blocks[b], clip, seed, c)
+        owner.check()
+        write_bytes(_file(work_dir, (c, b)), pack_sealed(values, kept.about((c, b))))
+        if progress is not None:
+            progress(f"part {number + 1} of {len(mine)}")
+    team.wait()
+    if missing := [p for p in parts if not _file(work_dir, p).exists()]:
+        raise ValueError(
+            f"work_dir: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
+            "folder that all processes see"
+        )
+    read = [[kept.read((c, b)) for b in range(len(blocks))] for c in range(chunks)]
+    statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)
+    first = torch.cat([row[0]["x0_hat"] for row in read])
+    team.wait()  # nobody deletes the parts before all have read them
+    calls = sum(len(blocks[b]) for _, b in todo)
+    return Pass(asked, statistics, first, calls)
+
+
+def discard(work_dir: Path) -> None:
+    """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
+    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
+        for path in work_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+    if work_dir.is_dir() and not any(work_dir.iterdir()):
+        work_dir.rmdir()
+
+
+def _file(work_dir: Path, part: tuple[int, int]) -> Path:
+    return work_dir / f"part-{part[0]:05d}-{part[1]:05d}.safetensors"
+
+
+class _Parts:
+    """The parts of one pass: what each must be, and whether it is.
+
+    Args:
+        work_dir: where they are; its `pass.json` says what they are of.
+        images: shape (N, C, H, W) of all images.
+        blocks: the timesteps of each block.
+        batch_size: images in a chunk.
+    """
+
+    def __init__(
+        self, work_dir: Path, images: torch.Size, blocks: list[list[int]], batch_size: int
+    ) -> None:
+        self.work_dir, self.images, self.blocks = work_dir, images, blocks
+        self.batch_size = batch_size
+        self.claim = read_json(work_dir / CLAIM, finite=True)
+        self.claimed = json.dumps(self.claim, sort_keys=True)
+
+    def about(self, part: tuple[int, int]) -> str:
+        """What a part is of, for its check sum."""
+        return f"{self.claimed} {part}"
+
+    def read(self, part: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The tensors of a part.
+
+        Raises:
+            DamagedFileError: it is not what was written.
+        """
+        path, (c, b) = _file(self.work_dir, part), part
+        # a pass of an earlier version goes on with the parts that it has
+        found = read_sealed(path, self.about(part), unsealed=SEALED not in self.claim)
+        rows = min(self.batch_size, self.images[0] - c * self.batch_size)
+        block = self.blocks[b]
+        first = (rows, *self.images[1:]) if 0 in block else (0,)
+        shapes = {"statistics": (len(STATISTICS), rows, len(block)), "x0_hat": first}
+        if {name: tuple(t.shape) for name, t in found.items()} != shapes:
+            raise DamagedFileError(path, f"it does not hold {shapes}")
+        if found["statistics"].dtype != torch.float64 or bool((found["statistics"] < 0).any()):
+            raise DamagedFileError(path, "its statistics are no mean squares")
+        return found
+
+    def is_whole(self, part: tuple[int, int], tell: bool) -> bool:
+        """Whether a part is there and whole; else it is measured, and if damaged that is told."""
+        if not _file(self.work_dir, part).exists():
+            return False
+        try:
+            self.read(part)
+        except DamagedFileError as error:
+            if tell:
+                logger.warning(f"{error} It is measured anew.")
+            return False
+        return True
+
+
+def _claim(
+    work_dir: Path,
+    subject: Subject,
+    images: torch.Tensor,
+    timesteps: list[int],
+    clip: float | None,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Note what the parts in a folder belong to, or refuse those of something else."""
+    data = hashlib.sha256(images.to(torch.float64).contiguous().numpy().tobytes()).hexdigest()
+    own = {
+        "network": subject.fingerprint(),
+        "images": [len(images), data],
+        "timesteps": timesteps,
+        "clip": clip,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    path = work_dir / CLAIM
+    if path.exists():
+        try:
+            kept = read_json(path, finite=True)
+        except DamagedFileError as error:
+            # the parts that were sealed for this very pass are still recognised
+            logger.warning(f"{error} It is made anew, and parts of this pass are used.")
+        else:
+            if other := [name for name, value in own.items() if kept.get(name) != value]:
+                raise ValueError(
+                    f"work_dir {work_dir} holds an unfinished pass that differs in {other}; delete "
+                    "it or name another folder"
+                )
+            return
+    write_bytes(path, to_json({**own, SEALED: True}))

@@ -1,0 +1,130 @@
+"""A saved pipeline as what its likelihood needs: a function, a chain and a prediction type."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.network_config import check_complete, check_saved
+from ddim_schedulers.training.networks.places import pipeline_folder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network of a pipeline and the process it was trained for.
+
+    Attributes:
+        unet: unconditional, in evaluation mode.
+        config: the scheduler's config as `from_config` of our classes reads it.
+        alpha_bar: float64 (T,), on the CPU.
+        prediction_type: see `ddim_schedulers.parameterization`.
+        clip: limit of |x0_hat| that the scheduler's config asks for, None for none.
+        learned: does the network predict variances in a second set of channels?
+        saved: the scheduler's config as it was saved, where it was read from a folder or the Hub.
+    """
+
+    unet: Any
+    config: dict[str, Any]
+    alpha_bar: torch.Tensor
+    prediction_type: str
+    clip: float | None
+    learned: bool
+    saved: dict[str, Any] | None = None
+
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+        return int(self.unet.config.in_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The statistics of all timesteps in the config, if they were measured.
+
+        A calibration for trajectories alone has none.
+        """
+        found = self.config.get("calibration")
+        return found if found is not None and found.get("gamma") is not None else None
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU."""
+        device = next(self.unet.parameters()).device
+        with torch.no_grad():
+            output = self.unet(x_t.to(device), t.to(device)).sample
+        return output.cpu()
+
+    def predict_mean(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`predict` without the variance channels, (B, C, H, W)."""
+        return self.predict(x_t, t)[:, : self.channels]
+
+    def fingerprint(self) -> str:
+        """Hash of the weights and of what the statistics depend on besides."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.unet.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(self.alpha_bar.numpy().tobytes())
+        digest.update(f"{self.prediction_type}/{self.clip}".encode())
+        return digest.hexdigest()
+
+
+def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
+    """The subject of a network and a scheduler's config, stock or ours.
+
+    Raises:
+        ValueError: for a class-conditional network, one whose channels fit neither a plain nor a
+            learned-variance model, or a config that our schedulers refuse.
+    """
+    if unet.config.get("class_embed_type") or unet.config.get("num_class_embeds"):
+        raise ValueError(
+            "the UNet is class-conditional; likelihood and calibration are for unconditional models"
+        )
+    given, made = int(unet.config.in_channels), int(unet.config.out_channels)
+    if made not in (given, 2 * given):
+        raise ValueError(
+            f"the UNet has {given} channels in and {made} out; it must be as many or twice"
+        )
+    # the trajectory and the noise of sampling are none of the likelihood's business
+    neutral = {"timestep_spacing": "leading", "timesteps": None, "steps_offset": 0}
+    scheduler = MarkovianDDPMScheduler.from_config(config, variance_type="fixed_small", **neutral)
+    own = dict(scheduler.config)
+    clip = float(own["clip_sample_range"]) if own["clip_sample"] else None
+    return Subject(
+        unet.eval(), own, scheduler.alpha_bar, own["prediction_type"], clip, made == 2 * given
+    )
+
+
+def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Subject:
+    """The subject of a saved pipeline: its folder, a run's or a Hub name.
+
+    Raises:
+        ValueError: nothing there, or as `subject_of`.
+    """
+    pipeline = pipeline_folder(str(pipeline))
+    check_saved(pipeline)
+    try:
+        unet = UNet2DModel.from_pretrained(pipeline, subfolder="unet")
+        config = MarkovianDDPMScheduler.load_config(pipeline, subfolder="scheduler")
+    except OSError as error:
+        raise ValueError(
+            f"pipeline is {str(pipeline)!r}; it must be a saved pipeline with the folders unet "
+            f"(UNet2DModel) and scheduler: {error}"
+        ) from error
+    check_complete(unet, pipeline)
+    return dataclasses.replace(subject_of(unet.to(device), dict(config)), saved=dict(config))
+
+
+def clip_limit(subject: Subject, choice: str) -> float | None:
+    """The limit of |x0_hat|: the scheduler's own (`config`), its range (`on`), or none (`off`)."""
+    if choice == "config":
+        return subject.clip
+    return float(subject.config["clip_sample_range"]) if choice == "on" else None

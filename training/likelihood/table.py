@@ -1,0 +1,353 @@
+"""Bits per dimension of a saved pipeline: a table over steps, variances and trajectories.
+
+Where every timestep is evaluated and no variance is learned, one pass over the union of all
+trajectories serves the whole table, with the same noise in every cell: differences between cells
+are differences between chains.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddim_schedulers.likelihood import (
+    ESTIMATORS,
+    Plan,
+    Terms,
+    bits_per_dim,
+    bound_from_errors,
+    coding_curve,
+    decoder_nll,
+    default_proposal,
+    estimate,
+    grid_levels,
+    make_plan,
+    variational_bound,
+)
+from ddim_schedulers.optimal import Statistics, optimal_timesteps, statistics_of
+from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.timesteps import make_timesteps
+from ddim_schedulers.training.common.figures import save_figure
+from ddim_schedulers.training.data.batches import generator
+from ddim_schedulers.training.likelihood.error_sweep import Team, run_pass
+from ddim_schedulers.training.likelihood.measured_model import Subject
+
+# "even" holds both ends, as a likelihood needs it; the other names are the samplers' spacings.
+SPACINGS = {"even": "linspace"}
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """What is computed.
+
+    Attributes:
+        steps: lengths S of the trajectories.
+        variances: names as in `ddim_schedulers.likelihood`.
+        trajectories: `even`, `optimal` (of each variance's own costs), or a spacing by name.
+        eta: the member, > 0.
+        clip: limit of |x0_hat|, None for none.
+        num_bins: values that a pixel can take; None for a Gaussian density of continuous data.
+        estimator: `all`, or a subset of t: `uniform`, `stratified`, `importance`.
+        num_calls: network calls for each image, with a subset.
+        batch_size: images in a network call.
+        seed: of noise and t.
+    """
+
+    steps: tuple[int, ...] = (10, 25, 50, 100, 1000)
+    variances: tuple[str, ...] = ("fixed_small", "fixed_large")
+    trajectories: tuple[str, ...] = ("even",)
+    eta: float = 1.0
+    clip: float | None = 1.0
+    num_bins: int | None = 256
+    estimator: str = "all"
+    num_calls: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the table and its chain."""
+
+    steps: int
+    variance: str
+    trajectory: str
+    plan: Plan
+
+
+def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
+    """The chains of the table.
+
+    Raises:
+        ValueError: before any work, for whatever `make_plan` refuses, a learned variance without a
+            network that has one, or optimal choices without a calibration.
+    """
+    statistics = None
+    if "optimal" in (*settings.variances, *settings.trajectories):
+        if subject.calibration is None:
+            raise ValueError(
+                "the pipeline's scheduler holds no statistics of its timesteps (`gamma` in "
+                "`calibration`), which the optimal variance and trajectory need; run "
+                "`ddim-schedulers calibrate --data ...` first (its --objective trajectory measures "
+                "others)"
+            )
+        statistics = statistics_of(subject.calibration, subject.alpha_bar)
+    if "learned_range" in settings.variances and not subject.learned:
+        raise ValueError("variance is 'learned_range', but the network predicts no variance")
+    limit = 1.0 if settings.clip is None else settings.clip
+    rows = []
+    for trajectory in settings.trajectories:
+        for variance in settings.variances:
+            for count in settings.steps:
+                tau = _trajectory(subject, statistics, settings, trajectory, variance, count)
+                plan = make_plan(
+                    subject.alpha_bar,
+                    tau,
+                    variance,
+                    eta=settings.eta,
+                    gamma=None if statistics is None else statistics.gamma,
+                    x0_limit=limit,
+                )
+                rows.append(Row(count, variance, trajectory, plan))
+    return rows
+
+
+def _trajectory(
+    subject: Subject,
+    statistics: Statistics | None,
+    settings: LikelihoodSettings,
+    name: str,
+    variance: str,
+    count: int,
+) -> list[int]:
+    if name != "optimal":
+        return make_timesteps(SPACINGS.get(name, name), count, len(subject.alpha_bar))
+    assert statistics is not None  # `make_rows` looked
+    own = "optimal" if variance == "learned_range" else variance
+    limit = 1.0 if settings.clip is None else settings.clip
+    return optimal_timesteps(subject.alpha_bar, statistics, count, own, settings.eta, limit)
+
+
+def evaluate(
+    subject: Subject,
+    images: torch.Tensor,
+    settings: LikelihoodSettings,
+    work_dir: Path,
+    *,
+    team: Team | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The table as plain data: `settings`, `rows` and the `cost`.
+
+    Each row has the trajectory, `total`, `prior` (L_T), `rate` (sum of L_{t-1}) and `decoder` (L_0)
+    in bits per dimension, each with its standard error over the images, and, with all t, the
+    progressive-coding `curve`.
+
+    Args:
+        subject: network and process.
+        images: (N, C, H, W) in [-1, 1], the same on every process.
+        settings: what is computed.
+        work_dir: where finished parts of a pass are kept, seen by all processes.
+        team: the processes that share the work.
+        progress: called with a line of text, or None.
+
+    Raises:
+        ValueError: as `make_rows`; for data off the grid; an unknown estimator, or a number of
+            calls with one that evaluates all t.
+    """
+    check_batch_size(settings.batch_size)
+    team = Team() if team is None else team
+    if settings.estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {settings.estimator!r}; it must be one of {ESTIMATORS}")
+    if settings.estimator == "all" and settings.num_calls is not None:
+        raise ValueError(
+            f"num_calls is {settings.num_calls}, but estimator 'all' evaluates every t; choose a "
+            f"subset: {ESTIMATORS[1:]}"
+        )
+    if settings.num_bins is not None:
+        grid_levels(images, settings.num_bins)
+    rows, begun = make_rows(subject, settings), time.perf_counter()
+    learns = any(row.variance == "learned_range" for row in rows)
+    if settings.estimator == "all" and not learns:
+        terms, calls = _one_pass(subject, images, rows, settings, work_dir, team, progress)
+    else:
+        terms, calls = _row_by_row(subject, images, rows, settings, team, progress)
+    chosen = asdict(settings)
+    return {
+        "settings": chosen,
+        "num_images": len(images),
+        "image_shape": list(images.shape[1:]),
+        "network": subject.fingerprint(),
+        "rows": [_report(row, t, settings) for row, t in zip(rows, terms, strict=True)],
+        "cost": {
+            "network_calls": calls,
+            "seconds": time.perf_counter() - begun,
+            "processes": team.count,
+        },
+    }
+
+
+def _one_pass(
+    subject: Subject,
+    images: torch.Tensor,
+    rows: Sequence[Row],
+    settings: LikelihoodSettings,
+    work_dir: Path,
+    team: Team,
+    progress: Callable[[str], None] | None,
+) -> tuple[list[Terms], int]:
+    union = sorted({t for row in rows for t in row.plan.timesteps})
+    result = run_pass(
+        subject,
+        images,
+        union,
+        clip=settings.clip,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        work_dir=work_dir,
+        team=team,
+        progress=progress,
+    )
+    column = {t: i for i, t in enumerate(result.timesteps)}
+    terms = []
+    for row in rows:
+        picked = result.statistics[2][:, [column[t] for t in row.plan.timesteps]]
+        decoder = decoder_nll(images, result.x0_hat, row.plan.variance[-1], settings.num_bins)
+        terms.append(bound_from_errors(row.plan, images, picked, decoder))
+    return terms, result.calls
+
+
+def _row_by_row(
+    subject: Subject,
+    images: torch.Tensor,
+    rows: Sequence[Row],
+    settings: LikelihoodSettings,
+    team: Team,
+    progress: Callable[[str], None] | None,
+) -> tuple[list[Terms], int]:
+    size = settings.batch_size
+    chunks = math.ceil(len(images) / size)
+    work = [(r, c) for r in range(len(rows)) for c in range(chunks)]
+    done, calls = [], 0
+    for number, (r, c) in enumerate(work[team.index :: team.count]):
+        row = rows[r]
+        learned = row.variance == "learned_range"
+        terms = variational_bound(
+            subject.predict if learned else subject.predict_mean,
+            images[c * size : (c + 1) * size],
+            row.plan,
+            prediction_type=subject.prediction_type,
+            clip=settings.clip,
+            num_bins=settings.num_bins,
+            estimator=settings.estimator,
+            num_calls=settings.num_calls,
+            proposal=_proposal(subject, row) if settings.estimator == "importance" else None,
+            generator=generator(settings.seed, "bound", r, c),
+            dtype=subject.dtype,
+        )
+        done.append((r, c, terms))
+        calls += terms.index.shape[1] + 1
+        if progress is not None:
+            progress(f"part {number + 1} of {len(work[team.index :: team.count])}")
+    gathered = {(r, c): terms for r, c, terms in team.gather(done)}
+    calls = sum(team.gather([calls]))
+    return [_joined([gathered[r, c] for c in range(chunks)]) for r in range(len(rows))], calls
+
+
+def _proposal(subject: Subject, row: Row) -> torch.Tensor:
+    error = None
+    if subject.calibration is not None:
+        table = statistics_of(subject.calibration, subject.alpha_bar).x0_error
+        error = table[row.plan.timesteps]
+    plan = row.plan
+    if plan.log_variance_range is not None:  # what the fixed variances cost is a fair guess
+        plan = dataclasses.replace(plan, variance=plan.log_variance_range.mean(1).exp())
+    return default_proposal(plan, error)
+
+
+def _joined(parts: Sequence[Terms]) -> Terms:
+    names = ("prior", "index", "value", "weight", "decoder", "x0_error")
+    return Terms(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+        dimensions=parts[0].dimensions,
+    )
+
+
+def _report(row: Row, terms: Terms, settings: LikelihoodSettings) -> dict[str, Any]:
+    sums = {
+        "total": terms.total,
+        "prior": terms.prior,
+        "rate": terms.steps,
+        "decoder": terms.decoder,
+    }
+    report: dict[str, Any] = {
+        "steps": row.steps,
+        "variance": row.variance,
+        "trajectory": row.trajectory,
+        "timesteps": row.plan.timesteps,
+        "calls_per_image": terms.index.shape[1] + 1,
+    }
+    for name, nats in sums.items():
+        got = estimate(bits_per_dim(nats, terms.dimensions))
+        # JSON has no NaN: one image says nothing of the spread
+        error = None if math.isnan(got.std_error) else got.std_error
+        report[name] = {"mean": got.mean, "std_error": error}
+    if settings.estimator == "all":
+        report["curve"] = [asdict(p) for p in coding_curve(row.plan, terms, settings.num_bins)]
+    return report
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Lines of the table: bits per dimension with standard errors, one column for each S."""
+    counts = sorted({row["steps"] for row in report["rows"]})
+    cells = {(r["trajectory"], r["variance"], r["steps"]): r for r in report["rows"]}
+    kinds = list(dict.fromkeys((r["trajectory"], r["variance"]) for r in report["rows"]))
+    lines = ["| tau, variance | " + " | ".join(f"S = {n}" for n in counts) + " |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
+    for trajectory, variance in kinds:
+        line = [f"{trajectory}, {variance}"]
+        for n in counts:
+            total = cells[trajectory, variance, n]["total"]
+            error = "" if total["std_error"] is None else f" ± {total['std_error']:.3f}"
+            line.append(f"{total['mean']:.3f}{error}")
+        lines.append("| " + " | ".join(line) + " |")
+    return lines
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw L_t against t and the progressive-coding curves of the longest chains, as PNG.
+
+    Raises:
+        ValueError: if the report has no curves (a subset of t).
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["rows"] if "curve" in row]
+    if not rows:
+        raise ValueError("the report has no terms for every t; use estimator 'all' for a plot")
+    longest = max(row["steps"] for row in rows)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        if row["steps"] != longest:
+            continue
+        name = f"{row['trajectory']}, {row['variance']}"
+        curve = row["curve"]
+        left.plot([p["timestep"] for p in curve], [p["term"] for p in curve], label=name, lw=1)
+        right.plot([p["rate"] for p in curve], [p["distortion"] for p in curve], label=name, lw=1)
+    left.set(xlabel="t", ylabel="L_t (bits/dim)", yscale="log", title=f"Terms, S = {longest}")
+    left.set_xscale("symlog", linthresh=1)
+    right.set(
+        xlabel="rate (bits/dim)",
+        ylabel="distortion (RMSE, grey levels)",
+        title="Progressive coding",
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save_figure(figure, path, dpi=120)

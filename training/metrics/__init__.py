@@ -1,0 +1,1 @@
+"""How far two sets of images are apart."""

@@ -1,0 +1,1 @@
+"""Which network: a preset, a saved pipeline, a run or a checkpoint."""

@@ -1,0 +1,36 @@
+"""The network in a checkpoint and the scheduler of its run, without a trainer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+
+from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.reading import read_json
+from ddim_schedulers.training.config import ProcessConfig
+from ddim_schedulers.training.networks.checkpoints import verify
+from ddim_schedulers.training.networks.models import make_scheduler
+from ddim_schedulers.training.networks.places import STATE
+
+
+def load_checkpoint(
+    folder: Path, weights: str = "averaged"
+) -> tuple[UNet2DModel, MarkovianDDPMScheduler, str]:
+    """The network of a checkpoint in evaluation mode, the scheduler of its run, and what it is.
+
+    Args:
+        folder: the checkpoint.
+        weights: `averaged`, where the run keeps an average, or `raw`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if (damage := verify(folder)) is not None:
+        raise ValueError(f"checkpoint {folder} is damaged: {damage}")
+    state: dict[str, Any] = read_json(folder / STATE)
+    config = {f.name: state["config"][f.name] for f in dataclasses.fields(ProcessConfig)}
+    averaged = weights == "averaged" and (folder / "unet_ema").is_dir()
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet_ema" if averaged else "unet")
+    said = f"checkpoint {folder}, step {state['step']}, {'averaged' if averaged else 'raw'} weights"
+    return unet.eval(), make_scheduler(ProcessConfig(**config)), said

@@ -1,0 +1,97 @@
+"""Where a pipeline is: a saved one, one of a run, a checkpoint, or a name on the Hub."""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+INDEX = "model_index.json"
+STATE = "state.json"
+WEIGHTS = ("averaged", "raw")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was found where the user pointed.
+
+    Attributes:
+        name: a pipeline's folder or its name on the Hub; '' for a checkpoint.
+        checkpoint: a checkpoint's folder, or None.
+    """
+
+    name: str
+    checkpoint: Path | None = None
+
+
+def find(place: str, option: str = "pipeline", weights: str = "averaged") -> Place:
+    """Look for a pipeline without asking the Hub.
+
+    Of a run the pipeline is taken; where there is none, or a checkpoint is younger, the newest
+    checkpoint.
+
+    Args:
+        place: a folder of a pipeline, a run or a checkpoint, or a name on the Hub.
+        option: what named it, for messages.
+        weights: `raw` takes the checkpoint of a run, whose pipeline has the averaged ones.
+
+    Raises:
+        ValueError: nothing is there, and it is no name on the Hub; or a folder that holds neither.
+    """
+    folder = Path(place)
+    if folder.is_file():
+        raise ValueError(f"{option} {place!r} is a file; it must be a pipeline's folder.")
+    if not folder.is_dir():
+        # `runs/digits` is no repository of a user `runs` where there is a folder `runs`
+        if not HUB_NAME.fullmatch(place) or ("/" in place and folder.parent.is_dir()):
+            raise ValueError(
+                f"{option} {place!r} does not exist; it must be a pipeline's folder, a run's or a "
+                "checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32."
+            )
+        print(f"{place!r} is no folder here; it is looked for on the Hub", file=sys.stderr)
+        return Place(place)
+    if (folder / INDEX).exists():
+        return Place(place)
+    if (folder / STATE).is_file():
+        return Place("", folder)
+    return _of_run(folder, option, weights)
+
+
+def _of_run(folder: Path, option: str, weights: str) -> Place:
+    from ddim_schedulers.training.networks.checkpoints import CheckpointError, newest_whole
+
+    made = folder / "pipeline" / INDEX
+    try:
+        newest = newest_whole(folder / "checkpoints")
+    except CheckpointError as error:
+        if not made.is_file():
+            raise ValueError(f"{option} {str(folder)!r}: {error}") from error
+        newest = None
+    if made.is_file() and not (newest is not None and (weights == "raw" or _younger(newest, made))):
+        return Place(str(made.parent))
+    if newest is None:
+        raise ValueError(
+            f"{option} {str(folder)!r} is not a saved pipeline: it has no {INDEX}, and it holds no "
+            "checkpoint of a run."
+        )
+    return Place("", newest)
+
+
+def _younger(checkpoint: Path, pipeline: Path) -> bool:
+    """Whether a run that had made its pipeline went on after it."""
+    return (checkpoint / STATE).stat().st_mtime > pipeline.stat().st_mtime
+
+
+def pipeline_folder(place: str, option: str = "pipeline") -> str:
+    """The folder or Hub name of a saved pipeline; that of a run is its pipeline.
+
+    Raises:
+        ValueError: as `find`, or a checkpoint, of which a pipeline is to be made first.
+    """
+    found = find(place, option)
+    if found.checkpoint is not None:
+        raise ValueError(
+            f"{option} {place!r} is a checkpoint or a run without a pipeline; make one with "
+            f"`ddim-schedulers export --pipeline {place} --output FOLDER`."
+        )
+    return found.name

@@ -1,0 +1,1 @@
+"""The Hub: uploads, model cards, and checkpoints from elsewhere."""

@@ -1,0 +1,190 @@
+"""The model card of a pushed pipeline, from the one template in `ddim_schedulers.model_cards`.
+
+The template's marked section says how the repository is loaded; it belongs to the form in which the
+pipeline is pushed, and is put into a card that is already there in place of an older one.
+"""
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ddim_schedulers.betas import terminal_signal
+from ddim_schedulers.export import INDEX, Export
+from ddim_schedulers.reading import parse_json, read_text
+
+SECTION = re.compile(
+    r"<!-- ddim-schedulers: how to load it -->.*?<!-- /ddim-schedulers -->", re.DOTALL
+)
+
+
+def card_for(export: Export, repo_id: str, form: str) -> bytes:
+    """Return the card of an export: the folder's own README.md with our section, or a new one.
+
+    Args:
+        export: the pipeline in the form in which it is pushed.
+        repo_id: `USER/NAME`.
+        form: the form's name.
+
+    Raises:
+        ValueError: for a README.md that is not text.
+    """
+    fresh = render(export, repo_id, form)
+    own = export.files.get("README.md")
+    if own is None:
+        return fresh.encode()
+    try:  # some editors put a byte order mark before the metadata
+        text = (own if isinstance(own, bytes) else Path(own).read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the pipeline's README.md is not UTF-8 ({error.reason}).") from None
+    text = text.replace("\r\n", "\n")
+    section = SECTION.search(fresh)
+    assert section is not None, "the template has lost its marked section"
+    if SECTION.search(text):
+        text = SECTION.sub(lambda _: section[0], text)
+    else:
+        text = f"{text.rstrip()}\n\n{section[0]}\n"
+    if not text.startswith("---\n"):
+        text = f"{fresh[: fresh.index('---', 3) + 4]}\n{text}"
+    return text.encode()
+
+
+def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
+    """Return the template filled in for an export.
+
+    Args:
+        export: the pipeline.
+        repo_id: `USER/NAME`.
+        form: the form's name.
+        **fields: values of the template that replace the ones from the export.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    index = export.files[INDEX]
+    text = index.decode() if isinstance(index, bytes) else read_text(index)
+    pipeline_class = parse_json(text, INDEX)["_class_name"]
+    if isinstance(pipeline_class, list):  # [module, class] of code in the repository
+        pipeline_class = pipeline_class[1]
+    unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline")
+    data = ModelCardData(
+        library_name="diffusers",
+        tags=["ddim-schedulers"],
+        pipeline_tag="unconditional-image-generation" if unconditional else None,
+    )
+    values: dict[str, Any] = {
+        "title": repo_id.partition("/")[2],
+        "summary": f"A `{pipeline_class}` of diffusers.",
+        "repo_id": repo_id,
+        "form": form,
+        "schedulers": {name: type(s).__name__ for name, s in export.schedulers.items()},
+        "code": [path for path in export.files if path.endswith(".py")],
+        "notes": export.notes,
+        "warnings": sorted(
+            {terminal_signal(s.alpha_bar) for s in export.schedulers.values()} - {None}
+        ),
+    }
+    template = resources.files("ddim_schedulers.model_cards").joinpath("template.md")
+    card = ModelCard.from_template(
+        data, template_str=template.read_text(encoding="utf-8"), **{**values, **fields}
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
+
+
+# What the card of an example model says besides its figures: the keys of `card` in the settings.
+CARD_TEXTS = (
+    "title",
+    "summary",
+    "licence",
+    "datasets",
+    "folder",
+    "intro",
+    "discussion",
+    "data",
+    "commands",
+    "limits",
+)
+
+
+def check_card(card: dict[str, Any]) -> None:
+    """Check that a card has all its texts and no other.
+
+    Raises:
+        ValueError: naming what is missing or unknown.
+    """
+    missing = [name for name in CARD_TEXTS if name not in card and name != "discussion"]
+    unknown = [name for name in card if name not in CARD_TEXTS]
+    if missing or unknown:
+        raise ValueError(f"card: missing {missing}, unknown {unknown}; its keys are {CARD_TEXTS}")
+
+
+def render_example(results: dict[str, Any]) -> str:
+    """The card of an example model, from its metrics.json alone: no figure is written by hand.
+
+    Args:
+        results: of `evaluate`, with `card`.
+
+    Raises:
+        ValueError: as `check_card`.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from ddim_schedulers.training.evaluation.config import slug
+    from ddim_schedulers.training.evaluation.report import how, section
+
+    card = results["card"]
+    check_card(card)
+    figures = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=results["data"]["name"],
+            dataset_name=results["data"]["name"],
+            metric_type="frechet_distance",
+            metric_name=f"Frechet distance in {name}, n = {table['n']}, S = {cell['steps']}, "
+            f"{cell['row']}",
+            metric_value=round(cell["metrics"][name]["frechet"]["mean"], 4),
+        )
+        for table in results["tables"]
+        for name in results["features"]
+        for cell in best_cells(table, name)
+    ]
+    data = ModelCardData(
+        library_name="diffusers",
+        license=card["licence"],
+        tags=["ddim-schedulers", "ddpm", "ddim", "unconditional-image-generation"],
+        pipeline_tag="unconditional-image-generation",
+        datasets=card["datasets"],
+        model_name=card["title"],
+        eval_results=figures or None,
+    )
+    versions = ", ".join(
+        f"{name} {version}" for name, version in sorted(results["versions"].items())
+    )
+    made = f"Seed {results['seed']}. Versions: {versions}."
+    if results["commit"]:
+        made += f" Commit {results['commit']}."
+    template = resources.files("ddim_schedulers.model_cards").joinpath("example.md")
+    text = ModelCard.from_template(
+        data,
+        template_str=template.read_text(encoding="utf-8"),
+        first=slug(results["tables"][0]["name"]),
+        how="\n".join(how(results)),
+        tables=[
+            {"name": table["name"], "text": "\n".join(section(table, results)).strip()}
+            for table in results["tables"]
+            if table["cells"]
+        ],
+        made=made,
+        **{**{"discussion": ""}, **{k: v for k, v in card.items() if k in CARD_TEXTS}},
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(text)).strip() + "\n"
+
+
+def best_cells(table: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The cell with the smallest Frechet distance for each number of steps."""
+    best: dict[int, dict[str, Any]] = {}
+    for cell in table["cells"]:
+        kept = best.get(cell["steps"])
+        value = cell["metrics"][name]["frechet"]["mean"]
+        if kept is None or value < kept["metrics"][name]["frechet"]["mean"]:
+            best[cell["steps"]] = cell
+    return [best[s] for s in sorted(best)]

@@ -1,0 +1,389 @@
+"""Sharing a saved pipeline on the Hub: one commit, repeatable, with one sentence for each failure.
+
+The upload is the pipeline alone, in one of the forms of `ddim_schedulers.export`, with its card.
+Nothing on disk is changed. The token is read from where `hf auth login` or HF_TOKEN keep it, goes
+into the request headers alone, and is cut out of every message.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ddim_schedulers.export import Export, check_form, export_folder
+from ddim_schedulers.pipelines.ownership import own
+from ddim_schedulers.training.sharing.secrets import HUB_TOKEN, check_upload
+
+R = TypeVar("R")
+
+ATTEMPTS = 4
+FIRST_WAIT = 1.0  # seconds; doubled after every attempt
+LONGEST_WAIT = 300.0  # the window in which the public Hub counts requests; it may ask for all of it
+TIMEOUT = 120.0  # seconds without an answer; the Hub client itself waits for ever
+# 409 and 412: somebody else changed the repository at the same time.
+TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
+
+USER_IN_URL = re.compile(r"(?<=://)[^/\s]*@")  # "name:password@", as in the address of a proxy
+
+
+class PushError(RuntimeError):
+    """A push that did not happen; the message is one sentence that says what to do."""
+
+
+def push_pipeline(
+    pipeline_dir: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    form: str = "portable",
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Upload pipeline",
+    endpoint: str | None = None,
+    attempts: int = ATTEMPTS,
+) -> str:
+    """Create or update a model repository from a saved pipeline, in one commit.
+
+    Pushing again with the same content makes no new commit. Files of the pipeline's folders that
+    the new version lacks are deleted in the same commit; other files of the repository are kept.
+
+    Args:
+        pipeline_dir: a folder that `save_pretrained` wrote. Checkpoints, optimiser states and
+            anything else that lies in it beside the pipeline is not uploaded.
+        repo_id: `USER/NAME`.
+        form: `portable`, `plug-in` or `self-contained`, see `ddim_schedulers.export`.
+        private: create the repository as private; otherwise as the account or the organisation
+            creates them.
+        revision: branch; it is created where missing. `None` is `main`.
+        token: `None` takes the one of `hf auth login` or HF_TOKEN.
+        message: the commit's first line.
+        endpoint: URL of the Hub; `None` takes HF_ENDPOINT or huggingface.co.
+        attempts: how often a step is tried when the network or the Hub fails, >= 1.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        FolderInUseError: another process trains, calibrates or pushes the pipeline.
+        ValueError: for an argument out of its range, or a folder that is not a pipeline.
+        PushError: if the Hub cannot be reached or refuses.
+    """
+    check_form(form)
+    check_repo_id(repo_id)
+    if attempts < 1:
+        raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
+    root = Path(pipeline_dir)
+    if not root.is_dir():  # `export_folder` says what is wrong with it
+        export_folder(root, form)
+    with own(root, "push", read_only=True):
+        return _push_owned(
+            root, repo_id, form, private, revision, token, message, endpoint, attempts
+        )
+
+
+def _push_owned(
+    pipeline_dir: Path,
+    repo_id: str,
+    form: str,
+    private: bool,
+    revision: str | None,
+    token: str | None,
+    message: str,
+    endpoint: str | None,
+    attempts: int,
+) -> str:
+    from ddim_schedulers.training.sharing import cards
+
+    export = export_folder(pipeline_dir, form)
+    export.files["README.md"] = cards.card_for(export, repo_id, form)
+    token = _usable_token(token)
+    for path, content in export.files.items():
+        check_upload(path, content, token)
+    if export.left_out:
+        shown = ", ".join(export.left_out[:3]) + (", ..." if len(export.left_out) > 3 else "")
+        print(
+            f"Not part of the pipeline, and not uploaded: {shown} ({len(export.left_out)} files).",
+            file=sys.stderr,
+        )
+    push = _Push(repo_id, token, endpoint, attempts)
+    try:
+        return push.run(export, private, revision, message)
+    except PushError:
+        raise
+    except Exception as error:  # whatever the client raises, in the words of one sentence
+        raise PushError(_scrub(_sentence(error, repo_id, push.endpoint), token)) from None
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Return `repo_id` if the Hub can have a repository of that name.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if "/" in repo_id:
+            return repo_id
+    except HFValidationError:  # several sentences, one for each rule
+        pass
+    raise ValueError(
+        f"`repo_id` is {repo_id!r}; it must be USER/NAME, of letters, digits and single '-', '_', "
+        "'.', and not end in '.git'."
+    )
+
+
+def push_after_training(
+    pipeline_dir: str | os.PathLike[str], repo_id: str, **options: Any
+) -> str | None:
+    """Push as `push_pipeline`, but never raise: a failed push must not fail the run before it.
+
+    Returns:
+        The URL of the commit, or `None` after saying on stderr what failed and how to repeat it.
+        The local pipeline is left as it is.
+    """
+    try:
+        return push_pipeline(pipeline_dir, repo_id, **options)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = str(error) or f"it was stopped ({type(error).__name__})."
+        reason = _scrub(reason, options.get("token") or _stored_token())
+        print(
+            f"The pipeline was not pushed to {repo_id}: {reason}\n"
+            f"It is in {pipeline_dir}; to push it again:\n"
+            f"  {repeat_command(pipeline_dir, repo_id, **options)}",
+            file=sys.stderr,
+        )
+        return None
+
+
+def repeat_command(
+    pipeline_dir: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    form: str = "portable",
+    private: bool = False,
+    revision: str | None = None,
+    **ignored: Any,
+) -> str:
+    """Return the command line that does the same push; the token is never part of it."""
+    words = ["ddim-schedulers", "push", "--pipeline", os.fspath(pipeline_dir)]
+    words += ["--repo_id", repo_id, "--form", str(form)]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words)
+
+
+class _Push:
+    """One push: the client, and the steps that are repeated while the network fails."""
+
+    def __init__(self, repo_id: str, token: str, endpoint: str | None, attempts: int) -> None:
+        from huggingface_hub import HfApi
+
+        from ddim_schedulers import __version__
+
+        self.repo_id = repo_id
+        self.attempts = attempts
+        self.api = HfApi(
+            endpoint=endpoint,
+            token=token,
+            library_name="ddim-schedulers",
+            library_version=__version__,
+        )
+        self.endpoint: str = self.api.endpoint
+        if USER_IN_URL.search(self.endpoint):
+            raise PushError(
+                "the Hub's address (HF_ENDPOINT) holds a name and a password, which would be sent "
+                "in the place of the token, and be shown in errors; take them out of it."
+            )
+
+    def run(self, export: Export, private: bool, revision: str | None, message: str) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        # `False` would overrule an organisation whose repositories are private by default
+        visibility = True if private else None
+        self._retry(lambda: self.api.create_repo(self.repo_id, private=visibility, exist_ok=True))
+        if private and not self._retry(lambda: self.api.model_info(self.repo_id)).private:
+            raise PushError(
+                f"{self.repo_id} exists and is public, but --private was asked for; nothing was "
+                "uploaded. Make it private in its settings, or take another name."
+            )
+        if revision is not None and revision != "main":
+            self._retry(
+                lambda: self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
+            )
+
+        def commit() -> str:
+            # Made anew for every attempt: the client marks operations as it goes. What arrived in
+            # an attempt whose answer was lost is recognised by its hash, or no longer listed.
+            there = self.api.list_repo_files(self.repo_id, revision=revision)
+            delete = [CommitOperationDelete(path) for path in self._stale(export, there)]
+            add = [
+                CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+                for path, content in export.files.items()
+            ]
+            done = self.api.create_commit(
+                self.repo_id, [*add, *delete], commit_message=message, revision=revision
+            )
+            return done.commit_url
+
+        return self._retry(commit)
+
+    def _stale(self, export: Export, there: list[str]) -> list[str]:
+        """Return the repository's files that the new version replaces by nothing."""
+        kept = {".gitattributes", "README.md", "LICENSE"}
+        if "model_index.json" not in there and not set(there) <= kept:
+            raise PushError(
+                f"{self.repo_id} exists and holds something else than a pipeline "
+                f"({sorted(set(there) - kept)[0]}, ...); nothing was uploaded. Take another name."
+            )
+        folders = {path.partition("/")[0] for path in export.files if "/" in path}
+        return [p for p in there if p.partition("/")[0] in folders and p not in export.files]
+
+    def _retry(self, call: Callable[[], R]) -> R:
+        for attempt in range(1, self.attempts + 1):
+            try:
+                with _timeout():
+                    return call()
+            except Exception as error:
+                status, wait = _status(error), _wait(error, attempt)
+                last = attempt == self.attempts or wait > LONGEST_WAIT
+                if last or not _is_passing(error):
+                    raise
+                reason = f"it answers {status}" if status else type(_cause(error)).__name__
+                print(
+                    f"{self.endpoint} fails ({reason}); trying again in {wait:.0f} s "
+                    f"({attempt} of {self.attempts - 1}).",
+                    file=sys.stderr,
+                )
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def _timeout() -> Iterator[None]:
+    """Bound the time without an answer of the Hub client's shared session, meanwhile."""
+    from huggingface_hub.utils import get_session
+
+    session = get_session()
+    before = session.timeout
+    session.timeout = TIMEOUT
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _http_error() -> type[Exception]:
+    """Return the base of all errors of the HTTP library that this client uses (httpx, httpx2)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the HTTP error behind an error: the client wraps those of an upload in another."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _http_error()):
+        cause = cause.__cause__
+    return error if cause is None else cause
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(_cause(error), "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Is it worth another try? The client reads some answers as JSON before their status."""
+    status = _status(error)
+    if status is not None:
+        return status in TRANSIENT
+    return isinstance(_cause(error), (_http_error(), json.JSONDecodeError))
+
+
+def _wait(error: BaseException, attempt: int) -> float:
+    """Return how long to wait, in seconds: as long as is asked, else twice as long each time."""
+    asked = _asked_wait(error)
+    return FIRST_WAIT * 2 ** (attempt - 1) if asked is None else asked
+
+
+def _asked_wait(error: BaseException) -> float | None:
+    """Return the seconds in the answer's Retry-After or, as the public Hub says it, RateLimit."""
+    response = getattr(_cause(error), "response", None)
+    if response is None:
+        return None
+    said = re.fullmatch(r"\s*(\d{1,9})\s*", response.headers.get("Retry-After", ""), re.ASCII)
+    if said is None and response.status_code == 429:
+        said = re.search(r";\s*t=(\d{1,9})", response.headers.get("RateLimit", ""), re.ASCII)
+    return None if said is None else float(said[1])
+
+
+def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
+    """Say what happened and what to do, in one sentence."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status, cause = _status(error), _cause(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return _OFFLINE
+    if status == 401:
+        return (
+            f"{endpoint} does not accept the token (401): it is mistyped or expired; run "
+            "`hf auth login` again or set HF_TOKEN."
+        )
+    if status == 403:
+        return (
+            f"the token has no permission to write to {repo_id} (403): it needs the role 'write', "
+            "and the user must be allowed to write there; or take another USER/NAME."
+        )
+    if status == 404:
+        return f"{repo_id} is not there, or the token may not see it (404)."
+    if status in (409, 412):
+        return f"{repo_id} was being changed by somebody else ({status}); try again."
+    if status == 429:
+        wait = _asked_wait(error)
+        later = "later" if wait is None else f"in {wait:.0f} s"
+        return f"{endpoint} limits the rate of requests (429); try again {later}."
+    said = " ".join(str(getattr(cause, "server_message", None) or cause).split())[:300]
+    if status is not None:
+        return f"{endpoint} answers {status}: {said}"
+    if isinstance(cause, _http_error()):
+        return f"{endpoint} cannot be reached ({type(cause).__name__}: {said})."
+    return f"{type(cause).__name__}: {said}"
+
+
+_OFFLINE = "offline mode is on (HF_HUB_OFFLINE); unset it to push."
+
+
+def _stored_token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except Exception:  # a broken credential store is no token
+        return None
+
+
+def _usable_token(token: str | None) -> str:
+    """Return the token without the space around it, which the client would quote in an error."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise PushError(_OFFLINE)
+    token = (token if token is not None else _stored_token() or "").strip()
+    if not token:
+        raise PushError("there is no Hugging Face token; run `hf auth login` or set HF_TOKEN.")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise PushError("the Hugging Face token holds characters that no token has.")
+    return token
+
+
+def _scrub(text: str, token: str | None) -> str:
+    text = USER_IN_URL.sub("", text.replace(token, "<token>") if token else text)
+    return HUB_TOKEN.sub("<token>", text)

@@ -1,0 +1,1 @@
+"""One run of training, from its parts to what it leaves."""

@@ -1,0 +1,160 @@
+"""The state of a run as files: what goes into a checkpoint, how it comes back, what is exported."""
+
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+from diffusers import DDPMPipeline
+from diffusers.utils import logging
+from safetensors import SafetensorError
+
+from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.training.common.versions import versions
+from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.networks import checkpoints
+from ddim_schedulers.training.networks.checkpoint_contents import read_state
+from ddim_schedulers.training.trainer.ema import copy_into
+from ddim_schedulers.training.trainer.same_run import STAMPED, describe_data, require_same_run
+from ddim_schedulers.training.trainer.validation import plot_losses
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ddim_schedulers.training.trainer.trainer import Trainer
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def choose_checkpoint(config: TrainingConfig, accelerator: "Accelerator") -> Path | None:
+    """The main process looks; all processes continue from the same one."""
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = checkpoints.chosen(config.resume, Path(config.output_dir) / "checkpoints")
+        except (ValueError, checkpoints.CheckpointError) as error:
+            found[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def state_files(trainer: "Trainer") -> dict[str, bytes]:
+    """The contents of a checkpoint, by file name."""
+    state = {
+        "step": trainer.step,
+        "updates": trainer.updates,
+        "place": list(trainer.place),
+        "ema": trainer.average.state_dict(),
+        "best": trainer.best,
+        "config": trainer.config.to_dict(),
+        "data": describe_data(trainer),
+        "contents": trainer.contents,
+        "scaler": None
+        if trainer.accelerator.scaler is None
+        else trainer.accelerator.scaler.state_dict(),
+        "versions": versions(*STAMPED),
+    }
+    files = {"state.json": checkpoints.to_json(state)}
+    networks = {"unet": trainer.unet}
+    if trainer.average.ema is not None:
+        networks["unet_ema"] = trainer.average.unet
+    for name, unet in networks.items():
+        files[f"{name}/config.json"] = unet.to_json_string().encode()
+        files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(unet.state_dict())
+    tensors = checkpoints.optimizer_tensors(trainer.optimizer.optimizer)
+    files["optimizer.safetensors"] = checkpoints.pack(tensors)
+    if tables := trainer.sampler.state_dict():
+        files["sampler.safetensors"] = checkpoints.pack(tables)
+    return files
+
+
+def restore(trainer: "Trainer", folder: Path) -> None:
+    """Continues `trainer` where the checkpoint in `folder` was made.
+
+    Raises:
+        ValueError: it is of a run with other settings or other data.
+    """
+    state = read_state(folder)
+    require_same_run(trainer, state, folder)
+    copy_into(trainer.unet.named_parameters(), checkpoints.unpack(folder / "unet" / WEIGHTS))
+    if trainer.average.ema is not None:
+        trainer.average.load(checkpoints.unpack(folder / "unet_ema" / WEIGHTS), state["ema"])
+    checkpoints.restore_optimizer(
+        trainer.optimizer.optimizer, checkpoints.unpack(folder / "optimizer.safetensors")
+    )
+    if tables := checkpoints.unpack(folder / "sampler.safetensors"):
+        trainer.sampler.load_state_dict(tables)
+    if trainer.accelerator.scaler is not None and state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.best = state["step"], state["best"]
+    # earlier versions did not count the steps that were applied
+    trainer.updates = trainer.saved_updates = state.get("updates", trainer.step)
+    failed = (folder / checkpoints.FAILED).exists()
+    own = folder.resolve().parent == (trainer.root / "checkpoints").resolve()
+    trainer.saved = trainer.step if own and not failed else None
+    trainer.place = tuple(state.get("place", (0, 0)))
+
+
+def export(trainer: "Trainer") -> Path:
+    """Writes the pipeline with the averaged weights, and the raw UNet beside it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        return _export(trainer)
+    except SafetensorError as error:  # its writer wraps what the system says
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _export(trainer: "Trainer") -> Path:
+    target = trainer.root / "pipeline"
+    if trainer.accelerator.is_main_process:
+        pipeline = DDPMPipeline(
+            unet=trainer.average.unet,
+            scheduler=trainer.scheduler,  # type: ignore[arg-type]  # any scheduler will do
+        )
+        trainer.owner.check()
+        partial = trainer.root / f".pipeline-{secrets.token_hex(6)}"
+        for leftover in trainer.root.glob(".pipeline-*"):  # of a run that was killed here
+            checkpoints.discard(leftover)
+        # whoever lacks this package loads it too, unless no stock scheduler knows the prediction
+        stock_knows = trainer.config.prediction_type != "posterior_mean"
+        for note in save_pipeline(pipeline, partial, "portable" if stock_knows else "plug-in"):
+            logger.warning(note)
+        trainer.owner.check()
+        checkpoints.discard(target)
+        partial.rename(target)
+        trainer.unet.save_pretrained(trainer.root / "unet_raw")
+        plot_losses(*trainer.records.curve(), trainer.root / "pictures" / "loss.png")
+    trainer.accelerator.wait_for_everyone()
+    return target
+
+
+def push(trainer: "Trainer", pipeline_dir: Path | None) -> None:
+    """Shares the pipeline of a complete run, if the settings say so; a failure is only said.
+
+    No process may be waiting for the main one: an upload takes longer than a barrier waits.
+    """
+    config = trainer.config
+    if pipeline_dir is None or not (config.push_to_hub and trainer.accelerator.is_main_process):
+        return
+    from ddim_schedulers.training.sharing.hub import push_after_training
+
+    push_after_training(
+        pipeline_dir,
+        str(config.hub_repo_id),
+        form=config.hub_form,
+        private=config.hub_private,
+        revision=config.hub_revision,
+    )
