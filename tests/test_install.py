@@ -71,13 +71,13 @@ def test_version_is_the_same_everywhere():
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
-def test_core_needs_four_distributions():
+def test_core_needs_five_distributions():
     core = {
         re.match(r"[\w.-]+", line)[0].lower().replace("_", "-")
         for line in importlib.metadata.requires("ddim-schedulers")
         if "extra ==" not in line
     }
-    assert core == {"diffusers", "huggingface-hub", "numpy", "torch"}
+    assert core == {"diffusers", "filelock", "huggingface-hub", "numpy", "torch"}
 
 
 def test_ruff_is_pinned_to_one_version():
