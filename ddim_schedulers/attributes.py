@@ -143,9 +143,10 @@ class FamilyAttributesMixin:
             if values is shown:
                 return
             tensor = _as_floats(name, values, len(self._alpha_bar))
-            if not _has_numbers(tensor) or any(
-                _same(tensor, kept) for kept in (shown, self._exact(name).float())
-            ):
+            exact = self._exact(name).float()
+            # a copy of what is shown, which may be a cast copy, but not one edited unnoticed
+            of_shown = _same(tensor, shown) and _same(shown, exact)
+            if not _has_numbers(tensor) or of_shown or _same(tensor, exact):
                 self._accept(name, tensor)
                 return
             edited = tensor.clone()
@@ -258,7 +259,7 @@ def _has_numbers(tensor: torch.Tensor) -> bool:
 
 def _same(tensor: torch.Tensor, kept: torch.Tensor) -> bool:
     """Tell whether a tensor is a moved or cast copy of another."""
-    if not _has_numbers(kept) or tensor.shape != kept.shape:
+    if not (_has_numbers(tensor) and _has_numbers(kept)) or tensor.shape != kept.shape:
         return False
     tensor, kept = tensor.detach(), kept.detach()
     return torch.equal(tensor.cpu(), kept.to("cpu", tensor.dtype))

@@ -98,6 +98,22 @@ class Settings(FrozenDict):
         object.__setattr__(self, name, value)
         super().__setitem__(name, value)
 
+    def __eq__(self, other: object) -> bool:
+        """Compare the settings; which of them are defaults is not one of them."""
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return _settings_of(self) == _settings_of(other)
+
+    def __ne__(self, other: object) -> bool:
+        """Compare as `==`: an ordered dictionary has a comparison of its own here."""
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]  # as any dictionary
+
+
+def _settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "_use_default_values"}
+
 
 class FamilyConfigMixin:
     """How a scheduler is built from a config of any class, and how its own config is written."""

@@ -238,6 +238,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             self._landing >= 0, self._alpha_bar[self._landing.clamp(min=0)], end
         )
         self._plan_has_zero_snr = bool((self._alpha_bar[timesteps] == 0).any())
+        self._landing_on_data = frozenset((self._alpha_bar_s == 1).nonzero().flatten().tolist())
         self._forget_tables()
 
     def _forget_tables(self) -> None:
@@ -680,18 +681,36 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             f"{tuple(sample.shape)} it must be {expected}{why}."
         )
 
+    def _adds_none(self, t: int) -> bool:
+        """Tell whether the step from `t` has a noise of std 0, in a member that adds noise."""
+        return t in self._landing_on_data
+
     def _check_noise_is_said(
-        self, key: str, model_output: torch.Tensor, sample: torch.Tensor
+        self,
+        key: str,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        timestep: int | torch.Tensor,
     ) -> None:
         """Refuse to leave out a variance that the network told where noise is added.
+
+        Where the timestep cannot be read for free, every planned step is taken for it.
 
         Args:
             key: the setting that says which noise is added.
             model_output: of the network.
             sample: (B, C, ...).
+            timestep: of the step.
         """
         config = self.config
         if model_output.shape == sample.shape or key not in unsaid_noise(config):
+            return
+        if isinstance(timestep, torch.Tensor):
+            asked = read_if_free(timestep)
+        else:
+            asked = self._check_timestep(timestep)
+        asked = self._plan if asked is None else asked
+        if all(self._adds_none(t) for t in (asked if isinstance(asked, list) else [asked])):
             return
         if _has_half(model_output, sample):
             used = "`reverse_variance='learned_range'` with `eta=1.0` uses it"

@@ -143,7 +143,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         late_noise_cap: float | None = None,
     ) -> None:
         self._sigma: torch.Tensor | None = None
-        self._sigma_adds = False
+        self._zeros_of_sigma: frozenset[int] = frozenset()
         self._warned_of_eta = False
         self._make_tables()
 
@@ -284,8 +284,12 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         if member is not None or self._sigma is not None:  # no part of the trajectory
             self._forget_tables()
         self._sigma = None
-        self._sigma_adds = member is not None and bool(member.any())
+        self._zeros_of_sigma = frozenset()
         if member is not None:
+            numbers = member.tolist()
+            self._zeros_of_sigma = frozenset(
+                t for t, std in zip(planned, numbers, strict=True) if std == 0
+            )
             self._sigma = torch.full_like(self._alpha_bar, torch.nan)
             self._sigma[planned] = member
         self._num_inference_steps = len(planned)
@@ -293,6 +297,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
     def _sigma_of(self, eta: float) -> torch.Tensor:
         return sigma_eta(self._alpha_bar, self._alpha_bar_s, eta)
+
+    def _adds_none(self, t: int) -> bool:
+        return super()._adds_none(t) or t in self._zeros_of_sigma
 
     def _member(self, eta: float) -> float | None:
         """Return the eta that counts, or `None` for an explicit sigma."""
@@ -442,8 +449,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
         learned = "learned_range" if self.config.reverse_variance == "learned_range" else None
         adds_noise = member is None or member > 0 or self.config.reverse_variance == "optimal"
-        if self._sigma_adds if member is None else member > 0:
-            self._check_noise_is_said("reverse_variance", model_output, sample)
+        if member is None or member > 0:
+            self._check_noise_is_said("reverse_variance", model_output, sample, timestep)
         prev_sample, x0 = self._step(
             table, adds_noise, model_output, timestep, sample, learned, generator, variance_noise
         )

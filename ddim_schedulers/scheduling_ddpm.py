@@ -299,7 +299,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         name = self.config.variance_type
         learned = name if name.startswith("learned") else None
         if learned is None:
-            self._check_noise_is_said("variance_type", model_output, sample)
+            self._check_noise_is_said("variance_type", model_output, sample, timestep)
         prev_sample, x0 = self._step(
             table, True, model_output, timestep, sample, learned, generator, variance_noise
         )

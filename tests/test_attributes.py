@@ -176,6 +176,18 @@ def test_an_edit_in_place_counts(cls):
             _step(scheduler, 900)
 
 
+@pytest.mark.parametrize("edit", [lambda abar: abar.numpy(), lambda abar: abar.data])
+def test_edits_that_torch_does_not_count(edit):
+    """Stock follows them; ours keeps its tables until the values are assigned."""
+    for cls, follows in ((DDIMScheduler, True), (GeneralizedDDIMScheduler, False)):
+        edited, kept = _made(cls), _made(cls)
+        values = edit(edited.alphas_cumprod)
+        values *= 0.9
+        assert torch.equal(_step(edited, 500), _step(kept, 500)) is not follows
+        edited.alphas_cumprod = edited.alphas_cumprod.clone()  # a new tensor is compared
+        assert not torch.equal(_step(edited, 500), _step(kept, 500))
+
+
 @each_class
 def test_where_the_last_step_lands_may_be_assigned(cls):
     for value in (0.99995, torch.tensor(0.99995), np.float64(0.99995)):

@@ -70,9 +70,52 @@ def test_explicit_sigma_of_zeros_leaves_the_variance_out(variance_type):
     ours = GeneralizedDDIMScheduler.from_config(_config(variance_type))
     ours.set_timesteps(4, sigma=[0.1, 0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="`reverse_variance` is not set"):
-        _both(ours)
+        _both(ours, index=0)
+    for index in (1, 2, 3):
+        assert _same(*_both(ours, index, generator=True))
     ours.set_timesteps(4)
-    assert _same(*_both(ours))
+    assert _same(*_both(ours, index=0))
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_a_step_that_lands_on_data_asks_for_no_noise(eta):
+    """At std 0 there is nothing to say, whatever the member: the only step, or the last one."""
+    ours = GeneralizedDDIMScheduler.from_config(_config("learned_range"))
+    x, _, doubled = _batch()
+    for steps in (1, 4):
+        ours.set_timesteps(steps)
+        assert _same(*_both(ours, index=-1, eta=eta, generator=True))
+        for t in (0, torch.tensor(0), torch.tensor([0, 0])):
+            ours.step(doubled, t, x, eta)
+    for t in (250, torch.tensor(250), torch.tensor([0, 250])):
+        with pytest.raises(ValueError, match="`reverse_variance` is not set"):
+            ours.step(doubled, t, x, eta)
+    with pytest.raises(ValueError, match="`timestep` is 'x'"):
+        ours.step(doubled, "x", x, eta)
+    # traced code cannot read the timestep: a plan that adds no noise passes, another does not
+    for steps in (1, 4):
+        ours.set_timesteps(steps)
+        module = _Step(ours, eta)
+        if steps == 1:
+            program = torch.export.export(module, (doubled, torch.tensor(0), x), strict=False)
+            assert torch.equal(program.module()(doubled, torch.tensor(0), x), module(doubled, 0, x))
+            continue
+        with pytest.raises(ValueError, match="`reverse_variance` is not set"):
+            torch.export.export(module, (doubled, torch.tensor(0), x), strict=False)
+    ours = GeneralizedDDIMScheduler.from_config(ours.config, set_alpha_to_one=False)
+    ours.set_timesteps(1)
+    with pytest.raises(ValueError, match="`reverse_variance` is not set"):
+        _both(ours, index=0, eta=eta)
+
+
+class _Step(torch.nn.Module):
+    def __init__(self, scheduler, eta):
+        super().__init__()
+        self.scheduler, self.eta = scheduler, eta
+
+    def forward(self, m, t, x):
+        noise = torch.zeros_like(x)
+        return self.scheduler.step(m, t, x, self.eta, variance_noise=noise).prev_sample
 
 
 @pytest.mark.parametrize("eta_in_config", [False, True])
@@ -169,6 +212,7 @@ def test_ddpm_asks_which_where_nobody_said_it():
     ours.register_to_config(reverse_variance="learned_range")
     with pytest.raises(ValueError, match="`variance_type` is not set"):
         _both(ours)
+    assert _same(*_both(ours, index=-1, generator=True))
 
 
 @pytest.mark.parametrize(

@@ -575,9 +575,17 @@ def test_a_saved_config_leaves_two_defaults_to_the_class_that_reads_it(tmp_path)
     stock, ours = tmp_path / "stock", tmp_path / "ours"
     DDIMScheduler().save_pretrained(stock)
     assert "_use_default_values" not in DDIMScheduler.from_pretrained(stock).config
-    GeneralizedDDIMScheduler().save_pretrained(ours)
+    fresh = GeneralizedDDIMScheduler()
+    fresh.save_pretrained(ours)
     loaded = GeneralizedDDIMScheduler.from_pretrained(ours).config
     assert sorted(loaded["_use_default_values"]) == ["lower_order_final", "solver_order"]
+    saved = dict(fresh.config)
+    del saved["_use_default_values"]  # as a test of diffusers does before it compares
+    assert saved == loaded
+    assert not saved != loaded
+    assert loaded == fresh.config
+    assert loaded != {**fresh.config, "eta": 0.5}
+    assert {**saved, "clip_sample": False} != loaded
     assert UniPCMultistepScheduler.from_config(loaded).config.solver_order == 2
 
 
