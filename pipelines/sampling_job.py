@@ -1,14 +1,16 @@
-"""Many samples to a folder: resumable, split over processes, the same files however it was run.
+"""Many samples to a folder: resumable, split over processes, the same files for every split.
 
-The images 0 .. N - 1 are cut into chunks of `batch_size`; chunk boundaries depend on nothing else,
-so that every image is computed in the same company whatever the number of processes. Process r of W
-takes the chunks r, r + W, ... Image i has the seed `seed + i`. The processes do not talk to each
-other; each writes its files under a temporary name and renames them.
+The images 0 .. N - 1 are cut into chunks of `batch_size`. Chunk boundaries depend on nothing else,
+so that an image is computed in the same batch for any number of processes. Process r of W takes the
+chunks r, r + W, ... Image i has the seed `seed + i`. The processes do not talk to each other; each
+writes its files under a temporary name and renames them.
 
-    OUTPUT/sample.json          the settings; a second call with others is refused, except that a
-                                larger number of images adds those that are missing
-    OUTPUT/images/000000.png    or OUTPUT/shards/000000-000063.npz with `images` uint8 (n, H, W, C),
-    `seeds` OUTPUT/grid.png             the first images, once all are there
+    OUTPUT/sample.json          the settings; a second call with other settings is refused, except
+                                that a larger number of images adds the missing ones
+    OUTPUT/images/000000.png    one file an image, or
+    OUTPUT/shards/000000-000063.npz
+                                one file a chunk: `images` uint8 (n, H, W, C) and `seeds` (n,)
+    OUTPUT/grid.png             the first images, once all files exist
 """
 
 import hashlib
@@ -241,13 +243,13 @@ class _Files:
         self.damaged: list[DamagedFileError] = []
 
     def names(self, start: int, stop: int) -> list[str]:
-        """The files of a chunk, in order."""
+        """Return the names of the files of a chunk, in order."""
         if self.job.file_format == "png":
             return [f"{i:06d}.png" for i in range(start, stop)]
         return [f"{start:06d}-{stop - 1:06d}.npz"]
 
     def missing(self, start: int, stop: int) -> list[str]:
-        """The files of a chunk that are not there, or not whole."""
+        """Return the names of the files of a chunk that are missing or not whole."""
         return [name for name in self.names(start, stop) if not self._is_whole(name, start, stop)]
 
     def _is_whole(self, name: str, start: int, stop: int) -> bool:

@@ -10,14 +10,15 @@ NEARLY_OPPOSITE = 1e-6
 
 
 def slerp(x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
-    """Return the point at w on the arc from x to y, for each sample apart.
+    """Return the point at w on the arc from x to y, for each sample of the batch on its own.
 
-    It is sin((1 - w) theta) / sin(theta) x + sin(w theta) / sin(theta) y, for each sample
-    apart.
+    With theta the angle between the two samples, the point is
 
-    theta is the angle between the two samples. Unlike the mean of two Gaussian samples, whose
-    variance shrinks, the point on the circle looks like a Gaussian sample. Weights 0 and 1 give x
-    and y to the bit. Nearly parallel samples are mixed linearly, which is the limit.
+        sin((1 - w) theta) / sin(theta) x + sin(w theta) / sin(theta) y.
+
+    The mean of two Gaussian samples has a smaller variance; the point on the arc looks like a
+    Gaussian sample. Weights 0 and 1 give x and y to the bit. Nearly parallel samples are mixed
+    linearly, which is the limit.
 
     Args:
         x: (N, ...), floating point.

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainingConfig) -> "TrainingResult":
-    """Trains as `config` says, from the start or from a checkpoint.
+    """Train as `config` says, from the start or from a checkpoint.
 
     Returns:
         Where the pipeline is, the averaged network, the loss of every step, and what else happened.
 
     Raises:
         ValueError: bad settings or data, before training begins.
-        CheckpointError: a checkpoint cannot be written (the last good one is left), or none be
-        read. NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. It was not
-        applied. FolderInUseError: another process owns the folder.
+        CheckpointError: a checkpoint cannot be written (the last good one is kept), or no
+            checkpoint can be read.
+        NonFiniteError: a step was not finite and `on_nonfinite` is 'stop'. The step was not
+            applied.
+        FolderInUseError: another process owns the folder.
     """
     from ddim_schedulers.training.trainer.engine import settle
     from ddim_schedulers.training.trainer.saving import push
@@ -42,7 +44,7 @@ def train(config: TrainingConfig) -> "TrainingResult":
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; see `--help`.
+    """Run the command line; see `--help`.
 
     Returns:
         0 if the run is complete or was stopped on request, 1 if it failed.
