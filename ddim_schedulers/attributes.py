@@ -35,6 +35,7 @@ def watched(name: str) -> Any:
         return self._hand_out(name)
 
     def put(self: Any, values: Any) -> None:
+        self._follow_config()  # a new plan counts as that of the config as it is
         if is_process:
             self._put_process(name, values)
         elif is_end:

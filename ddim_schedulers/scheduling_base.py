@@ -97,7 +97,7 @@ class Multistep(NamedTuple):
     """What a step of higher order adds: sum_j w_j (e_j - e_0), see `multistep`.
 
     weights has shape (m + 1, T, m), m predictions remembered, first index how many are known.
-    before is the planned timestep before each, (T,), -1 where there is none. estimate holds the
+    before is the planned timestep before each, (T,), -2 where there is none. estimate holds the
     columns e_x0, e_x, e_m of e_0 = eps_hat, (T, 3); without it e_0 is x0_hat.
     """
 
@@ -117,6 +117,19 @@ class Table(NamedTuple):
     uses_sample: bool  # is out_x needed beside a clipped x0_hat?
     uses_output: bool  # is out_m needed beside a clipped x0_hat?
     multistep: Multistep | None = None
+
+
+class StepSettings(NamedTuple):
+    """What every step asks of the config, read once for each state of it."""
+
+    clips: bool
+    thresholds: bool
+    clip_range: float
+    eta: float | None
+    solver_order: int
+    noise: str | None  # the value of `_noise_key`
+    learned: str | None  # the same where the network tells the noise
+    noise_is_unsaid: bool  # though the network tells a variance
 
 
 class Past(NamedTuple):
@@ -139,6 +152,9 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     order = 1
 
     config_name: Any = SCHEDULER_CONFIG_NAME
+    # the setting that says which noise a step adds
+    _noise_key: str | None = None
+    _settings: StepSettings
 
     def _make_tables(self) -> None:
         """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
@@ -230,6 +246,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             return
         self._plan, self._stride = timesteps, stride
         self._planned_config, self._planned_changes = config, config.changes
+        self._settings = self._read_settings()
         self._landing = landing(timesteps, len(self._alpha_bar))
         if stride is not None:
             self._landing = (torch.arange(len(self._landing), device="cpu") - stride).clamp(min=-1)
@@ -241,15 +258,27 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._landing_on_data = frozenset((self._alpha_bar_s == 1).nonzero().flatten().tolist())
         self._forget_tables()
 
+    def _read_settings(self) -> StepSettings:
+        config, key = self.config, self._noise_key
+        noise = None if key is None else config[key]
+        return StepSettings(
+            clips=self._clips(),
+            thresholds=bool(config.get("thresholding", False)),
+            clip_range=config.get("clip_sample_range", 1.0),
+            eta=config.get("eta"),
+            solver_order=config.get("solver_order", 1),
+            noise=noise,
+            learned=noise if noise is not None and noise.startswith("learned") else None,
+            noise_is_unsaid=key in unsaid_noise(config),
+        )
+
     def _forget_tables(self) -> None:
         self._tables.clear()
         self._newest = None
 
     def _follow(self) -> None:
         """Make anew what was computed from attributes or settings that have changed since."""
-        config = self._internal_dict  # not by the property: every step passes here
-        if config is not self._planned_config or config.changes != self._planned_changes:
-            self._follow_config()
+        self._follow_config()
         if not self._marks or torch.compiler.is_compiling():
             return
         for value, mark in self._marks.values():
@@ -259,6 +288,9 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
                 break
 
     def _follow_config(self) -> None:
+        config = self._internal_dict  # not by the property: every step passes here
+        if config is self._planned_config and config.changes == self._planned_changes:
+            return
         check_types(self.config)
         self._check_config()
         if _beta_settings(self.config) != self._beta_settings:
@@ -551,7 +583,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         return bool(self.config.thresholding or self.config.clip_sample)
 
     def _limit(self, x0: torch.Tensor) -> torch.Tensor:
-        return self._threshold_sample(x0) if self.config.thresholding else self._clip(x0)
+        return self._threshold_sample(x0) if self._settings.thresholds else self._clip(x0)
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
         """Return dynamic thresholding of x0_hat, under stock's private name, in its dtype.
@@ -565,17 +597,22 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _clip(self, x0: torch.Tensor) -> torch.Tensor:
         """Clip x0_hat in place: a step has just made it, and nobody else holds it."""
-        return x0.clamp_(-self.config.clip_sample_range, self.config.clip_sample_range)
+        limit = self._settings.clip_range
+        return x0.clamp_(-limit, limit)
 
     def _look_up(
-        self, table: Table, timestep: int | torch.Tensor, sample: torch.Tensor
+        self, table: Table, timestep: int | torch.Tensor, number: Any, sample: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Return the columns of the row of `timestep`, each broadcasting against the sample."""
-        number: Any = timestep
-        if isinstance(timestep, torch.Tensor):
-            number = read_if_free(timestep) if timestep.ndim == 0 else None
+        """Return the columns of the row of `timestep`, each broadcasting against the sample.
+
+        Args:
+            table: of the step.
+            timestep: as the caller gave it.
+            number: the same as a number, or `None` for a tensor that is not looked at.
+            sample: (B, C, ...).
+        """
         if number is not None or not isinstance(timestep, torch.Tensor):
-            return self._columns(table, self._check_timestep(number))
+            return self._columns(table, number)
         picked = _pick(table.rows, timestep, "timestep")
         if timestep.ndim == 0:
             return picked.unbind(1)
@@ -587,11 +624,12 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         shape = (-1,) + (1,) * (sample.ndim - 1)
         return tuple(column.view(shape) for column in picked.unbind(1))
 
-    def _columns(self, table: Table, t: int) -> tuple[torch.Tensor, ...]:
+    def _columns(self, table: Table, number: Any) -> tuple[torch.Tensor, ...]:
         newest = None if torch.compiler.is_compiling() else self._newest
-        if newest is not None and newest[0] is table and t in newest[1]:
-            return newest[1][t]
-        return table.rows[t].unbind(0)
+        planned = newest[1] if newest is not None and newest[0] is table else {}
+        # what is planned is in range; True is no timestep, but equals one
+        t = number if type(number) is int and number in planned else self._check_timestep(number)
+        return planned[t] if t in planned else table.rows[t].unbind(0)
 
     def _step(
         self,
@@ -606,11 +644,15 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
         prediction, raw_variance = self._split(model_output, sample, learned)
-        x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = self._look_up(table, timestep, sample)
+        number: Any = timestep
+        if isinstance(timestep, torch.Tensor):
+            number = read_if_free(timestep) if timestep.ndim == 0 else None
+        columns = self._look_up(table, timestep, number, sample)
+        x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = columns
         dtype = table.rows.dtype
-        x, m = sample.to(dtype), prediction.to(dtype)
+        x, m = _cast(sample, dtype), _cast(prediction, dtype)
         x0 = torch.mul(x, x0_x).addcmul_(m, x0_m)
-        if self._clips():
+        if self._settings.clips:
             x0 = self._limit(x0)
             out = torch.mul(x0, out_x0)
             if table.uses_sample:
@@ -620,16 +662,16 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         else:
             out = torch.mul(x, out_x).addcmul_(m, out_m)
         if table.multistep is not None:
-            self._add_history(out, table.multistep, timestep, x0, x, m)
+            self._add_history(out, table.multistep, timestep, number, x0, x, m)
         if adds_noise:
-            noise = _noise_like(prediction, generator, variance_noise).to(dtype)
+            noise = _cast(_noise_like(prediction, generator, variance_noise), dtype)
             if raw_variance is not None:
                 # where no noise is added the network may say anything, and a NaN of the root or of
                 # its gradient would survive a product with 0
                 raw = torch.where(std > 0, raw_variance.to(dtype), 1.0)
                 std = std * _learned_std(learned, raw, *bounds)
             out.addcmul_(noise, std)
-        return out.to(sample.dtype), x0.to(sample.dtype)
+        return _cast(out, sample.dtype), _cast(x0, sample.dtype)
 
     def _split(
         self, model_output: torch.Tensor, sample: torch.Tensor, learned: str | None = None
@@ -648,9 +690,10 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         Raises:
             ValueError: for another shape or dtype.
         """
-        for name, tensor in (("sample", sample), ("model_output", model_output)):
-            if not tensor.is_floating_point():
-                raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
+        if not (sample.is_floating_point() and model_output.is_floating_point()):
+            name = "model_output" if sample.is_floating_point() else "sample"
+            dtype = model_output.dtype if sample.is_floating_point() else sample.dtype
+            raise ValueError(f"`{name}` has dtype {dtype}; it must be a floating dtype.")
         if model_output.device != sample.device:
             raise ValueError(
                 f"`model_output` is on the device {model_output.device}; it must be on that of "
@@ -686,24 +729,20 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         return t in self._landing_on_data
 
     def _check_noise_is_said(
-        self,
-        key: str,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        timestep: int | torch.Tensor,
+        self, model_output: torch.Tensor, sample: torch.Tensor, timestep: int | torch.Tensor
     ) -> None:
-        """Refuse to leave out a variance that the network told where noise is added.
+        """Refuse to leave out a variance that the network told, where `noise_is_unsaid`.
 
         Where the timestep cannot be read for free, every planned step is taken for it.
 
         Args:
-            key: the setting that says which noise is added.
             model_output: of the network.
             sample: (B, C, ...).
             timestep: of the step.
         """
-        config = self.config
-        if model_output.shape == sample.shape or key not in unsaid_noise(config):
+        config, key = self.config, self._noise_key
+        assert key is not None  # a class without it adds no noise
+        if model_output.shape == sample.shape:
             return
         if isinstance(timestep, torch.Tensor):
             asked = read_if_free(timestep)
@@ -729,6 +768,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         out: torch.Tensor,
         multistep: Multistep,
         timestep: int | torch.Tensor,
+        number: Any,
         x0: torch.Tensor,
         x: torch.Tensor,
         m: torch.Tensor,
@@ -743,16 +783,18 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         else:
             t = torch.full((1,), timestep, dtype=torch.int64, device=multistep.before.device)
         # a copy: the network or the caller may write into what it was made of
-        e = x0.clone()
-        if multistep.estimate is not None:
+        if multistep.estimate is None:
+            e = x0.clone()
+        else:
             e_x0, e_x, e_m = multistep.estimate.index_select(0, t).unbind(1)
             e = torch.mul(x0, e_x0).addcmul_(x, e_x).addcmul_(m, e_m)
         count = multistep.weights.shape[0] - 1
         past, thread = self._past, None
         if not torch.compiler.is_dynamo_compiling():
             thread = threading.get_ident()
-            number = read_if_free(timestep) if isinstance(timestep, torch.Tensor) else timestep
-            if number in (self._plan[0], [self._plan[0]]):  # nothing of another run is touched
+            if number is None and isinstance(timestep, torch.Tensor) and timestep.ndim == 1:
+                number = (read_if_free(timestep) or [None])[0]  # type: ignore[index]
+            if number == self._plan[0]:  # nothing of another run is touched
                 none = (torch.zeros_like(e),) * (count - 1)
                 self._past = Past((e, *none), torch.zeros_like(t), t, thread)
                 self._runs[thread] = self._planned_times
@@ -761,7 +803,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         if past is None or not _alike(past.predictions, e, count):
             past = Past((torch.zeros_like(e),) * count, torch.zeros_like(t), torch.full_like(t, -1))
         follows = multistep.before.index_select(0, t) == past.timestep
-        known = torch.where(follows & (past.timestep >= 0), (past.known + 1).clamp(max=count), 0)
+        known = torch.where(follows, (past.known + 1).clamp(max=count), 0)
         weights = multistep.weights[known, t].unbind(1)
         for j, (earlier, weight) in enumerate(zip(past.predictions, weights, strict=True)):
             # not a product with 0 alone: what an abandoned run left may be NaN
@@ -937,7 +979,7 @@ def read_if_free(timestep: torch.Tensor) -> int | list[int] | None:
     without a value, as `torch.func.vmap` and `make_fx` pass it.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or timestep.device.type != "cpu" or timestep.dtype not in INTEGER_DTYPES:
+    if traced or not timestep.is_cpu or timestep.dtype not in INTEGER_DTYPES:
         return None
     try:  # not `tolist`, which hands `make_fx` a constant
         return int(timestep) if timestep.ndim == 0 else [int(t) for t in timestep.flatten()]
@@ -947,7 +989,15 @@ def read_if_free(timestep: torch.Tensor) -> int | list[int] | None:
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Return float64 if one of the tensors has it, else float32."""
-    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor in a dtype; `Tensor.to` costs more where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _noise_like(

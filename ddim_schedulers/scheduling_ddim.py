@@ -108,6 +108,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
     """
 
     _end_name = "final_alpha_cumprod"
+    _noise_key = "reverse_variance"
     final_alpha_cumprod = watched(_end_name)
 
     @register_to_config
@@ -303,9 +304,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
     def _member(self, eta: float) -> float | None:
         """Return the eta that counts, or `None` for an explicit sigma."""
-        set_in_config = self.config.eta
+        set_in_config = self._settings.eta
         if set_in_config is None and self._sigma is None:
-            if self.config.reverse_variance not in ANY_MEMBER:
+            if self._settings.noise not in ANY_MEMBER:
                 self._check_member()
             return check_eta(eta)
         if eta != 0 and eta != set_in_config and not self._warned_of_eta:
@@ -320,24 +321,25 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
     def _table_for(
         self, eta: float | None, rederive: bool, device: Any, dtype: torch.dtype
     ) -> Table:
-        config, clips = self.config, self._clips()
-        rederive = rederive or config.solver_order > 1
+        clips, order = self._settings.clips, self._settings.solver_order
+        rederive = rederive or order > 1
         key = (eta, rederive and clips, device, dtype)
         table = self._tables.get(key)
         if table is None:
+            noise = self._settings.noise
             sigma = self._sigma if eta is None else self._checked_sigma(eta)
             assert sigma is not None  # `_member` returns None only for an explicit sigma
             if eta is None and not torch.compiler.is_compiling():  # alpha_bar may be new
                 check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan])
             std: torch.Tensor | None = sigma
-            if config.reverse_variance == "sigma_hat":
+            if noise == "sigma_hat":
                 std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-            elif config.reverse_variance == "learned_range":
+            elif noise == "learned_range":
                 std = None
-            elif config.reverse_variance == "optimal":
+            elif noise == "optimal":
                 std = self._optimal_std(sigma)
             made = self._table(sigma, std, rederive and clips, device, dtype)
-            if config.solver_order > 1:
+            if order > 1:
                 made = made._replace(multistep=self._multistep(sigma, clips, device, dtype))
             table = self._keep(key, made)
         return table
@@ -358,7 +360,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         )
         weights = planned.new_zeros(planned.shape[0], len(self), planned.shape[2])
         weights[:, plan] = planned
-        before = torch.full_like(self._landing, -1)
+        before = torch.full_like(self._landing, -2)  # -1 stands for no step yet
         before[plan[1:]] = self._plan_tensor()[:-1]
         estimate = None
         if config.solver_form == "epsilon":
@@ -443,16 +445,23 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         member = self._member(eta)
         if self._sigma is not None:
             self._check_planned(timestep)
-        if self.config.solver_order > 1:
+        settings = self._settings
+        if settings.solver_order > 1:
             self._check_one_timestep(timestep)
         dtype = compute_dtype(sample, model_output)
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
-        learned = "learned_range" if self.config.reverse_variance == "learned_range" else None
-        adds_noise = member is None or member > 0 or self.config.reverse_variance == "optimal"
-        if member is None or member > 0:
-            self._check_noise_is_said("reverse_variance", model_output, sample, timestep)
+        adds_noise = member is None or member > 0 or settings.noise == "optimal"
+        if settings.noise_is_unsaid and (member is None or member > 0):
+            self._check_noise_is_said(model_output, sample, timestep)
         prev_sample, x0 = self._step(
-            table, adds_noise, model_output, timestep, sample, learned, generator, variance_noise
+            table,
+            adds_noise,
+            model_output,
+            timestep,
+            sample,
+            settings.learned,
+            generator,
+            variance_noise,
         )
         if not return_dict:
             return prev_sample, x0

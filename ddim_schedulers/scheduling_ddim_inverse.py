@@ -196,10 +196,10 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         return x0, (torch.where(first, e_x, at_s[1][0]), torch.where(first, e_m, at_s[1][1]))
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
-        prediction, clips = self.config.prediction_type, self._clips()
         key = (device, dtype)
         table = self._tables.get(key)
         if table is None:
+            prediction, clips = self.config.prediction_type, self._settings.clips
             self._check_plan_snr()
             x0, eps = self._coefficients()
             none = torch.zeros_like(self._alpha_bar)

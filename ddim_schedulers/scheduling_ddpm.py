@@ -72,6 +72,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
     """
 
     _end_name = "one"
+    _noise_key = "variance_type"
     one = watched(_end_name)
 
     @register_to_config
@@ -199,7 +200,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
             self._table_for(self._public["timesteps"].device, torch.float32)
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
-        clips, key = self._clips(), (device, dtype)
+        key = (device, dtype)
         table = self._tables.get(key)
         if table is None:
             sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
@@ -213,7 +214,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
                 std = self._optimal_std(sigma)
             # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
             # re-derived
-            table = self._keep(key, self._table(sigma, std, clips, device, dtype))
+            table = self._keep(key, self._table(sigma, std, self._settings.clips, device, dtype))
         return table
 
     def _get_variance(
@@ -296,10 +297,9 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
             check_tensors(model_output=model_output, sample=sample)
         self._follow()
         table = self._table_for(sample.device, compute_dtype(sample, model_output))
-        name = self.config.variance_type
-        learned = name if name.startswith("learned") else None
-        if learned is None:
-            self._check_noise_is_said("variance_type", model_output, sample, timestep)
+        learned = self._settings.learned
+        if self._settings.noise_is_unsaid:
+            self._check_noise_is_said(model_output, sample, timestep)
         prev_sample, x0 = self._step(
             table, True, model_output, timestep, sample, learned, generator, variance_noise
         )

@@ -385,3 +385,21 @@ def test_a_copy_keeps_what_was_assigned(cls, copied):
     assert torch.equal(_step(scheduler, 500), expected)
     # a config says nothing of assigned tensors, as in stock
     assert float(cls.from_config(scheduler.config).alpha_bar[-1]) > 1e-6
+
+
+@each_class
+def test_a_setting_counts_before_an_attribute_that_is_assigned_next(cls):
+    order = -1 if cls is GeneralizedDDIMInverseScheduler else 1
+    for name, value in ((END[cls], 0.99995), ("timesteps", [5, 0][::order])):
+        scheduler, fresh = _made(cls), _made(cls, beta_end=0.04, clip_sample=True)
+        _step(scheduler, 400)
+        scheduler.config.beta_end, scheduler.config.clip_sample = 0.04, True
+        for each in (scheduler, fresh):
+            setattr(each, name, value)
+            if name != "timesteps":  # other betas have forgotten the plan
+                each.set_timesteps(10)
+        assert torch.equal(scheduler.alpha_bar, fresh.alpha_bar)
+        assert torch.equal(_step(scheduler, 0), _step(fresh, 0))
+        scheduler.config.prediction_type = "nonsense"
+        with pytest.raises(ValueError, match="`prediction_type` is"):
+            setattr(scheduler, name, value)
