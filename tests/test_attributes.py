@@ -49,8 +49,8 @@ ALL_THREE = ("betas", "alphas", "alphas_cumprod")
 
 @each_class
 @pytest.mark.parametrize("names", [ALL_THREE, ALL_THREE[::-1], *[(name,) for name in ALL_THREE]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_assigned_process_counts(cls, names, dtype):
+def test_an_assigned_process_counts(cls, names):
+    dtype = (torch.float32, torch.float64)[(CLASSES.index(cls) + len(names[0])) % 2]
     betas = _zero_snr().to(dtype)
     scheduler, fresh = _made(cls), _made(cls, rescale_betas_zero_snr=True, beta_end=0.04)
     stock = STOCK[cls](clip_sample=False, prediction_type="v_prediction")
@@ -322,8 +322,9 @@ CHANGES = [
 
 @each_class
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-@pytest.mark.parametrize("how", ["attribute", "item", "register"])
-def test_an_assigned_setting_counts_after_a_first_step(cls, changes, how):
+def test_an_assigned_setting_counts_after_a_first_step(cls, changes):
+    # each class another way, so that every change meets every way
+    how = ("attribute", "item", "register")[(CLASSES.index(cls) + CHANGES.index(changes)) % 3]
     scheduler, fresh = _made(cls), _made(cls, **changes)
     _step(scheduler, 400)
     for name, value in changes.items():
@@ -333,10 +334,8 @@ def test_an_assigned_setting_counts_after_a_first_step(cls, changes, how):
             scheduler.config[name] = value
         else:
             scheduler.register_to_config(**{name: value})
-    if set(changes) & {"prediction_type", "clip_sample", "rescale_betas_zero_snr"}:
-        restored = _made(cls) if how == "x" else scheduler
-        if "rescale_betas_zero_snr" not in changes:
-            assert torch.equal(_step(restored, 400), _step(fresh, 400))
+    if set(changes) & {"prediction_type", "clip_sample"}:  # others may plan anew
+        assert torch.equal(_step(scheduler, 400), _step(fresh, 400))
     scheduler.set_timesteps(10)
     assert torch.equal(scheduler.timesteps, fresh.timesteps)
     for t in scheduler.timesteps:
