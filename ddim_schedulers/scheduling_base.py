@@ -793,7 +793,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         if not torch.compiler.is_dynamo_compiling():
             thread = threading.get_ident()
             if number is None and isinstance(timestep, torch.Tensor) and timestep.ndim == 1:
-                number = (read_if_free(timestep) or [None])[0]  # type: ignore[index]
+                number = read_if_free(timestep.reshape(()))
             if number == self._plan[0]:  # nothing of another run is touched
                 none = (torch.zeros_like(e),) * (count - 1)
                 self._past = Past((e, *none), torch.zeros_like(t), t, thread)
