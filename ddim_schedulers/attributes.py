@@ -52,6 +52,7 @@ class FamilyAttributesMixin:
     config: Any
     _alpha_bar: torch.Tensor
     _plan: list[int]
+    _shown: list[Any]  # the plan as `timesteps` has it
     _stride: int | None = None
     _planned_config: Any = None
     _planned_changes = -1
@@ -233,7 +234,7 @@ class FamilyAttributesMixin:
     def _show(self, device: Any = None) -> None:
         """Hand the plan out as `timesteps`."""
         timesteps = self._plan_tensor()  # type: ignore[attr-defined]
-        self._shown: list[Any] = timesteps.tolist()
+        self._shown = timesteps.tolist()
         self._publish("timesteps", timesteps.to(device))
 
 

@@ -218,7 +218,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             past = past._replace(
                 thread=None, predictions=tuple(e.detach() for e in past.predictions)
             )
-        anew = {
+        anew: dict[str, Any] = {
             "_tables": {},
             "_newest": None,
             "_forward": {},
