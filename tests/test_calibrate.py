@@ -17,14 +17,15 @@ from ddim_schedulers.likelihood import make_plan, variational_bound
 from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.common import storage
+from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.likelihood import calibration
 from ddim_schedulers.training.likelihood import error_sweep as passes
 from ddim_schedulers.training.likelihood import table as library
 from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
-from ddim_schedulers.training.likelihood.error_sweep import Team, run_pass
+from ddim_schedulers.training.likelihood.error_sweep import run_pass
 from ddim_schedulers.training.likelihood.measured_model import load_subject, subject_of
 from ddim_schedulers.training.likelihood.table import LikelihoodSettings, evaluate
-from ddim_schedulers.training.networks import checkpoints
 
 STEPS = 12
 
@@ -180,7 +181,7 @@ def test_a_part_that_was_changed_is_measured_anew(tmp_path, monkeypatch, caplog)
         "scaled": values(lambda t: t * 1.0000001),
         "NaN": values(lambda t: t * float("nan")),
         "negative": values(lambda t: -t),
-        "without a check sum": checkpoints.pack(load_tensors(whole)),
+        "without a check sum": storage.pack(load_tensors(whole)),
         "random": bytes(range(256)) * 8,
     }
     for place in range(8, len(whole), 97):
@@ -206,14 +207,12 @@ def test_a_part_that_was_changed_is_measured_anew(tmp_path, monkeypatch, caplog)
             assert go().calls == 0 and "made anew" in caplog.text
             assert claim.read_bytes() == good
     # parts of an earlier version have no check sums: they are taken if they fit
-    claim.write_bytes(
-        checkpoints.to_json({k: v for k, v in json.loads(good).items() if k != "sealed"})
-    )
+    claim.write_bytes(storage.to_json({k: v for k, v in json.loads(good).items() if k != "sealed"}))
     for path in (part, other):
-        path.write_bytes(checkpoints.pack(load_tensors(path.read_bytes())))
+        path.write_bytes(storage.pack(load_tensors(path.read_bytes())))
     old = go()
     assert old.calls == 0 and torch.equal(old.statistics, before.statistics)
-    part.write_bytes(checkpoints.pack({"statistics": torch.full((3, 2, STEPS), float("nan"))}))
+    part.write_bytes(storage.pack({"statistics": torch.full((3, 2, STEPS), float("nan"))}))
     again = go()
     assert again.calls == STEPS and torch.equal(again.statistics, before.statistics)
 

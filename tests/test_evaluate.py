@@ -21,13 +21,14 @@ from safetensors.torch import save as save_tensors
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.common import storage
 from ddim_schedulers.training.evaluation import cells as library
 from ddim_schedulers.training.evaluation.cells import Evaluation, run
 from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
-from ddim_schedulers.training.evaluation.report import markdown, pivot, short, unsaid_lines
+from ddim_schedulers.training.evaluation.report import markdown, short
+from ddim_schedulers.training.evaluation.tables import pivot, unsaid_lines
 from ddim_schedulers.training.metrics import features as spaces
 from ddim_schedulers.training.metrics.distances import frechet_distance
-from ddim_schedulers.training.networks import checkpoints
 
 STEPS = 12
 EXPECTED = {
@@ -390,7 +391,7 @@ def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
     changes = {
         own: cell_changes,
         preview: [b"", bytes(flipped), black.getvalue()],
-        reference: [b"", reference.read_bytes()[:-1], checkpoints.pack(lost), checkpoints.pack({})],
+        reference: [b"", reference.read_bytes()[:-1], storage.pack(lost), storage.pack({})],
         classifier: [
             b"",
             save_tensors(weights, {**header, "record": header["record"].replace("0.", "0.9")}),
@@ -405,7 +406,7 @@ def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
             assert again().count(" anew.") == 0
     # what an earlier version wrote is used as it is
     own.write_bytes(json.dumps(old).encode())
-    reference.write_bytes(checkpoints.pack(kept))
+    reference.write_bytes(storage.pack(kept))
     before = own.read_bytes(), reference.read_bytes()
     assert " anew." not in again()
     assert (own.read_bytes(), reference.read_bytes()) == before

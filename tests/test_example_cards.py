@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddim_schedulers.training.evaluation.config import load_evaluation
-from ddim_schedulers.training.sharing.cards import (
+from ddim_schedulers.training.evaluation.card import (
     CARD_TEXTS,
     best_cells,
     check_card,
     render_example,
 )
+from ddim_schedulers.training.evaluation.config import load_evaluation
 
 FOLDER = Path(str(files("ddim_schedulers.model_cards")))
 CARDS = sorted(path.parent for path in FOLDER.glob("*/metrics.json"))

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from ddim_schedulers.training.common import storage
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoint_contents import WEIGHTS
 from ddim_schedulers.training.networks.checkpoints import CheckpointError
@@ -22,11 +23,11 @@ def contents(step):
     moments = {"exp_avg": weights, "exp_avg_sq": weights**2, "step": torch.tensor(float(step))}
     state = {"step": step, "config": {}, "data": {}, "ema": {}, "best": {}}
     return {
-        "state.json": checkpoints.to_json(state),
+        "state.json": storage.to_json(state),
         "unet/config.json": b"{}",
-        "unet/diffusion_pytorch_model.safetensors": checkpoints.pack({"w": weights}),
-        "unet/weights.safetensors": checkpoints.pack({"w": weights}),
-        "optimizer.safetensors": checkpoints.pack({f"0.{k}": v for k, v in moments.items()}),
+        "unet/diffusion_pytorch_model.safetensors": storage.pack({"w": weights}),
+        "unet/weights.safetensors": storage.pack({"w": weights}),
+        "optimizer.safetensors": storage.pack({f"0.{k}": v for k, v in moments.items()}),
     }
 
 
@@ -52,7 +53,7 @@ def root(tmp_path):
 def test_what_is_written_is_what_is_read(root):
     newest = checkpoints.newest_whole(root)
     assert newest == root / "step-00000030"
-    loaded = checkpoints.unpack(newest / "unet/weights.safetensors")
+    loaded = storage.unpack(newest / "unet/weights.safetensors")
     assert torch.equal(loaded["w"], torch.arange(50.0) + 30)
     assert [checkpoints.step_of(p) for p in checkpoints.listed(root)] == [30, 20, 10]
     assert not list(root.glob(".*"))
@@ -112,7 +113,7 @@ STATES = [
     ("name", "data", "message"),
     [
         *[
-            ("state.json", checkpoints.to_json(json.loads(contents(30)["state.json"]) | change), m)
+            ("state.json", storage.to_json(json.loads(contents(30)["state.json"]) | change), m)
             for change, m in STATES
         ],
         ("state.json", b"", "not valid JSON"),
@@ -123,14 +124,14 @@ STATES = [
         ("unet/config.json", b"[]", "must hold a JSON object"),
         (f"unet/{WEIGHTS}", None, "does not list unet/"),
         (f"unet/{WEIGHTS}", b"", "no whole safetensors file"),
-        (f"unet/{WEIGHTS}", checkpoints.pack({}), "holds no weights"),
+        (f"unet/{WEIGHTS}", storage.pack({}), "holds no weights"),
         ("optimizer.safetensors", None, "does not list optimizer.safetensors"),
         ("optimizer.safetensors", b"x" * 99, "no whole safetensors file"),
-        ("optimizer.safetensors", checkpoints.pack({}), "holds no moments"),
-        ("optimizer.safetensors", checkpoints.pack({"0.exp_avg": MOMENTS}), "not .'exp_avg', 'exp"),
-        ("optimizer.safetensors", checkpoints.pack({"7.exp_avg": MOMENTS}), "of no parameter"),
-        ("optimizer.safetensors", checkpoints.pack({"x": MOMENTS}), "of no parameter"),
-        ("optimizer.safetensors", checkpoints.pack({"0.exp_avg": MOMENTS[1:]}), "no weight has"),
+        ("optimizer.safetensors", storage.pack({}), "holds no moments"),
+        ("optimizer.safetensors", storage.pack({"0.exp_avg": MOMENTS}), "not .'exp_avg', 'exp"),
+        ("optimizer.safetensors", storage.pack({"7.exp_avg": MOMENTS}), "of no parameter"),
+        ("optimizer.safetensors", storage.pack({"x": MOMENTS}), "of no parameter"),
+        ("optimizer.safetensors", storage.pack({"0.exp_avg": MOMENTS[1:]}), "no weight has"),
     ],
 )
 def test_a_checkpoint_that_lacks_what_a_run_needs_is_passed_over(root, name, data, message):
@@ -233,7 +234,7 @@ def test_moments_come_back_in_the_format_of_their_parameter():
     optimizer = torch.optim.AdamW([weight], fused=True)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
-    saved = checkpoints.pack(checkpoints.optimizer_tensors(optimizer))
+    saved = storage.pack(checkpoints.optimizer_tensors(optimizer))
     other = torch.optim.AdamW([weight], fused=True)
     from safetensors.torch import load
 

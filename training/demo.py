@@ -26,7 +26,7 @@ from ddim_schedulers.pipelines import (
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.training.common.figures import panels_figure, rows_figure, save_figure, tiles
 from ddim_schedulers.training.common.versions import versions
-from ddim_schedulers.training.evaluation.report import pivot
+from ddim_schedulers.training.evaluation.tables import pivot
 
 GREY_LEVELS = 17
 SURE = 0.9

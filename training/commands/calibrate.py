@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.pipelines.ownership import Owner
-    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam
+    from ddim_schedulers.training.common.processes import AccelerateTeam
 
 HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_trajectory(args)
     if args.data is None:
         raise ValueError("--data is missing; --objective likelihood measures images")
-    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam, own_together
+    from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 
     target = config_file(args.output, args.pipeline)
     team = AccelerateTeam(args.cpu)

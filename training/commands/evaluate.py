@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     overrides = {name: getattr(args, name) for name in names.split()}
     config = load_evaluation(args.config, args.trust_code, **overrides)
     from ddim_schedulers.pipelines.files import check_folders
+    from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
     from ddim_schedulers.training.evaluation.cells import Evaluation
     from ddim_schedulers.training.evaluation.cells import run as evaluate
     from ddim_schedulers.training.evaluation.report import short, write_report
-    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam, own_together
 
     team = AccelerateTeam(args.cpu)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.pipelines.ownership import Owner
-    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam
+    from ddim_schedulers.training.common.processes import AccelerateTeam
 
 HELP = "Compute a pipeline's bits per dimension, term by term."
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, and writes likelihood.json, .md and .png."""
     from ddim_schedulers.pipelines.files import check_folders
-    from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam, own_together
+    from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 
     check_folders(Path(args.output_dir), "", "--output_dir")
     team = AccelerateTeam(args.cpu)
@@ -79,13 +79,13 @@ def _evaluate(
     args: argparse.Namespace, team: "AccelerateTeam", output: Path, work_dir: Path, owner: "Owner"
 ) -> int:
     from ddim_schedulers.pipelines.files import write_bytes
+    from ddim_schedulers.training.common.storage import to_json
     from ddim_schedulers.training.common.versions import versions
     from ddim_schedulers.training.likelihood import table as library
     from ddim_schedulers.training.likelihood.calibration import choose_images
     from ddim_schedulers.training.likelihood.error_sweep import discard
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
     from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_subject
-    from ddim_schedulers.training.networks.checkpoints import to_json
 
     subject = load_subject(args.pipeline, team.state.device)
     data = load_measured_data(args, subject)

@@ -1,10 +1,13 @@
-"""How the processes that were started together come to know of each other."""
+"""The processes that were started together: what they share, and the folder they own."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ddim_schedulers.pipelines.ownership import Owner, OwnershipError, follow, own
 from ddim_schedulers.pipelines.sampling_job import process_of
 
 if TYPE_CHECKING:
@@ -55,3 +58,81 @@ def check_joined(count: int) -> None:
             f"WORLD_SIZE is {started}, but Accelerate sees one process on this kind of device; "
             "start one, or use --cpu"
         )
+
+
+class Team:
+    """The processes that share a piece of work; this one alone, unless a sub-class says more."""
+
+    index = 0
+    count = 1
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes in one, on every process."""
+        return values
+
+
+class AccelerateTeam(Team):
+    """The processes of `torchrun` or `accelerate launch`."""
+
+    def __init__(self, cpu: bool = False) -> None:
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=on_cpu(cpu))
+        check_joined(self.state.num_processes)
+        self.index = self.state.process_index
+        self.count = self.state.num_processes
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+        self.state.wait_for_everyone()
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes in one, on every process."""
+        from accelerate.utils import gather_object
+
+        return list(gather_object(values)) if self.count > 1 else values
+
+
+@contextlib.contextmanager
+def own_together(
+    folder: Path,
+    verb: str,
+    team: Team | None = None,
+    *,
+    parts: frozenset[str] | None = None,
+    transient: bool = False,
+) -> Iterator[Owner]:
+    """Own a folder meanwhile, all processes of a team at once: the main one holds it.
+
+    Args:
+        folder: as in `ownership.own`.
+        verb: as there.
+        team: the processes; None for this one alone.
+        parts: as there.
+        transient: as there.
+
+    Raises:
+        FolderInUseError: on every process.
+        OSError: on every process, where nothing can be written to the folder.
+    """
+    team = Team() if team is None else team
+    with contextlib.ExitStack() as stack:
+        # token and record of the main process's ownership, or why it has none
+        said: Any = None
+        if team.index == 0:
+            try:
+                owner = stack.enter_context(own(folder, verb, parts=parts, transient=transient))
+                record = owner.record
+                said = (str(owner.folder), owner.token, None if record is None else record.name)
+            except (OwnershipError, OSError) as error:
+                said = error
+        if team.count > 1:
+            said = team.gather([said])[0]
+        if isinstance(said, Exception):
+            raise said
+        if team.index > 0:
+            owner = stack.enter_context(follow(folder, said))
+        yield owner

@@ -14,7 +14,6 @@ time.
 """
 
 import contextlib
-import hashlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ddim_schedulers.training.common.seeds import derive_seed, generator
 from ddim_schedulers.training.data.images import ImageData
 
 Batch = dict[str, torch.Tensor]
@@ -55,17 +55,6 @@ class Share:
         """(rows,) positions in the global batch."""
         start = (part * self.num_processes + self.process_index) * self.rows
         return np.arange(start, start + self.rows)
-
-
-def derive_seed(seed: int, *keys: int | str) -> int:
-    """A 64-bit seed for one purpose; different keys give unrelated seeds."""
-    text = "/".join(str(key) for key in (seed, *keys)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def generator(seed: int, *keys: int | str) -> torch.Generator:
-    """A CPU generator seeded with `derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(seed, *keys))
 
 
 class Draws:

@@ -22,8 +22,9 @@ from ddim_schedulers.pipelines.image_files import (
     decode,
     header_of,
 )
+from ddim_schedulers.training.common.seeds import derive_seed
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
-from ddim_schedulers.training.data.batches import Batch, Draws, Share, derive_seed
+from ddim_schedulers.training.data.batches import Batch, Draws, Share
 from ddim_schedulers.training.data.fitting import check_fit
 from ddim_schedulers.training.data.images import ImageData, checked
 from ddim_schedulers.training.data.sources import (

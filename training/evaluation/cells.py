@@ -39,6 +39,7 @@ from ddim_schedulers.pipelines.sampling_job import (
     settings_of,
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
+from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed, read_sealed_json, sealed
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.data.images import ImageData, load_data
@@ -50,7 +51,6 @@ from ddim_schedulers.training.evaluation.config import (
     defaults_of,
     scheduler_class,
 )
-from ddim_schedulers.training.likelihood.error_sweep import Team
 from ddim_schedulers.training.metrics import features as spaces
 from ddim_schedulers.training.metrics.distances import (
     frechet_distance,

@@ -22,16 +22,16 @@ import dataclasses
 import inspect
 import itertools
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddim_schedulers.training.common.flags import nearest
+from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.config import DTYPES, DataConfig, TrainingConfig
+from ddim_schedulers.training.evaluation.card import check_card
 from ddim_schedulers.training.parsing import check_no_code, load_config, read_file
-from ddim_schedulers.training.sharing.cards import check_card
 
 CLASSIFIER = "classifier"
 FAMILY = "GeneralizedDDIMScheduler"
@@ -157,7 +157,7 @@ class EvaluationConfig:
         expected: figures of others to compare with: `row`, `steps`, `features`, `metric`, `value`,
             `tolerance`, `source`.
         not_run: a sentence that marks a recipe whose figures nobody here has reproduced.
-        card: texts of a model card, see `cards.py`.
+        card: texts of a model card, see `card.py`.
     """
 
     pipeline: str
@@ -424,11 +424,6 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
                 "give one of them another name"
             )
     return list(kept.values())
-
-
-def slug(text: str) -> str:
-    """`text` as a file name: lower case, everything else than letters, digits and dots a dash."""
-    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
 
 
 def _known(values: Mapping[str, Any], names: Any, where: str) -> None:

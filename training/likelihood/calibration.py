@@ -22,10 +22,11 @@ from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY, STOCK_CLASSES
 from ddim_schedulers.reading import read_json
 from ddim_schedulers.timesteps import make_timesteps
-from ddim_schedulers.training.data.batches import generator
-from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, Pass, Team, run_pass
+from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.seeds import generator
+from ddim_schedulers.training.common.storage import to_json
+from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, Pass, run_pass
 from ddim_schedulers.training.likelihood.measured_model import Subject
-from ddim_schedulers.training.networks.checkpoints import to_json
 from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
 
 CONFIG_NAME = "scheduler_config.json"

@@ -5,11 +5,10 @@ alone, so that any number of processes gets the same numbers, and a part that is
 computed again.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from ddim_schedulers.betas import alpha_bar_before
 from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
-from ddim_schedulers.pipelines.ownership import Owner, OwnershipError, follow, own
+from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.reading import DamagedFileError, read_json
-from ddim_schedulers.training.common.processes import check_joined, on_cpu
+from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
-from ddim_schedulers.training.data.batches import generator
+from ddim_schedulers.training.common.seeds import generator
+from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.likelihood.measured_model import Subject
-from ddim_schedulers.training.networks.checkpoints import to_json
 
 logger = logging.get_logger(__name__)
 
@@ -35,84 +34,6 @@ STATISTICS = ("gamma", "eps_error", "x0_error")
 TIMESTEPS_PER_PART = 50
 CLAIM = "pass.json"
 SEALED = "sealed"  # in the claim: every part has a check sum
-
-
-class Team:
-    """The processes that share a piece of work; this one alone, unless a sub-class says more."""
-
-    index = 0
-    count = 1
-
-    def wait(self) -> None:
-        """Return when every process is here."""
-
-    def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes in one, on every process."""
-        return values
-
-
-class AccelerateTeam(Team):
-    """The processes of `torchrun` or `accelerate launch`."""
-
-    def __init__(self, cpu: bool = False) -> None:
-        from accelerate import PartialState
-
-        self.state = PartialState(cpu=on_cpu(cpu))
-        check_joined(self.state.num_processes)
-        self.index = self.state.process_index
-        self.count = self.state.num_processes
-
-    def wait(self) -> None:
-        """Return when every process is here."""
-        self.state.wait_for_everyone()
-
-    def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes in one, on every process."""
-        from accelerate.utils import gather_object
-
-        return list(gather_object(values)) if self.count > 1 else values
-
-
-@contextlib.contextmanager
-def own_together(
-    folder: Path,
-    verb: str,
-    team: Team | None = None,
-    *,
-    parts: frozenset[str] | None = None,
-    transient: bool = False,
-) -> Iterator[Owner]:
-    """Own a folder meanwhile, all processes of a team at once: the main one holds it.
-
-    Args:
-        folder: as in `ownership.own`.
-        verb: as there.
-        team: the processes; None for this one alone.
-        parts: as there.
-        transient: as there.
-
-    Raises:
-        FolderInUseError: on every process.
-        OSError: on every process, where nothing can be written to the folder.
-    """
-    team = Team() if team is None else team
-    with contextlib.ExitStack() as stack:
-        # token and record of the main process's ownership, or why it has none
-        said: Any = None
-        if team.index == 0:
-            try:
-                owner = stack.enter_context(own(folder, verb, parts=parts, transient=transient))
-                record = owner.record
-                said = (str(owner.folder), owner.token, None if record is None else record.name)
-            except (OwnershipError, OSError) as error:
-                said = error
-        if team.count > 1:
-            said = team.gather([said])[0]
-        if isinstance(said, Exception):
-            raise said
-        if team.index > 0:
-            owner = stack.enter_context(follow(folder, said))
-        yield owner
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ddim_schedulers.likelihood import Predict, make_plan, variational_bound
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY
 from ddim_schedulers.reading import read_json
-from ddim_schedulers.training.networks.checkpoints import to_json
+from ddim_schedulers.training.common.storage import to_json
 
 # 1 - alpha_bar_0 >= 1e-5 and alpha_bar_{T-1} >= 1e-5
 LOG_SNR_MAX = 11.5

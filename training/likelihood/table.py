@@ -33,8 +33,9 @@ from ddim_schedulers.optimal import Statistics, optimal_timesteps, statistics_of
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.common.figures import save_figure
-from ddim_schedulers.training.data.batches import generator
-from ddim_schedulers.training.likelihood.error_sweep import Team, run_pass
+from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.seeds import generator
+from ddim_schedulers.training.likelihood.error_sweep import run_pass
 from ddim_schedulers.training.likelihood.measured_model import Subject
 
 # "even" holds both ends, as a likelihood needs it; the other names are the samplers' spacings.

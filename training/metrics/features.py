@@ -30,7 +30,7 @@ from torch import Tensor
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.reading import DamagedFileError, parse_json, read_safetensors
 from ddim_schedulers.training.common.seals import SEAL, digest_of_tensors
-from ddim_schedulers.training.data.batches import generator
+from ddim_schedulers.training.common.seeds import generator
 
 CLASSIFIER_KIND = "ddim_schedulers.small_classifier"
 DINOV2 = "facebook/dinov2-base"

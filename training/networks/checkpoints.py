@@ -20,7 +20,6 @@ processes.
 
 import errno
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -32,9 +31,9 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from safetensors.torch import save as save_tensors
 
-from ddim_schedulers.reading import DamagedFileError, read_bytes, read_json, read_safetensors
+from ddim_schedulers.reading import DamagedFileError, read_bytes, read_json
+from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.networks.checkpoint_contents import lacks
 
 logger = logging.get_logger(__name__)
@@ -262,22 +261,6 @@ def chosen(resume: str, root: Path) -> Path | None:
     if (damage := verify(folder)) is not None:
         raise CheckpointError(f"checkpoint {folder} is damaged: {damage}")
     return folder
-
-
-def to_json(value: Any) -> bytes:
-    """JSON with floats to the bit."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Tensors as a safetensors file, on the CPU and contiguous."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return save_tensors(ready, metadata={"format": "pt"})
-
-
-def unpack(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; empty if there is none."""
-    return read_safetensors(path)[0] if path.exists() else {}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

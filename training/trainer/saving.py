@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.training.common.storage import pack, to_json, unpack
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import checkpoints
@@ -61,17 +62,17 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
         else trainer.accelerator.scaler.state_dict(),
         "versions": versions(*STAMPED),
     }
-    files = {"state.json": checkpoints.to_json(state)}
+    files = {"state.json": to_json(state)}
     networks = {"unet": trainer.unet}
     if trainer.average.ema is not None:
         networks["unet_ema"] = trainer.average.unet
     for name, unet in networks.items():
         files[f"{name}/config.json"] = unet.to_json_string().encode()
-        files[f"{name}/diffusion_pytorch_model.safetensors"] = checkpoints.pack(unet.state_dict())
+        files[f"{name}/diffusion_pytorch_model.safetensors"] = pack(unet.state_dict())
     tensors = checkpoints.optimizer_tensors(trainer.optimizer.optimizer)
-    files["optimizer.safetensors"] = checkpoints.pack(tensors)
+    files["optimizer.safetensors"] = pack(tensors)
     if tables := trainer.sampler.state_dict():
-        files["sampler.safetensors"] = checkpoints.pack(tables)
+        files["sampler.safetensors"] = pack(tables)
     return files
 
 
@@ -83,13 +84,13 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     """
     state = read_state(folder)
     require_same_run(trainer, state, folder)
-    copy_into(trainer.unet.named_parameters(), checkpoints.unpack(folder / "unet" / WEIGHTS))
+    copy_into(trainer.unet.named_parameters(), unpack(folder / "unet" / WEIGHTS))
     if trainer.average.ema is not None:
-        trainer.average.load(checkpoints.unpack(folder / "unet_ema" / WEIGHTS), state["ema"])
+        trainer.average.load(unpack(folder / "unet_ema" / WEIGHTS), state["ema"])
     checkpoints.restore_optimizer(
-        trainer.optimizer.optimizer, checkpoints.unpack(folder / "optimizer.safetensors")
+        trainer.optimizer.optimizer, unpack(folder / "optimizer.safetensors")
     )
-    if tables := checkpoints.unpack(folder / "sampler.safetensors"):
+    if tables := unpack(folder / "sampler.safetensors"):
         trainer.sampler.load_state_dict(tables)
     if trainer.accelerator.scaler is not None and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])

@@ -22,19 +22,19 @@ from torch import Tensor
 from ddim_schedulers.betas import terminal_signal
 from ddim_schedulers.pipelines.files import check_folders, write_bytes
 from ddim_schedulers.pipelines.ownership import Owner, OwnershipError
-from ddim_schedulers.training.common.processes import from_main
+from ddim_schedulers.training.common.processes import AccelerateTeam, from_main, own_together
+from ddim_schedulers.training.common.seeds import derive_seed
+from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.batches import (
     Batch,
     Draws,
     MapBatches,
     Share,
-    derive_seed,
     open_loader,
 )
 from ddim_schedulers.training.data.images import ImageData, load_data
 from ddim_schedulers.training.data.streams import Stream, StreamBatches, open_stream
-from ddim_schedulers.training.likelihood.error_sweep import AccelerateTeam, own_together
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.models import load_unet, make_scheduler, make_unet
 from ddim_schedulers.training.objectives.losses import make_objective
@@ -521,7 +521,7 @@ class Trainer:
         if failed is not None:
             if target in checkpoints.listed(root):
                 return  # a good one of this step stays
-            files[checkpoints.FAILED] = checkpoints.to_json({"why": failed})
+            files[checkpoints.FAILED] = to_json({"why": failed})
         checkpoints.write(root, self.step, files, self.owner.check)
         self.known.add(target.name)
         if failed is not None:
@@ -556,7 +556,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             found = self.data.inventory.to_dict() | {"digest": self.contents["data"]}
-            write_bytes(self.root / "data.json", checkpoints.to_json(found))
+            write_bytes(self.root / "data.json", to_json(found))
         self.records.rewind(self.step)
         if self.config.tracker != "none":
             plain = {

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines.files import write_atomically, write_png
+from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data.batches import generator
 from ddim_schedulers.training.data.images import ImageData
 from ddim_schedulers.training.metrics.features import make_feature_space
 from ddim_schedulers.training.objectives.losses import Objective

@@ -1,0 +1,237 @@
+"""Tables of an evaluation as Markdown, from its metrics.json alone."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ddim_schedulers.training.common.storage import slug
+
+# Columns of the full table: heading, key, format.
+COLUMNS = (
+    ("Frechet", "frechet", ".3f"),
+    ("kernel x 1000", "kernel", ".3f"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("density", "density", ".3f"),
+    ("coverage", "coverage", ".3f"),
+    ("Inception score", "inception_score", ".3f"),
+)
+SCALE = {"kernel": 1000.0}
+
+
+def how(results: dict[str, Any]) -> list[str]:
+    """How the figures were got, in a few sentences."""
+    data, network = results["data"], results["network"]
+    lines = [
+        f"Reference: {data['reference_n']:,} images of {data['name']}, {shape(data['shape'])}; "
+        "uint8 on both sides. Lower is better for the Frechet and kernel distances, higher for "
+        "precision, recall, density, coverage and Inception score.",
+        "",
+        f"Network: {network['parameters']:,} parameters, {network['dtype']}"
+        f"{', compiled' if network['compiled'] else ''}"
+        f"{', channels_last' if network['channels_last'] else ''}, {network['batch_size']} images "
+        f"a call, on {results['device']} ({results['threads']} threads), {results['processes']} "
+        f"processes. Sample i of repetition r has the seed {results['seed']} + r n + i.",
+    ]
+    if results["classifier"]:
+        record = results["classifier"]
+        lines += [
+            "",
+            f"The feature space `classifier` is a small network that tells the {record['classes']} "
+            f"classes apart ({record['accuracy']:.1%} right on {record['held_out_n']:,} images "
+            "that it was not trained on): its features, and its probabilities for the Inception "
+            "score.",
+        ]
+    if said := made_with(results):
+        lines += ["", said]
+    return lines
+
+
+def made_with(results: dict[str, Any]) -> str:
+    """With what the cells were sampled, by their own records: `12 cells: commit 1a2b, cpu, ...`."""
+    parts = []
+    for note in results.get("made_with", []):
+        if "commit" not in note:  # of an earlier version
+            parts.append(f"{note['cells']} cells: not recorded")
+            continue
+        said = [f"commit {note['commit']}" if note["commit"] else "no commit"]
+        said += [note["device"], f"{note['threads']} threads"]
+        said += [name for name in ("compiled", "channels_last") if note[name]]
+        parts.append(f"{note['cells']} cells: {', '.join(said)}")
+    return f"Sampled with, as the cells recorded it: {'; '.join(parts)}." if parts else ""
+
+
+def shape(chw: Sequence[int]) -> str:
+    """`32x32, 1 channel`."""
+    return f"{chw[1]}x{chw[2]}, {chw[0]} channel{'s' if chw[0] > 1 else ''}"
+
+
+def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """One table: Frechet distance row by S in each feature space, then everything."""
+    stem = slug(table["name"])
+    lines = distances(table, results) + unsaid_lines(table)
+    if table["missing"]:
+        lines += [f"Not run: {len(table['missing'])} cells.", ""]
+    if not table["cells"]:
+        return lines
+    lines += [f"![Frechet distance against network calls and seconds]({stem}.png)", ""]
+    lines += [f"![Samples, the same seeds in every row]({stem}-samples.png)", ""]
+    lines += ["<details><summary>Everything that was measured</summary>", ""]
+    for name in results["features"]:
+        lines += [f"In `{name}`, n = {table['n']}:", "", *everything(table, name), ""]
+    lines += ["</details>", "", *nearest_lines(table, stem)]
+    return lines
+
+
+def distances(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """The Frechet distance of a table, row by S, in each feature space."""
+    lines: list[str] = []
+    for name in results["features"]:
+        real = table["real"][name]
+        lines += [
+            f"Frechet distance in `{name}`, n = {table['n']} samples in every cell; "
+            f"{real['n']} held-out real images get {real['frechet']:.3f}{_own_n(real, table)}.",
+            "",
+            *pivot(
+                table["cells"],
+                partial(_frechet_text, name),
+                partial(_frechet_mean, name),
+            ),
+            "",
+        ]
+    return lines
+
+
+def unsaid_lines(table: dict[str, Any]) -> list[str]:
+    """What the names of the rows do not say of their schedulers: settings that are no defaults."""
+    groups: dict[str, list[str]] = {}
+    for row, settings in table.get("unsaid", {}).items():  # an earlier version recorded none
+        if settings:
+            said = ", ".join(f"`{key}={value!r}`" for key, value in settings.items())
+            groups.setdefault(said, []).append(row)
+    parts = [f"{said} in {'; '.join(rows)}" for said, rows in groups.items()]
+    return [f"Settings that the names do not say: {'. '.join(parts)}.", ""] if parts else []
+
+
+def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:
+    return "" if real["n"] == table["n"] else " (another n: not to be compared with the table)"
+
+
+def everything(table: dict[str, Any], name: str) -> list[str]:
+    """All figures of a table in one feature space, a line for each cell."""
+    columns = [c for c in COLUMNS if any(c[1] in cell["metrics"][name] for cell in table["cells"])]
+    head = ["", "S", "seeds", *(c[0] for c in columns), "network calls", "seconds", "images/s"]
+    lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
+    real = table["real"][name]
+    if real["n"] == table["n"]:  # figures of another n stand in no table with these
+        own = [_value({"mean": real[key], "std": None}, form, key) for _, key, form in columns]
+        lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
+    for cell in table["cells"]:
+        figures = cell["metrics"][name]
+        values = [_value(figures[key], form, key) for _, key, form in columns]
+        cost = [
+            "" if cell[key] is None else format(cell[key], ".1f")
+            for key in ("seconds", "images_per_second")
+        ]
+        calls = [str(cell["network_calls"]), *cost]
+        lines.append(
+            _line([cell["row"], str(cell["steps"]), str(cell["repeats"]), *values, *calls])
+        )
+    return lines
+
+
+def nearest_lines(table: dict[str, Any], stem: str) -> list[str]:
+    """Whether samples lie closer to training images than other real images do."""
+    found = table["memorisation"]
+    return [
+        f"Nearest training images of {found['n']} samples ({found['row']}, S = {found['steps']}): "
+        f"the median distance is {found['samples_median']:.4f} (smallest "
+        f"{found['samples_min']:.4f}); for {found['held_out_n']} held-out images it is "
+        f"{found['held_out_median']:.4f} (smallest {found['held_out_min']:.4f}), root mean "
+        "squared, pixels on [0, 1]. Copies would lie far "
+        "closer than held-out images do.",
+        "",
+        f"![Samples and their nearest training images]({stem}-nearest.png)",
+        "",
+    ]
+
+
+def expectations(results: dict[str, Any]) -> list[str]:
+    """Figures of others beside ours, for a recipe that names them."""
+    if not results["expected"]:
+        return []
+    head = ["row", "S", "features", "figure", "expected", "tolerance", "source", "found", "within"]
+    lines = ["## Expected figures", "", _line(head), "|---|" * 1 + "---|" * (len(head) - 1)]
+    for e in results["expected"]:
+        found = _find(results, e)
+        within = "not run" if found is None else str(abs(found - e["value"]) <= e["tolerance"])
+        shown = "" if found is None else f"{found:.2f}"
+        lines.append(
+            _line(
+                [
+                    *(str(e[k]) for k in ("row", "steps", "features", "metric", "value")),
+                    f"+- {e['tolerance']}",
+                    str(e["source"]),
+                    shown,
+                    within.lower(),
+                ]
+            )
+        )
+    return [*lines, ""]
+
+
+def _find(results: dict[str, Any], wanted: dict[str, Any]) -> float | None:
+    for table in results["tables"]:
+        for cell in table["cells"]:
+            figures = cell["metrics"].get(wanted["features"], {})
+            if (cell["row"], cell["steps"]) == (wanted["row"], wanted["steps"]):
+                return figures[wanted["metric"]]["mean"] if wanted["metric"] in figures else None
+    return None
+
+
+def pivot(
+    cells: Sequence[dict[str, Any]],
+    text: Callable[[dict[str, Any]], str],
+    rank: Callable[[dict[str, Any]], float] | None = None,
+    row: str = "row",
+) -> list[str]:
+    """A Markdown table with a line for each row and a column for each number of steps.
+
+    Args:
+        cells: with the keys `row` and `steps`.
+        text: what stands in a cell.
+        rank: a number by which the smallest of a column is set in bold, or None.
+        row: the key that says which line a cell belongs to.
+    """
+    steps = sorted({cell["steps"] for cell in cells})
+    lines = ["| | " + " | ".join(f"S = {s}" for s in steps) + " |", "|---|" + "---:|" * len(steps)]
+    best = {}
+    if rank is not None:
+        best = {s: min(rank(c) for c in cells if c["steps"] == s) for s in steps}
+    for name in dict.fromkeys(cell[row] for cell in cells):
+        found = {cell["steps"]: cell for cell in cells if cell[row] == name}
+        texts = []
+        for s in steps:
+            shown = text(found[s]) if s in found else ""
+            first = s in found and rank is not None and rank(found[s]) == best[s]
+            texts.append(f"**{shown}**" if first else shown)
+        lines.append(_line([name, *texts]))
+    return lines
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _frechet_text(name: str, cell: dict[str, Any]) -> str:
+    return _value(cell["metrics"][name]["frechet"], ".3f")
+
+
+def _frechet_mean(name: str, cell: dict[str, Any]) -> float:
+    return float(cell["metrics"][name]["frechet"]["mean"])
+
+
+def _value(figure: dict[str, Any], form: str, key: str = "") -> str:
+    scale = SCALE.get(key, 1.0)
+    text = format(figure["mean"] * scale, form)
+    return text if figure["std"] is None else f"{text} +- {figure['std'] * scale:{form}}"
