@@ -16,7 +16,7 @@ PACKAGE = "ddim_schedulers"
 # The floors of the house, the highest first. A module is on the floor of the longest name here that
 # is its own or that of a package around it, and may import from its own floor and from those below.
 FLOORS = [
-    {"training.cli"},
+    {"training.cli", "training.features", "training.learned_betas"},  # two former names
     {"training.commands"},
     {"training.demo"},
     {"training", "training.train"},
