@@ -76,7 +76,7 @@ class BadImageError(ValueError):
 
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
-        super().__init__(f"data: cannot read image {name}: {reason}")
+        super().__init__(f"`data`: cannot read image {name}: {reason}")
 
     def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
         return type(self), (self.name, self.reason)  # else its message is made twice in a worker
@@ -246,7 +246,7 @@ def _reason(error: Exception) -> str:
 
 def _mode_of(image: Image.Image, name: str, reading: Reading) -> str:
     """The mode in which the pixels are taken."""
-    wanted, name = reading.mode, f"{reading.setting}: {name}"
+    wanted, name = reading.mode, f"`{reading.setting}`: {name}"
     tiles: Any = getattr(image, "tile", ())
     # PIL has no mode for colours of 16 bits: it would drop the lower half.
     if not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in tiles):

@@ -121,21 +121,21 @@ def test_unreadable_files_are_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
-        ({"lr": float("nan")}, "lr is nan"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
-        ({"loss": "nonsense"}, "loss is 'nonsense'; allowed: simple, gamma, vlb, min_snr"),
-        ({"loss": "gamma"}, "needs its weights"),
-        ({"gamma": "ddim"}, "gamma is set but loss is 'simple'"),
-        ({"fit": "pad"}, "needs image_size"),
-        ({"random_crop": True}, "random_crop needs fit"),
+        ({"batch_size": 0}, "`batch_size` is 0; it must be at least 1"),
+        ({"lr": 0.0}, "`lr` is 0.0; it must be above 0"),
+        ({"lr": float("nan")}, "`lr` is nan"),
+        ({"ema_decay": 1.0}, "`ema_decay` is 1.0"),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0"),
+        ({"loss": "nonsense"}, "`loss` is 'nonsense'; allowed: simple, gamma, vlb, min_snr"),
+        ({"loss": "gamma"}, "`loss` is 'gamma'; it needs its weights"),
+        ({"gamma": "ddim"}, "`gamma` is 'ddim', but loss is 'simple'"),
+        ({"fit": "pad"}, "`fit` is 'pad'; it needs image_size"),
+        ({"random_crop": True}, "`random_crop` is true; it needs fit"),
         ({"value_range": [1.0, 0.0]}, "two rising numbers"),
-        ({"push_to_hub": True}, "needs hub_repo_id"),
+        ({"push_to_hub": True}, "`push_to_hub` is true; it needs hub_repo_id"),
         (
             {"push_to_hub": True, "hub_repo_id": "digits"},
-            "hub_repo_id cannot be used",
+            "`hub_repo_id` is 'digits'; it cannot be used",
         ),
         ({"push_to_hub": True, "hub_repo_id": "me/a--b"}, "it must be USER/NAME"),
         ({"push_to_hub": True, "hub_repo_id": "me/a/b"}, "it must be USER/NAME"),
@@ -145,10 +145,10 @@ def test_unreadable_files_are_named(tmp_path, text, message):
         ),
         ({"from_pretrained": "x", "dropout": 0.1}, "leave dropout out"),
         ({"from_pretrained": "x", "model": "small"}, "leave model out"),
-        ({"best_by": "frechet"}, "needs frechet_images"),
+        ({"best_by": "frechet"}, "needs `frechet_images`"),
         ({"frechet_images": 1}, "at least 2"),
         ({"streaming": True, "num_workers": 2}, "at most 1 worker"),
-        ({"loss": "vlb", "hybrid_lambda": 0.1}, "no meaning"),
+        ({"loss": "vlb", "hybrid_lambda": 0.1}, "no effect"),
     ],
 )
 def test_values_out_of_bounds_are_refused(values, message):
@@ -190,5 +190,5 @@ def test_a_settings_file_is_read_within_bounds(tmp_path, suffix):
     )
     for text in (laughs, "[" * 10**5, '{"lr": 1, "lr": 2}', "\0", "{" * 99, "\xff" * 9):
         path.write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=r"^config: '.*settings.* cannot be read: .*\.$"):
+        with pytest.raises(ValueError, match=r"^`config`: '.*settings.* cannot be read: .*\.$"):
             load_config(path)

@@ -111,7 +111,7 @@ def test_the_split_that_is_meant_is_trained_on_and_no_other(tmp_path, layout):
     (tmp_path / "labels" / "train" / "a.txt").write_text("7")
     for split, images in wanted.items():
         if images is None:
-            with pytest.raises(ValueError, match=rf"split is '{split}'".replace("[", r"\[")):
+            with pytest.raises(ValueError, match=rf"`split` is '{split}'".replace("[", r"\[")):
                 load(tmp_path, split=split)
             continue
         assert used(tmp_path, split=split) == {f"{name}.png" for name in images}
@@ -243,7 +243,7 @@ def test_places_that_are_no_data_are_told_what_they_are(tmp_path):
         "pipe.parquet": "is a pipe, socket or device",
     }.items():
         for streaming in (False, True):
-            with pytest.raises(ValueError, match=f"data: .*{name} {message}"):
+            with pytest.raises(ValueError, match=f"`data`: .*{name} {message}"):
                 if streaming:
                     from ddim_schedulers.training.data.streams import open_stream
 
@@ -254,9 +254,9 @@ def test_places_that_are_no_data_are_told_what_they_are(tmp_path):
 
 def test_what_has_no_splits_refuses_one(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((3, 4, 4), np.uint8))
-    with pytest.raises(ValueError, match="split is 'test', but .*a.npy is an array"):
+    with pytest.raises(ValueError, match="`split` is 'test', but .*a.npy is an array"):
         load(tmp_path / "a.npy", split="test")
-    with pytest.raises(ValueError, match="split is 'test', but digits"):
+    with pytest.raises(ValueError, match="`split` is 'test', but digits"):
         load("digits", split="test")
 
 
@@ -273,9 +273,9 @@ def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
 
     DatasetDict({"train": table(3), "test": table(2)}).save_to_disk(str(tmp_path / "both"))
     assert [len(load(tmp_path / "both", split=s)) for s in ("train", "test")] == [3, 2]
-    with pytest.raises(ValueError, match="split is 'val'; the splits are train, test"):
+    with pytest.raises(ValueError, match="`split` is 'val'; the splits are train, test"):
         load(tmp_path / "both", split="val")
     table(3).save_to_disk(str(tmp_path / "one"))
     assert len(load(tmp_path / "one")) == 3
-    with pytest.raises(ValueError, match="split is 'test'; the saved table is without splits"):
+    with pytest.raises(ValueError, match="`split` is 'test'; the saved table is without splits"):
         load(tmp_path / "one", split="test")

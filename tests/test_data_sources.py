@@ -40,7 +40,7 @@ def test_digits_have_a_split_of_their_own():
     assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
     assert torch.equal(train.unscale(images).round(), train.unscale(images))
     assert train.levels == 17
-    with pytest.raises(ValueError, match="split is 'test'"):
+    with pytest.raises(ValueError, match="`split` is 'test'"):
         digits("test")
 
 
@@ -92,7 +92,7 @@ def test_arrays_that_are_not_images_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=pixels(2, 8, 8), y=pixels(2, 8, 8))
     with pytest.raises(ValueError, match="choose one with array_key"):
         load(data=str(tmp_path / "a.npz"))
-    with pytest.raises(ValueError, match="array_key is 'z'"):
+    with pytest.raises(ValueError, match="`array_key` is 'z'"):
         load(data=str(tmp_path / "a.npz"), array_key="z")
     assert len(load(data=str(tmp_path / "a.npz"), array_key="y")) == 2
     (tmp_path / "b.npy").write_bytes(b"not an array")
@@ -239,7 +239,7 @@ def test_absurdly_large_images_are_bad_ones(tmp_path, monkeypatch):
 
 def test_something_must_be_left_to_train_on(tmp_path):
     np.save(tmp_path / "a.npy", pixels(3, 8, 8))
-    with pytest.raises(ValueError, match="validation_fraction is 0.9, which holds out all 3"):
+    with pytest.raises(ValueError, match="`validation_fraction` is 0.9, which holds out all 3"):
         load(data=str(tmp_path / "a.npy"), validation_fraction=0.9)
     assert len(load(data=str(tmp_path / "a.npy"), validation_fraction=0.5)) == 1
 
@@ -305,7 +305,7 @@ def test_parquet_with_an_image_column_of_any_name(parquet):
     expected = pixels(8, 8, 3, seed=7).transpose(2, 0, 1)
     assert np.array_equal(data.unscale(data.batch([7])[0])[0].round().byte().numpy(), expected)
     assert "7.png" in data.names([7])[0]
-    with pytest.raises(ValueError, match="image_column is 'image'; the columns are label, scan"):
+    with pytest.raises(ValueError, match="`image_column` is 'image'; the columns are label, scan"):
         load(data=parquet, image_column="image")
 
 
@@ -353,7 +353,7 @@ def test_batches_are_a_function_of_seed_step_and_position():
             assert torch.equal(torch.cat([batch[name] for batch in got]), whole[name])
     other = MapBatches(data, Draws(4, 24, True, True, False), Share(24, 1, 0, 1))[(5, 0)]
     assert not torch.equal(other["noise"], whole["noise"])
-    with pytest.raises(ValueError, match="batch_size is 24; it must be a multiple of"):
+    with pytest.raises(ValueError, match="`batch_size` is 24; it must be a multiple of"):
         Share(24, 5, 0, 1)
 
 

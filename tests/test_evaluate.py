@@ -514,14 +514,14 @@ def test_expected_figures_stand_beside_ours(whole):
         ({"tabels": []}, "'tabels'; did you mean tables"),
         ({"tables": []}, "tables"),
         ({"data": {"date": "x"}}, "did you mean data"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"dtype": "int8"}, "`dtype` is 'int8'"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
         ({"pictured": ["eta 1"]}, "no row of a table"),
-        ({"pictured": "eta 1"}, "pictured: 'eta 1' must be a list"),
-        ({"features": "pixels"}, "features: 'pixels' must be a list"),
+        ({"pictured": "eta 1"}, "pictured is 'eta 1'; it must be a list"),
+        ({"features": "pixels"}, "features is 'pixels'; it must be a list"),
         ({"features": ["pixels", "pixels"]}, "each once"),
-        ({"compile": "false"}, "compile is 'false'; it must be true or false"),
-        ({"keep_images": "no"}, "keep_images is 'no'"),
+        ({"compile": "false"}, "`compile` is 'false'; it must be true or false"),
+        ({"keep_images": "no"}, "`keep_images` is 'no'"),
         ({"expected": {"row": "eta 0, trailing"}}, "must be a list"),
         ({"expected": [{**EXPECTED, "tolerence": 1}]}, "did you mean tolerance"),
         ({"expected": [{k: EXPECTED[k] for k in EXPECTED if k != "source"}]}, "nothing of source"),
@@ -545,9 +545,9 @@ def test_expected_figures_stand_beside_ours(whole):
                     }
                 ]
             },
-            "spacing stands in a block without members",
+            "`spacing` is set in a block without members",
         ),
-        ({"tables": [{"name": "T", "n": 1, "grid": GRID}]}, "n >= 2"),
+        ({"tables": [{"name": "T", "n": 1, "grid": GRID}]}, "a name and an n from 2 to"),
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2]}]}]}, "members or schedulers"),
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [0], "members": [0]}]}]}, ">= 1"),
         (
@@ -564,7 +564,7 @@ def test_expected_figures_stand_beside_ours(whole):
                     }
                 ]
             },
-            "'Foo' is no scheduler",
+            "`class` is 'Foo'; it must be a scheduler",
         ),
         (
             {
@@ -593,7 +593,7 @@ def test_expected_figures_stand_beside_ours(whole):
                     }
                 ]
             },
-            "stands for",
+            "two rows have the name",
         ),
     ],
 )
@@ -635,8 +635,8 @@ def test_what_cannot_be_meant_is_refused(change, message):
             },
             "has no use_clipped_model_output",
         ),
-        ({"neighbours": 10}, "neighbours is 10; it must be below"),
-        ({"reference_images": 5}, "neighbours is 5; it must be below"),
+        ({"neighbours": 10}, "`neighbours` is 10; it must be below"),
+        ({"reference_images": 5}, "`neighbours` is 5; it must be below"),
         ({"output_dir": __file__}, "is a file; it must be a folder"),
         ({"features": ["nowhere:X"]}, "feature_space"),
         ({"features": ["spaces_of_a_user:maps"]}, "must give a tensor"),
@@ -672,7 +672,7 @@ def test_too_few_labels_are_refused(pipeline, tmp_path):
     np.savez(path, images=images, labels=np.arange(20) % 2)
     data = {"data": str(path), "array_key": "images", "validation_fraction": 0.2}
     config = _config(pipeline, tmp_path, data=data, features=["classifier"], labels="labels")
-    with pytest.raises(ValueError, match="labels: there are 20"):
+    with pytest.raises(ValueError, match="`labels`: there are 20"):
         Evaluation(config)
 
 
@@ -695,10 +695,10 @@ def test_the_files_that_ship_are_valid():
         ({"expected": [{**EXPECTED, "row": {}}]}, "no name of a row"),
         ({"grid": {"members": [[]]}}, "member"),
         ({"grid": {"members": [{}]}}, "member"),
-        ({"grid": {"spacing": [5]}}, "spacing 5 must be a name"),
-        ({"grid": {"repeats": 10**18}}, "repeats is 1000000000000000000"),
-        ({"grid": {"repeats": True}}, "repeats is True"),
-        ({"n": 10**18}, "at most 100000000"),
+        ({"grid": {"spacing": [5]}}, "`spacing` is 5; it must be a name"),
+        ({"grid": {"repeats": 10**18}}, "`repeats` is 1000000000000000000"),
+        ({"grid": {"repeats": True}}, "`repeats` is True"),
+        ({"n": 10**18}, "an n from 2 to 100000000"),
     ],
 )
 def test_values_of_a_wrong_kind_are_named(pipeline, tmp_path, change, message):

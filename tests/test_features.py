@@ -74,7 +74,7 @@ def test_a_classifier_learns_and_comes_back_from_its_file(classifier, rounding, 
     assert (again.head(got).argmax(1).numpy() == labels).mean() >= 0.9
     assert classifier_record(tmp_path / "c.safetensors") == record
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
-    with pytest.raises(ValueError, match="trained on images"):
+    with pytest.raises(ValueError, match="that the classifier was trained on"):
         again(torch.zeros(1, 1, 9, 9))
 
 

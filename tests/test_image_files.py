@@ -162,7 +162,7 @@ def test_half_transparent_pixels_are_mixed_with_the_background(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "nonsense", "#12", "#11223344", None, 3])
 def test_a_background_is_an_opaque_colour(name):
-    with pytest.raises(ValueError, match="background is .*; it must be an opaque colour"):
+    with pytest.raises(ValueError, match="`background` is .*; it must be an opaque colour"):
         TrainingConfig(background=name)
 
 
@@ -170,9 +170,9 @@ def test_odd_modes_are_right_or_refused_with_a_reason(tmp_path):
     def check(image, kind, expected=None, message=None, mode="keep", **options):
         data = stored(image, kind, **options)
         if message is not None:
-            with pytest.raises(ValueError, match=f"data: odd {message}"):
+            with pytest.raises(ValueError, match=f"`data`: odd {message}"):
                 header_of(io.BytesIO(data), "odd", Reading(mode))
-            with pytest.raises(ValueError, match=f"data: odd {message}"):
+            with pytest.raises(ValueError, match=f"`data`: odd {message}"):
                 decode(io.BytesIO(data), "odd", Reading(mode))
             return
         header = header_of(io.BytesIO(data), "odd", Reading(mode))
@@ -381,7 +381,7 @@ def test_a_limit_comes_with_its_remedy_and_without_a_warning_of_pillow(tmp_path)
     before = Image.MAX_IMAGE_PIXELS
     assert len(load(tmp_path, max_image_pixels=900)) == 1
     assert before == Image.MAX_IMAGE_PIXELS
-    with pytest.raises(ValueError, match="max_image_pixels is 0"):
+    with pytest.raises(ValueError, match="`max_image_pixels` is 0"):
         TrainingConfig(max_image_pixels=0)
 
 

@@ -136,10 +136,10 @@ def test_inception_score_goes_from_one_to_the_number_of_classes():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: frechet_distance(torch.rand(1, 3), torch.rand(5, 3)), "real features"),
-        (lambda: frechet_distance(torch.rand(4, 3), torch.rand(5, 2)), "fake features"),
+        (lambda: frechet_distance(torch.rand(1, 3), torch.rand(5, 3)), "`real` has shape"),
+        (lambda: frechet_distance(torch.rand(4, 3), torch.rand(5, 2)), "`fake` has shape"),
         (lambda: kernel_distance(torch.rand(4, 3), torch.full((4, 3), math.nan)), "finite"),
-        (lambda: neighbour_metrics(torch.rand(4, 3), torch.rand(9, 3), k=4), "k is 4"),
+        (lambda: neighbour_metrics(torch.rand(4, 3), torch.rand(9, 3), k=4), "`k` is 4"),
         (lambda: inception_score(torch.full((4, 3), math.inf)), "finite"),
     ],
 )

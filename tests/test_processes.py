@@ -17,5 +17,5 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     check_joined(2)
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2.*use --cpu"):
+    with pytest.raises(ValueError, match="`WORLD_SIZE` is 2.*use --cpu"):
         check_joined(1)

@@ -161,7 +161,7 @@ def test_what_resume_means(root, tmp_path):
     assert checkpoints.chosen("latest", tmp_path / "new") is None
     assert checkpoints.chosen("never", tmp_path / "new") is None
     assert checkpoints.chosen(str(root / "step-00000010"), root) == root / "step-00000010"
-    with pytest.raises(ValueError, match="resume is 'never', but .* holds checkpoints"):
+    with pytest.raises(ValueError, match="`resume` is 'never', but .* holds checkpoints"):
         checkpoints.chosen("never", root)
     with pytest.raises(ValueError, match="must be never, latest or a checkpoint folder"):
         checkpoints.chosen("newest", root)

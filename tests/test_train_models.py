@@ -48,7 +48,7 @@ def test_a_config_file_of_diffusers_is_taken_and_checked(tmp_path):
 
     same = on_meta(write(in_channels=1, sample_size=4), channels=1, size=(8, 8))
     assert same.config.block_out_channels == (32, 64) or same.config.block_out_channels == [32, 64]
-    with pytest.raises(ValueError, match="in_channels of .* is 3, but the data need 1"):
+    with pytest.raises(ValueError, match="`in_channels` of .* is 3, but the data need 1"):
         on_meta(write(in_channels=3), channels=1, size=(8, 8))
     with pytest.raises(ValueError, match="has keys that UNet2DModel does not know"):
         on_meta(write(depth=3), channels=1, size=(8, 8))

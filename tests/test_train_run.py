@@ -140,7 +140,7 @@ def test_a_run_is_not_resumed_with_other_settings(settings):
     run(settings("a", max_train_steps=2))
     with pytest.raises(ValueError, match=r"lr was 0.001 and is 0.1; start a new run"):
         run(settings("a", max_train_steps=2, resume="latest", lr=0.1))
-    with pytest.raises(ValueError, match="resume is 'never'"):
+    with pytest.raises(ValueError, match="`resume` is 'never'"):
         run(settings("a", max_train_steps=2))
     assert run(settings("a", max_train_steps=3, resume="latest")).steps == 3  # longer is fine
     assert run(settings("a", max_train_steps=3, resume="latest")).losses == []  # and done is done
@@ -662,14 +662,16 @@ def test_upsampling_by_copies_gives_the_same_values():
 
 
 def test_fp16_is_refused_where_it_would_do_nothing(settings):
-    with pytest.raises(ValueError, match="mixed_precision is 'fp16', which does nothing on the CP"):
+    with pytest.raises(
+        ValueError, match="`mixed_precision` is 'fp16', which does nothing on the CP"
+    ):
         Trainer(settings("a", mixed_precision="fp16"))
 
 
 def test_a_tracker_that_is_not_installed_is_named(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="tracker is 'wandb', which is not installed"):
+        with pytest.raises(ValueError, match="`tracker` is 'wandb', which is not installed"):
             Trainer(settings("a", tracker="wandb"))
 
 

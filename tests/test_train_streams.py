@@ -131,7 +131,7 @@ def test_another_bit_depth_further_on_is_refused(settings):
 
 
 def test_the_held_out_images_leave_some_to_train_on(settings):
-    with pytest.raises(ValueError, match="validation_images is 30, but the stream .* only 30"):
+    with pytest.raises(ValueError, match="`validation_images` is 30, but the stream .* only 30"):
         Trainer(settings("a", validate_every=1, validation_images=30))
 
 

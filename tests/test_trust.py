@@ -56,7 +56,7 @@ def test_a_file_does_not_upload(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("push_to_hub: true\nhub_repo_id: some/body\n")
     for more in ([], ["--dry_run"]):
-        with pytest.raises(ValueError, match="push_to_hub is true in .*--push_to_hub"):
+        with pytest.raises(ValueError, match="`push_to_hub` is true in .*--push_to_hub"):
             parse_args(["--config", str(path), *more])
     with pytest.raises(ValueError, match="push_to_hub"):
         load_config(path)

@@ -74,7 +74,7 @@ def _check_trusted(values: dict[str, Any], path: str, trust_code: bool) -> None:
     """Refuse what a file of somebody else must not decide: code that runs here, and an upload."""
     if values.get("push_to_hub"):
         raise ValueError(
-            f"push_to_hub is true in {path}; it must be asked for on the command line: "
+            f"`push_to_hub` is true in {path}; it must be asked for on the command line: "
             "--push_to_hub"
         )
     if not trust_code:
@@ -90,7 +90,7 @@ def check_no_code(feature_spaces: list[str], path: str) -> None:
     for name in feature_spaces:
         if names_code(name):
             raise ValueError(
-                f"feature_space is {name!r} in {path}, which runs code of the module "
+                f"`feature_space` is {name!r} in {path}, which runs code of the module "
                 f"{name.partition(':')[0]!r}; it must be allowed on the command line: --trust_code"
             )
 
@@ -164,9 +164,9 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path, None) if path.suffix == ".json" else read_yaml(path)
     except DamagedFileError as error:
-        raise ValueError(f"config: {error}") from error
+        raise ValueError(f"`config`: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config: {path} must hold a mapping of field names to values")
+        raise ValueError(f"`config`: {path} must hold a mapping of field names to values")
     return values
 
 

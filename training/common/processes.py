@@ -55,7 +55,7 @@ def check_joined(count: int) -> None:
     _, started = process_of()
     if count == 1 < started:
         raise ValueError(
-            f"WORLD_SIZE is {started}, but Accelerate sees one process on this kind of device; "
+            f"`WORLD_SIZE` is {started}, but Accelerate sees one process on this kind of device; "
             "start one, or use --cpu"
         )
 

@@ -42,7 +42,7 @@ class Share:
     def __post_init__(self) -> None:
         if self.batch_size % (self.num_processes * self.parts):
             raise ValueError(
-                f"batch_size is {self.batch_size}; it must be a multiple of processes x "
+                f"`batch_size` is {self.batch_size}; it must be a multiple of processes x "
                 f"gradient_accumulation_steps = {self.num_processes} x {self.parts}"
             )
 

@@ -176,12 +176,12 @@ class _Splits:
         names = ", ".join(sorted(self.names))
         if items and not chosen:
             raise ValueError(
-                f"split is {self.wanted!r}, but the splits of {self.folder} are {names}; name one, "
-                "several joined by +, or all"
+                f"`split` is {self.wanted!r}, but the splits of {self.folder} are {names}; name "
+                "one, several joined by +, or all"
             )
         if items and not self.names and self.wanted not in ("train", "all"):
             raise ValueError(
-                f"split is {self.wanted!r}, but {self.folder} has no folders that are named as "
+                f"`split` is {self.wanted!r}, but {self.folder} has no folders that are named as "
                 "splits (train, validation, test); leave split out, or name the folder itself"
             )
         if self.names:

@@ -113,7 +113,7 @@ class ImageData:
             return self, None
         if held_out == len(self):
             raise ValueError(
-                f"validation_fraction is {fraction}, which holds out all {held_out} images and "
+                f"`validation_fraction` is {fraction}, which holds out all {held_out} images and "
                 "leaves none to train on"
             )
         order = np.random.default_rng(seed).permutation(self.ids)
@@ -143,7 +143,7 @@ def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
     order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(images))
     parts = {"train": order[DIGITS_HELD_OUT:], "held_out": order[:DIGITS_HELD_OUT], "all": order}
     if split not in parts:
-        raise ValueError(f"split is {split!r}; it must be train, held_out or all")
+        raise ValueError(f"`split` is {split!r}; it must be train, held_out or all")
     source = ArraySource(images, "digits")
     data = ImageData(source, np.sort(parts[split]), 1, (8, 8), (0.0, 16.0), 17)
     data.inventory = _taken(source, "digits", [source.header(0)], [], data)
@@ -159,13 +159,15 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
             range, a broken image while `on_bad_image` is 'stop'.
     """
     if config.data == "digits" and config.split != "train":
-        raise ValueError(f"split is {config.split!r}, but digits have a held-out part of their own")
+        raise ValueError(
+            f"`split` is {config.split!r}, but digits have a held-out part of their own"
+        )
     if config.data == "digits" and config.fit == "exact" and config.image_size in (None, 8):
         return digits("train"), digits("held_out")
     source = digits("all").source if config.data == "digits" else open_source(config)
     if len(source) == 0:
         left = f"; left out: {listed(source.left_out)}" if source.left_out else ""
-        raise ValueError(f"data: {config.data} holds no images{left}")
+        raise ValueError(f"`data`: {config.data} holds no images{left}")
     data = checked(source, config)
     return data.split(config.validation_fraction, config.seed)
 
@@ -189,7 +191,7 @@ def checked(source: ImageSource, config: DataConfig) -> ImageData:
             ids = list(range(len(source)))
             break
     if not headers:
-        raise ValueError(f"data: none of the {len(source)} images in {config.data} can be read")
+        raise ValueError(f"`data`: none of the {len(source)} images in {config.data} can be read")
     _require_same(headers, ids, source, "channels")
     _require_same(headers, ids, source, "dtype")
     if config.image_size is None:
@@ -241,7 +243,7 @@ def _require_same(headers: list[Header], ids: list[int], source: ImageSource, wh
                 "dtype": "convert the files to one bit depth",
             }[what]
             raise ValueError(
-                f"data: {what} of the images differ: {source.name(ids[0])} has {first}, "
+                f"`data`: {what} of the images differ: {source.name(ids[0])} has {first}, "
                 f"{source.name(index)} has {getattr(header, what)}; {cure}"
             )
 
@@ -258,6 +260,6 @@ def find_range(
         return (given[0], given[1]), levels
     if dtype not in whole:
         raise ValueError(
-            f"data: pixels are {dtype}; say with value_range which values become -1 and 1"
+            f"`data`: pixels are {dtype}; say with value_range which values become -1 and 1"
         )
     return whole[dtype], int(whole[dtype][1]) + 1

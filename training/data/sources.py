@@ -85,16 +85,16 @@ class ArraySource:
     def __init__(self, array: np.ndarray, label: str) -> None:
         if array.ndim not in (3, 4):
             raise ValueError(
-                f"data: the array of {label} has shape {array.shape}; it must be (N, H, W) or "
+                f"`data`: the array of {label} has shape {array.shape}; it must be (N, H, W) or "
                 "(N, H, W, C)"
             )
         if array.ndim == 4 and array.shape[3] > 16 >= array.shape[1]:
             raise ValueError(
-                f"data: the array of {label} has shape {array.shape}, which looks like channels "
+                f"`data`: the array of {label} has shape {array.shape}, which looks like channels "
                 "first; it must be (N, H, W, C)"
             )
         if array.dtype.kind not in "uif":
-            raise ValueError(f"data: the array of {label} holds {array.dtype}, not numbers")
+            raise ValueError(f"`data`: the array of {label} holds {array.dtype}, not numbers")
         self.array = array if array.ndim == 4 else array[..., None]
         self.label, self.left_out = label, Counter[str]()
 
@@ -240,7 +240,7 @@ def open_source(config: DataConfig) -> ImageSource:
     check_place(path)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         if config.split not in ("train", "all"):
-            raise ValueError(f"split is {config.split!r}, but {path} is an array, without splits")
+            raise ValueError(f"`split` is {config.split!r}, but {path} is an array, without splits")
         return ArraySource(_load_array(path, config.array_key), path.name)
     if path.is_dir() and not any((path / name).exists() for name in _SAVED):
         found = FolderSource(path, reading_of(config), config.split)
@@ -260,18 +260,18 @@ def check_place(path: Path) -> None:
     if not path.exists() or path.is_dir():
         return
     if not path.is_file():
-        raise ValueError(f"data: {path} is a pipe, socket or device; give a file or a folder")
+        raise ValueError(f"`data`: {path} is a pipe, socket or device; give a file or a folder")
     suffix = path.suffix.lower()
     if suffix in ARRAY_SUFFIXES | {".parquet"}:
         return
     if suffix in _ARCHIVES or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
-        raise ValueError(f"data: {path} is an archive; unpack it, and give the folder")
+        raise ValueError(f"`data`: {path} is an archive; unpack it, and give the folder")
     if suffix in IMAGE_SUFFIXES:
         raise ValueError(
-            f"data: {path} is a single image; give the folder of the images to train on"
+            f"`data`: {path} is a single image; give the folder of the images to train on"
         )
     raise ValueError(
-        f"data: {path} is a file that holds no images as they are read here; give a folder of "
+        f"`data`: {path} is a file that holds no images as they are read here; give a folder of "
         "image files, or a .npy, .npz or .parquet file"
     )
 
@@ -301,18 +301,20 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
             config.data, config.data_config, split=config.split, streaming=streaming
         )
     except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
-        raise ValueError(f"data: cannot load {config.data!r}: {error}") from error
+        raise ValueError(f"`data`: cannot load {config.data!r}: {error}") from error
 
 
 def _of_split(saved: Any, config: DataConfig) -> Any:
     """The split that is wanted of what `save_to_disk` wrote: one table, or one for each split."""
     if isinstance(saved, dict):
         if config.split not in saved:
-            raise ValueError(f"split is {config.split!r}; the splits are {', '.join(saved)}")
+            raise ValueError(f"`split` is {config.split!r}; the splits are {', '.join(saved)}")
         return saved[config.split]
     own = None if saved.split is None else str(saved.split)
     if config.split not in {"train", "all", own}:
-        raise ValueError(f"split is {config.split!r}; the saved table is {own or 'without splits'}")
+        raise ValueError(
+            f"`split` is {config.split!r}; the saved table is {own or 'without splits'}"
+        )
     return saved
 
 
@@ -328,12 +330,12 @@ def find_image_column(features: Any, config: DataConfig) -> str:
     if config.image_column is not None:
         if features is not None and config.image_column not in features:
             raise ValueError(
-                f"image_column is {config.image_column!r}; the columns are {', '.join(features)}"
+                f"`image_column` is {config.image_column!r}; the columns are {', '.join(features)}"
             )
         return config.image_column
     if len(columns) != 1:
         raise ValueError(
-            f"data: {config.data} has {len(columns)} image columns among {list(features or {})}; "
+            f"`data`: {config.data} has {len(columns)} image columns among {list(features or {})}; "
             "name the right one with image_column"
         )
     return columns[0]
@@ -368,9 +370,9 @@ def _load_array(path: Path, key: str | None) -> np.ndarray:
             return read_npy(path, mapped=True)
         names = npz_names(path)
         if key is None and len(names) != 1:
-            raise ValueError(f"data: {path} holds {names}; choose one with array_key")
+            raise ValueError(f"`data`: {path} holds {names}; choose one with array_key")
         if key is not None and key not in names:
-            raise ValueError(f"array_key is {key!r}; {path} holds {names}")
+            raise ValueError(f"`array_key` is {key!r}; {path} holds {names}")
         return read_npz(path, [key or names[0]])[key or names[0]]
     except DamagedFileError as error:
-        raise ValueError(f"data: {error}") from error
+        raise ValueError(f"`data`: {error}") from error

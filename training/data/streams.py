@@ -109,10 +109,10 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
     reference = config.validation_images if config.frechet_images else 0
     rows = [row[column] for row in table.take(max(held_out + 1, reference, LOOKED_AT))]
     if not rows:
-        raise ValueError(f"data: the stream {config.data} is empty")
+        raise ValueError(f"`data`: the stream {config.data} is empty")
     if len(rows) <= held_out:
         raise ValueError(
-            f"validation_images is {held_out}, but the stream {config.data} has only {len(rows)} "
+            f"`validation_images` is {held_out}, but the stream {config.data} has only {len(rows)} "
             "images, which leaves none to train on"
         )
     data = checked(ListSource(rows, config.data, reading_of(config)), config)
@@ -121,7 +121,7 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
         return Stream(table, column, config), data, None
     kept = replace(data, ids=data.ids[data.ids < held_out])
     if len(kept) == 0:
-        raise ValueError(f"data: none of the {held_out} held-out images can be read")
+        raise ValueError(f"`data`: none of the {held_out} held-out images can be read")
     return Stream(table.skip(held_out), column, config), data, kept
 
 
@@ -152,7 +152,7 @@ class Stream:
                     yield epoch, number, row
                 number += 1
             if number == 0:
-                raise ValueError(f"data: the stream {self.config.data} is empty")
+                raise ValueError(f"`data`: the stream {self.config.data} is empty")
             epoch, offset = epoch + 1, 0
 
     def _shuffled(self, random: np.random.Generator) -> Iterator[Row]:
@@ -207,13 +207,13 @@ class StreamBatches(IterableDataset[Batch]):
     def _prepare(self, array: np.ndarray, crop: np.ndarray | None, row: Any) -> torch.Tensor:
         if array.shape[0] != self.data.channels:
             raise ValueError(
-                f"data: {self._name(row)} has {array.shape[0]} channels, the first image has "
+                f"`data`: {self._name(row)} has {array.shape[0]} channels, the first image has "
                 f"{self.data.channels}; set image_mode to convert"
             )
         if array.dtype.name != self.dtype:
             raise ValueError(
-                f"data: {self._name(row)} is {array.dtype.name}, the first image is {self.dtype}; "
-                "convert the files to one bit depth"
+                f"`data`: {self._name(row)} is {array.dtype.name}, the first image is "
+                f"{self.dtype}; convert the files to one bit depth"
             )
         check_fit(array.shape[-2:], self.data.size, self.data.fit, self._name(row))
         return self.data.prepare(array, crop)

@@ -128,7 +128,7 @@ class Evaluation:
             pipe = GenerationPipeline.from_pretrained(folder)
         except OSError as error:
             raise ValueError(
-                f"pipeline {self.config.pipeline!r} cannot be loaded: {error}"
+                f"`pipeline` is {self.config.pipeline!r}; it cannot be loaded: {error}"
             ) from error
         check_complete(pipe.unet, folder)
         pipe.set_progress_bar_config(disable=True)
@@ -142,12 +142,12 @@ class Evaluation:
         reference, held_out = load_data(self.config.data)
         if reference.shape != self.pipe.image_shape:
             raise ValueError(
-                f"data: the images are {reference.shape}, the network's {self.pipe.image_shape} "
+                f"`data`: the images are {reference.shape}, the network's {self.pipe.image_shape} "
                 "(C, H, W)"
             )
         if reference.levels is None or reference.levels > 256:
             raise ValueError(
-                "data: the images are not 8-bit, as both sides of a comparison must be"
+                "`data`: the images are not 8-bit, as both sides of a comparison must be"
             )
         if self.config.held_out is not None:
             held_out = load_data(self.config.held_out)[0]
@@ -177,7 +177,7 @@ class Evaluation:
         fewest = min([count, *(table.n for table in self.config.tables)])
         if self.config.neighbours >= fewest:
             raise ValueError(
-                f"neighbours is {self.config.neighbours}; it must be below the number of samples "
+                f"`neighbours` is {self.config.neighbours}; it must be below the number of samples "
                 f"and of reference images, here {fewest}"
             )
         return np.sort(
@@ -231,7 +231,7 @@ class Evaluation:
         for name, value in wanted.items():
             if found[name] != value:
                 raise ValueError(
-                    f"output_dir: {path} was trained with {name} = {found[name]}, but {value} is "
+                    f"`output_dir`: {path} was trained with {name} = {found[name]}, but {value} is "
                     "asked for; delete it, and the cells are measured anew with another, or say "
                     "`classifier` to use this one"
                 )
@@ -258,8 +258,8 @@ class Evaluation:
             for part, value in kept.items():
                 if not bool(value.isfinite().all()):
                     raise ValueError(
-                        f"feature_space {name!r} gives values that are not finite for real images "
-                        f"({part})"
+                        f"`features` name {name!r}, which gives values that are not finite for "
+                        f"real images ({part})"
                     )
             if self.team.index == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -393,7 +393,7 @@ class Evaluation:
         self.team.wait()  # nobody writes before all have looked
         if kept and kept["settings"] != settings:
             raise ValueError(
-                f"output_dir: {path} was made with other settings (network, scheduler or seeds); "
+                f"`output_dir`: {path} was made with other settings (network, scheduler or seeds); "
                 "delete it or choose another output_dir"
             )
         if not missing:
@@ -787,22 +787,24 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
 
         values = load_digits().target
     elif config.labels is None:
-        raise ValueError("labels: a classifier needs them; say where they are, or leave it out")
+        raise ValueError("`labels`: a classifier needs them; say where they are, or leave it out")
     elif config.labels == "folders":
         values = np.array([Path(data.source.name(i)).parent.name for i in range(len(data.source))])
     elif Path(own.data).suffix == ".npz":
         if config.labels not in (names := npz_names(own.data)):
-            raise ValueError(f"labels is {config.labels!r}; {own.data} holds {names}")
+            raise ValueError(f"`labels` is {config.labels!r}; {own.data} holds {names}")
         values = read_npz(own.data, [config.labels])[config.labels]
     else:
         from ddim_schedulers.training.data.sources import load_table
 
         table = load_table(own, streaming=False)
         if config.labels not in table.column_names:
-            raise ValueError(f"labels is {config.labels!r}; the columns are {table.column_names}")
+            raise ValueError(f"`labels` is {config.labels!r}; the columns are {table.column_names}")
         values = np.asarray(table[config.labels])
     if len(values) <= (last := int(data.ids.max())):
-        raise ValueError(f"labels: there are {len(values)}, but the images go on to number {last}")
+        raise ValueError(
+            f"`labels`: there are {len(values)}, but the images go on to number {last}"
+        )
     return spaces.class_names(values[data.ids])[1]
 
 

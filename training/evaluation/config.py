@@ -190,19 +190,19 @@ class EvaluationConfig:
             ValueError: naming the one that is out of range.
         """
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+            raise ValueError(f"`dtype` is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for name in ("batch_size", "neighbours", "classifier_epochs", "reference_images"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
+                raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1")
         if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"seed is {self.seed!r}; it must be an integer >= 0")
+            raise ValueError(f"`seed` is {self.seed!r}; it must be an integer >= 0")
         for name in ("compile", "channels_last", "keep_images"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be true or false")
         names = _list(self.features, "features")
         if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-            raise ValueError(f"features is {names!r}; it must be a list of names, each once")
+            raise ValueError(f"`features` is {names!r}; it must be a list of names, each once")
         self._check_rows()
 
     def _check_rows(self) -> None:
@@ -212,7 +212,7 @@ class EvaluationConfig:
         for e in expected:
             _known(e, _EXPECTED, "expected")
             if missing := [key for key in _EXPECTED if key not in e]:
-                raise ValueError(f"expected: {dict(e)!r} says nothing of {', '.join(missing)}")
+                raise ValueError(f"`expected`: {dict(e)!r} says nothing of {', '.join(missing)}")
         for name in [*_list(self.pictured or [], "pictured"), *(e["row"] for e in expected)]:
             if not isinstance(name, str):
                 raise ValueError(f"{name!r} is no name of a row")
@@ -227,7 +227,7 @@ class EvaluationConfig:
             ):
                 if value not in allowed:
                     raise ValueError(
-                        f"expected: {key} is {value!r} for {e['row']!r}; measured are "
+                        f"`expected`: {key} is {value!r} for {e['row']!r}; measured are "
                         f"{', '.join(map(str, allowed))}"
                     )
 
@@ -267,7 +267,7 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
     values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
     for name in ("pipeline", "output_dir", "data", "tables"):
         if name not in values:
-            raise ValueError(f"{where}: {name} is missing")
+            raise ValueError(f"{where}: `{name}` is missing")
     data = _mapping(values["data"], "data")
     _known(data, _DATA_KEYS, f"{where}: data")
     common = {"seed": values.get("seed", 0)}
@@ -280,7 +280,7 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
     tables = [_table(_mapping(t, "tables"), where) for t in _list(values["tables"], "tables")]
     names = [table.name for table in tables]
     if len({slug(name) for name in names}) < len(names) or not tables:
-        raise ValueError(f"{where}: tables are called {names}; each needs a name of its own")
+        raise ValueError(f"{where}: `tables` have the names {names}; each needs a name of its own")
     if values.get("card") is not None:
         check_card(dict(_mapping(values["card"], "card")))
     config = EvaluationConfig(
@@ -294,7 +294,7 @@ def _table(values: Mapping[str, Any], where: str) -> Table:
     name, n = str(values.get("name", "")), values.get("n")
     if not name or type(n) is not int or not 2 <= n <= MOST_SAMPLES:
         raise ValueError(
-            f"{where}: table {name!r} has n = {n!r}; it needs a name and an n >= 2, at most "
+            f"{where}: table {name!r} has n = {n!r}; it must have a name and an n from 2 to "
             f"{MOST_SAMPLES}"
         )
     blocks = [_mapping(b, "grid") for b in _list(values.get("grid"), f"table {name!r}: grid")]
@@ -317,13 +317,13 @@ def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
     _known(block, _BLOCK, f"{where}: grid")
     steps, repeats = _list(block.get("steps"), f"{where}: steps"), block.get("repeats", 1)
     if not all(type(s) is int and s >= 1 for s in steps):
-        raise ValueError(f"{where}: steps is {steps}; it must be a list of integers >= 1")
+        raise ValueError(f"{where}: `steps` is {steps}; it must be a list of integers >= 1")
     if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
         raise ValueError(
-            f"{where}: repeats is {repeats!r}; it must be an integer, 1 to {MOST_REPEATS}"
+            f"{where}: `repeats` is {repeats!r}; it must be an integer, 1 to {MOST_REPEATS}"
         )
     if not steps:
-        raise ValueError(f"{where}: steps is empty; it must be a list of integers >= 1")
+        raise ValueError(f"{where}: `steps` is empty; it must be a list of integers >= 1")
     rows = list(_rows(block, where))
     if not rows:
         raise ValueError(f"{where}: a block of the grid needs members or schedulers")
@@ -338,12 +338,12 @@ def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
     for key in ("spacing", "settings", "use_clipped_model_output"):
         if key in block and "members" not in block:
             raise ValueError(
-                f"{where}: {key} stands in a block without members; what is meant for one of "
+                f"{where}: `{key}` is set in a block without members; a setting of one of the "
                 "schedulers goes beside its class"
             )
     for spacing in _list(block.get("spacing", ["trailing"]), f"{where}: spacing"):
         if not isinstance(spacing, str):
-            raise ValueError(f"{where}: spacing {spacing!r} must be a name")
+            raise ValueError(f"{where}: `spacing` is {spacing!r}; it must be a name")
         for member in _list(block.get("members", []), f"{where}: members"):
             name, settings = _member(member, where)
             own = {"timestep_spacing": spacing, **common, **settings}
@@ -368,8 +368,8 @@ def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
     if isinstance(member, str) and member in MEMBERS:
         return str(member), MEMBERS[member]
     raise ValueError(
-        f"{where}: member {member!r}; it must be a number (eta), or one of {', '.join(MEMBERS)}; "
-        "anything else goes under schedulers"
+        f"{where}: a member is {member!r}; it must be a number (eta), or one of "
+        f"{', '.join(MEMBERS)}; anything else goes under schedulers"
     )
 
 
@@ -378,11 +378,12 @@ def _checked_row(row: Row, where: str) -> Row:
     cls = scheduler_class(row.scheduler)
     if cls is None:
         raise ValueError(
-            f"{where}: class {row.scheduler!r} is no scheduler of this package or of diffusers"
+            f"{where}: `class` is {row.scheduler!r}; it must be a scheduler of this package or of "
+            "diffusers"
         )
     if row.use_clipped_model_output not in (None, True, False):
         raise ValueError(
-            f"{where}: use_clipped_model_output is {row.use_clipped_model_output!r}; it must be "
+            f"{where}: `use_clipped_model_output` is {row.use_clipped_model_output!r}; it must be "
             "true, false or null"
         )
     known = list(inspect.signature(cls).parameters)
@@ -420,7 +421,7 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
         first = kept.setdefault(cell.label, cell)
         if first.row != cell.row:
             raise ValueError(
-                f"the name {cell.row.name!r} stands for {first.row} and for {cell.row}; "
+                f"two rows have the name {cell.row.name!r}: {first.row} and {cell.row}; "
                 "give one of them another name"
             )
     return list(kept.values())
@@ -434,11 +435,11 @@ def _known(values: Mapping[str, Any], names: Any, where: str) -> None:
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {value!r} must be a mapping of names to values")
+        raise ValueError(f"{where} is {value!r}; it must be a mapping of names to values")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {value!r} must be a list")
+        raise ValueError(f"{where} is {value!r}; it must be a list")
     return value

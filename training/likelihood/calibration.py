@@ -83,7 +83,9 @@ def choose_images(count: int, num_images: int, seed: int) -> list[int]:
         ValueError: if there are fewer, or if it is below 2, which leaves no standard error.
     """
     if not 2 <= num_images <= count:
-        raise ValueError(f"num_images is {num_images}; it must be 2 to {count}, what the data hold")
+        raise ValueError(
+            f"`num_images` is {num_images}; it must be 2 to {count}, what the data hold"
+        )
     order = torch.randperm(count, generator=generator(seed, "images"))
     return sorted(order[:num_images].tolist())
 
@@ -151,13 +153,13 @@ def measure_trajectory(
     big_t = len(subject.alpha_bar)
     most = min(MAX_FINE_STEPS, big_t)
     if not 2 <= steps <= most:
-        raise ValueError(f"trajectory_steps is {steps}; it must be 2 to {most}")
+        raise ValueError(f"`trajectory_steps` is {steps}; it must be 2 to {most}")
     if num_samples < 1:
-        raise ValueError(f"num_images is {num_samples}; it must be at least 1")
+        raise ValueError(f"`num_images` is {num_samples}; it must be at least 1")
     if float(subject.alpha_bar[-1]) == 0:
         raise ValueError(
-            "the chain has zero terminal SNR, where the trajectory starts at an infinite rho; "
-            "timestep_spacing='calibrated' is not for it, use 'trailing'"
+            "`objective` is 'trajectory', but the chain has zero terminal SNR, where the "
+            "trajectory starts at an infinite rho; use timestep_spacing='trailing'"
         )
     check_batch_size(batch_size)
     begun = time.perf_counter()

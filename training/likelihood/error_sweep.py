@@ -166,7 +166,7 @@ def _run(
     team.wait()
     if missing := [p for p in parts if not _file(work_dir, p).exists()]:
         raise ValueError(
-            f"work_dir: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
+            f"`work_dir`: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
             "folder that all processes see"
         )
     read = [[kept.read((c, b)) for b in range(len(blocks))] for c in range(chunks)]
@@ -273,8 +273,8 @@ def _claim(
         else:
             if other := [name for name, value in own.items() if kept.get(name) != value]:
                 raise ValueError(
-                    f"work_dir {work_dir} holds an unfinished pass that differs in {other}; delete "
-                    "it or name another folder"
+                    f"`work_dir` is {work_dir}; it holds an unfinished pass that differs in "
+                    f"{other}; delete it or name another folder"
                 )
             return
     write_bytes(path, to_json({**own, SEALED: True}))

@@ -45,7 +45,7 @@ class LearnedBetas(torch.nn.Module):
         super().__init__()
         if not log_snr_min < log_snr_max:
             raise ValueError(
-                f"log_snr_min is {log_snr_min}; it must be below log_snr_max={log_snr_max}"
+                f"`log_snr_min` is {log_snr_min}; it must be below log_snr_max={log_snr_max}"
             )
         self.log_snr_max, self.log_snr_min = log_snr_max, log_snr_min
         start = torch.logit(alpha_bar.detach().to(torch.float64))
@@ -53,10 +53,10 @@ class LearnedBetas(torch.nn.Module):
         gaps = -torch.diff(torch.cat([ends[:1], start, ends[1:]]))
         if not bool((gaps > 0).all()):
             raise ValueError(
-                "alpha_bar must fall strictly within the bounds, sigmoid(log_snr_max)="
+                f"`alpha_bar` goes from {float(alpha_bar[0]):.6g} to {float(alpha_bar[-1]):.3g}; "
+                "it must fall strictly within the bounds, sigmoid(log_snr_max)="
                 f"{float(torch.sigmoid(ends[0])):.6g} and sigmoid(log_snr_min)="
-                f"{float(torch.sigmoid(ends[1])):.3g}; it goes from {float(alpha_bar[0]):.6g} to "
-                f"{float(alpha_bar[-1]):.3g}"
+                f"{float(torch.sigmoid(ends[1])):.3g}"
             )
         self.logits = torch.nn.Parameter(torch.log(gaps / gaps.sum()))
 
@@ -123,7 +123,7 @@ def learn_betas(
         ValueError: for another variance, or as `variational_bound`.
     """
     if variance not in ("fixed_small", "fixed_large"):
-        raise ValueError(f"variance is {variance!r}; it must be fixed_small or fixed_large")
+        raise ValueError(f"`variance` is {variance!r}; it must be fixed_small or fixed_large")
     groups = [{"params": [schedule.logits], "lr": lr}]
     if parameters := list(network):
         groups.append({"params": parameters, "lr": network_lr})

@@ -71,7 +71,7 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
     size = subject.unet.config.sample_size
     own = args.image_size if args.image_size is not None else size if type(size) is int else None
     if args.data == "digits" and args.split != "train":
-        raise ValueError(f"--split is {args.split!r}; the digits are divided by --part")
+        raise ValueError(f"`--split` is {args.split!r}; the digits are divided by --part")
     if args.data == "digits" and own in (None, 8):
         data = digits(args.part)
     else:
@@ -86,7 +86,7 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
         print(data.inventory.line(), file=sys.stderr)
     if data.channels != subject.channels:
         raise ValueError(
-            f"data: the images have {data.channels} channels, the network {subject.channels}; "
+            f"`data`: the images have {data.channels} channels, the network {subject.channels}; "
             "see --image_mode"
         )
     return data

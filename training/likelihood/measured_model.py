@@ -86,14 +86,15 @@ def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
     """
     if unet.config.get("class_embed_type") or unet.config.get("num_class_embeds"):
         raise ValueError(
-            "the UNet is class-conditional; likelihood and calibration are for unconditional models"
+            "`unet` is class-conditional; likelihood and calibration are for unconditional models"
         )
     given, made = int(unet.config.in_channels), int(unet.config.out_channels)
     if made not in (given, 2 * given):
         raise ValueError(
-            f"the UNet has {given} channels in and {made} out; it must be as many or twice"
+            f"`unet` has {given} input and {made} output channels; it must have as many, or twice "
+            "as many"
         )
-    # the trajectory and the noise of sampling are none of the likelihood's business
+    # the likelihood does not depend on the trajectory and the noise of sampling
     neutral = {"timestep_spacing": "leading", "timesteps": None, "steps_offset": 0}
     scheduler = MarkovianDDPMScheduler.from_config(config, variance_type="fixed_small", **neutral)
     own = dict(scheduler.config)
@@ -116,7 +117,7 @@ def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Su
         config = MarkovianDDPMScheduler.load_config(pipeline, subfolder="scheduler")
     except OSError as error:
         raise ValueError(
-            f"pipeline is {str(pipeline)!r}; it must be a saved pipeline with the folders unet "
+            f"`pipeline` is {str(pipeline)!r}; it must be a saved pipeline with the folders unet "
             f"(UNet2DModel) and scheduler: {error}"
         ) from error
     check_complete(unet, pipeline)

@@ -99,7 +99,7 @@ def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
             )
         statistics = statistics_of(subject.calibration, subject.alpha_bar)
     if "learned_range" in settings.variances and not subject.learned:
-        raise ValueError("variance is 'learned_range', but the network predicts no variance")
+        raise ValueError("`variance` is 'learned_range', but the network predicts no variance")
     limit = 1.0 if settings.clip is None else settings.clip
     rows = []
     for trajectory in settings.trajectories:
@@ -164,10 +164,10 @@ def evaluate(
     check_batch_size(settings.batch_size)
     team = Team() if team is None else team
     if settings.estimator not in ESTIMATORS:
-        raise ValueError(f"estimator is {settings.estimator!r}; it must be one of {ESTIMATORS}")
+        raise ValueError(f"`estimator` is {settings.estimator!r}; it must be one of {ESTIMATORS}")
     if settings.estimator == "all" and settings.num_calls is not None:
         raise ValueError(
-            f"num_calls is {settings.num_calls}, but estimator 'all' evaluates every t; choose a "
+            f"`num_calls` is {settings.num_calls}, but estimator 'all' evaluates every t; choose a "
             f"subset: {ESTIMATORS[1:]}"
         )
     if settings.num_bins is not None:

@@ -99,7 +99,7 @@ def neighbour_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float
     """
     real, fake = _checked(real, fake)
     if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"k is {k}; it must be 1 to {min(len(real), len(fake)) - 1}, below n")
+        raise ValueError(f"`k` is {k}; it must be 1 to {min(len(real), len(fake)) - 1}, below n")
     real_radius, fake_radius = _radius(real, k), _radius(fake, k)
     inside_fake = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -136,7 +136,7 @@ def inception_score(logits: Tensor) -> float:
         ValueError: values that are not finite, or no rows.
     """
     if logits.ndim != 2 or len(logits) == 0 or not bool(logits.isfinite().all()):
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be finite, (n, K)")
+        raise ValueError(f"`logits` has shape {tuple(logits.shape)}; it must be finite, (n, K)")
     log_p = logits.double().log_softmax(1)
     marginal = log_p.logsumexp(0) - torch.tensor(float(len(log_p))).double().log()
     return float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
@@ -146,9 +146,9 @@ def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     for name, rows in (("real", real), ("fake", fake)):
         if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] != real.shape[1]:
             raise ValueError(
-                f"{name} features have shape {tuple(rows.shape)}; both sets must be (n, F) with "
+                f"`{name}` has shape {tuple(rows.shape)}; both sets must be (n, F) with "
                 f"n >= 2 and the same F, here {real.shape[-1]}"
             )
         if not bool(rows.isfinite().all()):
-            raise ValueError(f"{name} features hold values that are not finite")
+            raise ValueError(f"`{name}` holds features that are not finite")
     return real.detach().cpu().double(), fake.detach().cpu().double()

@@ -85,8 +85,8 @@ class SmallClassifier(torch.nn.Module):
         """
         if tuple(images.shape[1:]) != self.shape:
             raise ValueError(
-                f"the classifier was trained on images {self.shape}; these are "
-                f"{tuple(images.shape[1:])} (C, H, W)"
+                f"`images` are {tuple(images.shape[1:])} (C, H, W); they must be {self.shape}, as "
+                "those that the classifier was trained on"
             )
         return self.body(images)
 
@@ -149,7 +149,7 @@ class DinoFeatures(torch.nn.Module):
 def _colour(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
         raise ValueError(
-            f"images have {images.shape[1]} channels; inception and dinov2 take 1 or 3, choose "
+            f"`images` have {images.shape[1]} channels; inception and dinov2 take 1 or 3, choose "
             "another feature space"
         )
     return images.expand(-1, 3, -1, -1)
@@ -175,7 +175,7 @@ def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Modul
         try:
             return load_classifier(name)
         except DamagedFileError as error:
-            raise ValueError(f"feature_space: the classifier {error}") from error
+            raise ValueError(f"`feature_space`: the classifier {error}") from error
     return _imported(name)
 
 
@@ -188,8 +188,8 @@ def _imported(name: str) -> torch.nn.Module:
         made = found()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"feature_space is {name!r}; it must be 'pixels', 'inception', 'dinov2', a classifier's"
-            f" .safetensors file, or module:Name of a torch.nn.Module class: {error}"
+            f"`feature_space` is {name!r}; it must be 'pixels', 'inception', 'dinov2', a "
+            f"classifier's .safetensors file, or module:Name of a torch.nn.Module class: {error}"
         ) from error
     return made.eval()
 
@@ -254,7 +254,8 @@ def extract(network: torch.nn.Module, images: Tensor, batch_size: int = 250) -> 
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(part):
             found = getattr(features, "shape", type(features).__name__)
             raise ValueError(
-                f"feature_space {type(network).__name__} gives {found} for {len(part)} images; it "
+                f"`feature_space` is {type(network).__name__}, which gives {found} for {len(part)} "
+                "images; it "
                 "must give a tensor (B, F)"
             )
         parts.append(features.cpu())
@@ -299,7 +300,7 @@ def train_classifier(
     classes = np.unique(labels)
     if len(classes) < 2 or classes[0] != 0 or classes[-1] != len(classes) - 1:
         raise ValueError(
-            f"labels: the classes are {classes[:12].tolist()}; they must be 0 .. K - 1, K >= 2"
+            f"`labels`: the classes are {classes[:12].tolist()}; they must be 0 .. K - 1, K >= 2"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     aside = max(1, round(held_out * len(labels)))
@@ -375,7 +376,7 @@ def classifier_record(path: str | Path) -> dict[str, Any]:
 def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     tensors, metadata = read_safetensors(path)
     if metadata.get("kind") != CLASSIFIER_KIND:
-        raise ValueError(f"feature_space: {path} holds no classifier that this package trained")
+        raise ValueError(f"`feature_space`: {path} holds no classifier that this package trained")
     if SEAL in metadata:  # classifiers of earlier versions have none
         rest = {name: text for name, text in metadata.items() if name != SEAL}
         if metadata[SEAL] != digest_of_tensors(tensors, json.dumps(rest, sort_keys=True)):

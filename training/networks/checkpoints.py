@@ -251,13 +251,13 @@ def chosen(resume: str, root: Path) -> Path | None:
     if resume == "never":
         if _folders(root):
             raise ValueError(
-                f"resume is 'never', but {root} holds checkpoints of a run; set resume to 'latest' "
-                "to continue it, or output_dir to another folder"
+                f"`resume` is 'never', but {root} holds checkpoints of a run; set resume to "
+                "'latest' to continue it, or output_dir to another folder"
             )
         return None
     folder = Path(resume)
     if not folder.is_dir():
-        raise ValueError(f"resume is {resume!r}; it must be never, latest or a checkpoint folder")
+        raise ValueError(f"`resume` is {resume!r}; it must be never, latest or a checkpoint folder")
     if (damage := verify(folder)) is not None:
         raise CheckpointError(f"checkpoint {folder} is damaged: {damage}")
     return folder

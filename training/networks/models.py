@@ -104,7 +104,7 @@ def make_unet(
     given = {"in_channels": channels, "out_channels": out_channels}
     for name, value in given.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{name} of {model} is {config[name]}, but the data need {value}")
+            raise ValueError(f"`{name}` of {model} is {config[name]}, but the data need {value}")
     height, width = size
     config |= given | {"sample_size": height if height == width else (height, width)}
     if dropout is not None:
@@ -126,12 +126,12 @@ def load_unet(
     try:
         unet = UNet2DModel.from_pretrained(path, subfolder="unet" if is_pipeline else None)
     except OSError as error:
-        raise ValueError(f"from_pretrained: no UNet2DModel at {path}: {error}") from error
+        raise ValueError(f"`from_pretrained`: no UNet2DModel at {path}: {error}") from error
     check_complete(unet, path)
     wanted = (channels, channels * (2 if learned_variance else 1))
     if (unet.config.in_channels, unet.config.out_channels) != wanted:
         raise ValueError(
-            f"from_pretrained: the UNet of {path} has {unet.config.in_channels} channels in and "
+            f"`from_pretrained`: the UNet of {path} has {unet.config.in_channels} channels in and "
             f"{unet.config.out_channels} out; data and variance_type need {wanted[0]} and "
             f"{wanted[1]}"
         )
@@ -161,20 +161,20 @@ def _read_config(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(
-            f"model is {path!r}; it must be one of {', '.join(PRESETS)}, or a UNet2DModel config "
+            f"`model` is {path!r}; it must be one of {', '.join(PRESETS)}, or a UNet2DModel config "
             "file"
         )
     try:
         config = read_json(file)
     except DamagedFileError as error:
-        raise ValueError(f"model: {error}") from error
+        raise ValueError(f"`model`: {error}") from error
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"model: {path} is not the config of a UNet2DModel")
+        raise ValueError(f"`model`: {path} is not the config of a UNet2DModel")
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     check_network_config(config, path)
     known = set(inspect.signature(UNet2DModel.__init__).parameters)
     if unknown := sorted(set(config) - known):
-        raise ValueError(f"model: {path} has keys that UNet2DModel does not know: {unknown}")
+        raise ValueError(f"`model`: {path} has keys that UNet2DModel does not know: {unknown}")
     return config
 
 

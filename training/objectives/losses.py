@@ -91,13 +91,11 @@ class Objective:
         self.steps = len(alpha_bar)
         if weights.shape != alpha_bar.shape:
             raise ValueError(
-                f"gamma has {tuple(weights.shape)} weights; it must have T = {self.steps}"
+                f"`weights` has shape {tuple(weights.shape)}; it must be (T,) = ({self.steps},)"
             )
         if not (torch.isfinite(weights).all() and (weights >= 0).all()):
             at = int((~(torch.isfinite(weights) & (weights >= 0))).nonzero()[0])
-            raise ValueError(
-                f"the loss weight at t = {at} is {weights[at]}; it must be finite and >= 0"
-            )
+            raise ValueError(f"`weights` is {weights[at]} at t = {at}; it must be finite and >= 0")
         self.vlb, self.hybrid_lambda, self.levels = vlb, hybrid_lambda, levels
         self.learned = variance_type == "learned_range"
         self.needs_bound = self.learned or vlb
@@ -186,8 +184,8 @@ def make_objective(config: TrainingConfig, levels: int | None) -> Objective:
     if config.rescale_betas_zero_snr:
         if config.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr with prediction_type 'epsilon' leaves nothing to learn at "
-                "the last timestep; use v_prediction, sample or posterior_mean"
+                "`rescale_betas_zero_snr` is true, and prediction_type 'epsilon' leaves nothing to "
+                "learn at the last timestep; use v_prediction, sample or posterior_mean"
             )
         betas = rescale_zero_terminal_snr(betas)
     alpha_bar = alpha_bar_from_betas(betas)
@@ -217,7 +215,7 @@ def loss_weights(config: TrainingConfig, alpha_bar: torch.Tensor) -> torch.Tenso
             gamma = read_vector(str(config.gamma))
             if gamma.shape != alpha_bar.shape:
                 raise ValueError(
-                    f"gamma: {config.gamma} holds {gamma.numel()} weights; T is {len(alpha_bar)}"
+                    f"`gamma`: {config.gamma} holds {gamma.numel()} weights; T is {len(alpha_bar)}"
                 )
         return gamma * eps_coefficients(config.prediction_type, alpha_bar, before)[1].square()
     if config.loss == "min_snr":
@@ -246,7 +244,7 @@ def gamma_of_family(
         ValueError: eta is not above 0.
     """
     if not eta > 0:
-        raise ValueError(f"gamma_eta is {eta}; it must be above 0, the bound is infinite at 0")
+        raise ValueError(f"`gamma_eta` is {eta}; it must be above 0, the bound is infinite at 0")
     planned = torch.tensor(
         timesteps if timesteps is not None else range(len(alpha_bar) - 1, -1, -1)
     )
@@ -307,7 +305,7 @@ def read_vector(path: str) -> torch.Tensor:
         else:
             values = np.loadtxt(io.StringIO(read_text(file)))
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"gamma: cannot read a vector from {path}: {error}") from error
+        raise ValueError(f"`gamma`: cannot read a vector from {path}: {error}") from error
     return torch.from_numpy(np.atleast_1d(values).astype(np.float64))
 
 

@@ -80,7 +80,8 @@ def check_gradients(
         found = _gradients(network, unet, x, t, autocast or nullcontext)
     if not all(bool(gradient.isfinite().all()) for gradient in exact.values()):
         raise ValueError(
-            "compile is true, and the gradients of this network are not finite without compilation"
+            "`compile` is true, and the gradients of this network are not finite without "
+            "compilation"
         )
     negligible = NEGLIGIBLE if autocast is None else NEGLIGIBLE_IN_HALF
     floor = negligible * max(float(gradient.norm()) for gradient in exact.values())
@@ -94,7 +95,7 @@ def check_gradients(
     if wrong:
         worst = max(wrong, key=lambda name: wrong[name])
         raise ValueError(
-            f"compile is true, but torch {torch.__version__} loses gradients of this network: "
+            f"`compile` is true, but torch {torch.__version__} loses gradients of this network: "
             f"{len(wrong)} of {len(exact)} differ from those without compilation, that of {worst} "
             f"by {wrong[worst]:.2g} of its norm; train without `compile` (sampling may be compiled)"
         )

@@ -54,10 +54,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(_refusal(accelerator.distributed_type.value))
     if config.tracker != "none" and not accelerator.log_with:
-        raise ValueError(f"tracker is {config.tracker!r}, which is not installed")
+        raise ValueError(f"`tracker` is {config.tracker!r}, which is not installed")
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(
-            "mixed_precision is 'fp16', which does nothing on the CPU; set it to 'bf16' or 'no'"
+            "`mixed_precision` is 'fp16', which does nothing on the CPU; set it to 'bf16' or 'no'"
         )
     return accelerator
 

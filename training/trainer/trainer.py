@@ -202,7 +202,7 @@ class Trainer:
         """Refuse a compiler that loses gradients, by a batch of noise of the size of a real one."""
         if self.has_dropout:
             raise ValueError(
-                "compile is true on the CPU with torch below 2.14, where gradients are compared "
+                "`compile` is true on the CPU with torch below 2.14, where gradients are compared "
                 "with those without it, and the network has dropout, whose masks would differ; "
                 "set dropout to 0"
             )

@@ -62,10 +62,14 @@ class Watcher:
         fewest = self.accelerator.num_processes
         for name in ("validation_images", "sample_images"):
             if getattr(self.config, name) < fewest:
-                raise ValueError(f"{name} must be at least the number of processes, {fewest}")
+                raise ValueError(
+                    f"`{name}` is {getattr(self.config, name)}; it must be at least the number of "
+                    f"processes, {fewest}"
+                )
         if self.config.validate_every and self.held_out is None:
             raise ValueError(
-                "validate_every needs held-out images; raise validation_fraction or set it to 0"
+                f"`validate_every` is {self.config.validate_every}; it needs held-out images: "
+                "raise validation_fraction, or set it to 0"
             )
 
     @torch.no_grad()
