@@ -1,13 +1,18 @@
 """What a saved `UNet2DModel` and its pipeline may say, before anything of that size is built."""
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddim_schedulers.reading import Place, read_json, safetensors_shapes
+from ddim_schedulers.reading import Place, check_archive, read_json, safetensors_shapes
 
-LEVELS, LAYERS, CHANNELS, SIDE = 16, 64, 16384, 16384  # far above every published network
+# Far above every published network.
+LEVELS, LAYERS, CHANNELS, SIDE = 12, 16, 16384, 16384
+VALUES = 2**28  # of one image: channels x height x width, 1 GiB in float32
+PARAMETERS = 4 * 10**9  # 16 GB in float32; the largest of ADM has 5.5e8
 
 
 def _integer(low: int, high: int) -> Callable[[Any], bool]:
@@ -83,7 +88,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_network_config(config: Mapping[str, Any], path: Place) -> None:
-    """Check the types and sizes in the config of a `UNet2DModel`; keys may be absent.
+    """Check the config of a `UNet2DModel` and the size of the network; keys may be absent.
+
+    The numbers come first, each by its own bound, then the whole: the network is built without
+    memory for its weights (on torch's device `meta`), and has at most `PARAMETERS` of them.
 
     Raises:
         ValueError: naming the file, the key, its value and what is allowed.
@@ -97,6 +105,35 @@ def check_network_config(config: Mapping[str, Any], path: Place) -> None:
     lengths = {key: len(config[key]) for key in lists if key in config}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{str(path)!r}: {lengths} values; there must be as many of each.")
+    size, channels = config.get("sample_size") or 1, config.get("in_channels", 1)
+    values = channels * (math.prod(size) if isinstance(size, list | tuple) else size**2)
+    if values > VALUES:
+        raise ValueError(
+            f"{str(path)!r}: `sample_size` is {size!r} and `in_channels` is {channels}, images of "
+            f"{values} values; they must have at most {VALUES}."
+        )
+    _check_parameters(config, path)
+
+
+def _check_parameters(config: Mapping[str, Any], path: Place) -> None:
+    import torch
+    from diffusers import UNet2DModel
+
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    given = {key: value for key, value in config.items() if key in known}
+    try:
+        with torch.device("meta"):
+            network = UNet2DModel(**given)
+    except Exception as error:  # its blocks refuse what does not fit in many ways
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{str(path)!r}: no UNet2DModel has these settings ({type(error).__name__}: {said})."
+        ) from error
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if count > PARAMETERS:
+        raise ValueError(
+            f"{str(path)!r}: the network has {count} parameters; it must have at most {PARAMETERS}."
+        )
 
 
 # What diffusers reads of a saved pipeline before it looks at the rest.
@@ -109,16 +146,52 @@ def check_saved(folder: Place) -> None:
     For loaders that read by themselves, as diffusers' `from_pretrained`; what is no folder passes.
 
     Raises:
-        ValueError: naming the first file that cannot be read, or as `check_network_config`.
+        ValueError: naming the first file that cannot be read, or as `check_network_config`, or for
+            an index that names other classes than a `UNet2DModel` and a scheduler.
     """
     root = Path(folder)
     for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern)):
         if path.name in _CONFIGS:
             config = read_json(path)
-            if config.get("_class_name") == "UNet2DModel":
+            if path.name == "model_index.json" and path.parent == root:
+                _check_classes(config, path)
+            # whatever class it says it is of: the index decides what is built
+            elif path.name == "config.json" and path.parent in (root, root / "unet"):
                 check_network_config(config, path)
         elif path.suffix == ".safetensors":
             safetensors_shapes(path)
+        elif path.suffix == ".bin":
+            check_archive(path)
+
+
+def _check_classes(index: Mapping[str, Any], path: Place) -> None:
+    """Refuse an index that would build another network, or take a class from any module."""
+    for part, holds, allowed in (
+        ("unet", _is_network, "a UNet2DModel of diffusers"),
+        (
+            "scheduler",
+            _is_scheduler,
+            "a scheduler of diffusers, of this package or of a module that was imported before",
+        ),
+    ):
+        if part in index and not holds(index[part]):
+            raise ValueError(
+                f"{str(path)!r}: `{part}` is {str(index[part])[:80]!r}; it must be {allowed}."
+            )
+
+
+def _is_network(entry: Any) -> bool:
+    return entry in (["diffusers", "UNet2DModel"], [None, None])
+
+
+def _is_scheduler(entry: Any) -> bool:
+    if entry == [None, None]:
+        return True
+    if not isinstance(entry, list) or len(entry) != 2 or not all(map(_is_name, entry)):
+        return False
+    module, name = entry  # self-contained ones are replaced by the installed class, or refused
+    known = module in sys.modules or module.startswith("ddim_schedulers_")
+    return known and name.endswith("Scheduler")
 
 
 def check_complete(network: Any, place: Place) -> None:

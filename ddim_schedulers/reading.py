@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import pickletools
 import re
 import stat
 import zipfile
@@ -29,6 +30,12 @@ NUMBER_LENGTH = 400  # the float with the most digits has 309 before its point
 ENTRIES = 10_000  # arrays in an archive
 # Deflate reaches 1000 to 1 on zeros. Real images stay far below this, small files may have it all.
 EXPANSION, FREE_BYTES = 200, 64 << 20
+# What pickles of tensors name; dtypes are lower case. Not `bytearray`, `torch Tensor` and the like,
+# which torch makes as large as they are asked to be.
+_TENSORS = re.compile(
+    r"collections (OrderedDict|Counter)|torch\._utils _rebuild_\w+|torch ([A-Z]\w+Storage|[a-z]\w+)"
+    r"|torch Size|torch\.serialization _get_layout|torch\.nn\.parameter Parameter"
+)
 NPY_HEADER = 10_000  # numpy's own bound
 INTEGERS = range(-(2**63), 2**64)  # what numpy and torch can hold
 
@@ -394,23 +401,44 @@ def _header(path: Place, stream: IO[bytes], size: int, name: str | None) -> None
 
 
 def check_archive(path: Place) -> None:
-    """Check that a zip file does not unpack to much more than it is; other files pass.
+    """Check that a file of `torch.save` unpacks to no more than it is, and holds tensors alone.
 
-    For readers that unpack by themselves, as `torch.load`.
+    For `torch.load(weights_only=True)`, which runs no code but makes a `bytearray` or a tensor of
+    any size that a pickle of 60 bytes asks for.
 
     Raises:
-        DamagedFileError: it declares more than `EXPANSION` times its size, or is no whole archive.
+        DamagedFileError: it declares more than twice its size, is no whole archive, or its pickle
+            names something else than tensors and dictionaries.
     """
     with opened(path) as file, _faults(path):
-        if file.read(4) != b"PK\x03\x04":
+        is_zip = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        if not is_zip:  # before torch 1.6: three pickles, then that of the contents
+            for _ in range(4):
+                _check_pickle(path, file)
             return
         with zipfile.ZipFile(file) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-        most = max(FREE_BYTES, 2 * os.fstat(file.fileno()).st_size)
-        if declared > most:
-            raise DamagedFileError(
-                path, f"it declares {declared} bytes of contents; at most {most} are read"
-            )
+            listed = archive.infolist()
+            declared = sum(entry.file_size for entry in listed)
+            most = max(FREE_BYTES, 2 * os.fstat(file.fileno()).st_size)
+            if declared > most:
+                raise DamagedFileError(
+                    path, f"it declares {declared} bytes of contents; at most {most} are read"
+                )
+            for entry in listed:
+                if entry.filename.endswith(".pkl"):
+                    _check_pickle(path, io.BytesIO(archive.read(entry)))
+
+
+def _check_pickle(path: Place, file: IO[bytes]) -> None:
+    """Read one pickle without making anything of it."""
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            other = opcode.name in ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+            if other or (opcode.name == "GLOBAL" and not _TENSORS.fullmatch(str(argument))):
+                raise ValueError(f"it names {str(argument)[:80]!r}")
+    except ValueError as error:
+        raise DamagedFileError(path, f"it is no PyTorch file of tensors alone: {error}") from None
 
 
 # -- tensors --------------------------------------------------------------------------------------

@@ -227,12 +227,12 @@ def test_published_shapes():
 
 
 def test_a_wide_network_is_refused_before_it_is_built(state, tmp_path):
-    """Shapes that fit no checkpoint are found on the `meta` device: nothing is allocated."""
+    """Numbers of no network, and shapes that fit no checkpoint: nothing is allocated for them."""
     first = torch.zeros(32 * 1000, 1, 1, 1)  # would ask for a network of 32,000 channels
     torch.save({**state, "down.2.block.0.conv1.weight": first}, tmp_path / "x.ckpt")
     begun = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="does not fit a UNet2DModel"):
+    with pytest.raises(ValueError, match="`block_out_channels` is .*32000"):
         convert.convert_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
     assert time.perf_counter() - begun < 10
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -279,9 +279,9 @@ def test_refusals(state, tmp_path, monkeypatch, capsys):
             convert.convert_checkpoint("x.ckpt", "out", **options)
         assert not (tmp_path / "out").exists()
 
-    refused({"a": Harm()}, "not a PyTorch file of tensors alone")
+    refused({"a": Harm()}, "no PyTorch file of tensors alone")
     (tmp_path / "x.ckpt").write_bytes(pickle.dumps(Harm()))
-    with pytest.raises(ValueError, match="not a PyTorch file of tensors alone"):
+    with pytest.raises(ValueError, match="no PyTorch file of tensors alone"):
         convert.convert_checkpoint("x.ckpt", "out")
     assert not (tmp_path / "ran").exists()
     refused([1, 2], "no state dict")
@@ -312,6 +312,11 @@ def test_refusals(state, tmp_path, monkeypatch, capsys):
     refused({**state, "module.conv_in.bias": state["conv_in.bias"]}, "both with and without")
     for odd in (torch.zeros(32).int(), torch.zeros(32).to_sparse(), torch.zeros(32) * 1j):
         refused({**state, "conv_in.bias": odd}, "conv_in.bias in x.ckpt is not a dense tensor")
+    shared = torch.zeros(10**6)  # one memory under many names
+    names = {f"down.0.block.{i}.conv1.weight": shared for i in range(100)}
+    refused({**state, **names}, "makes 4[0-9]* bytes of weights; it must make at most 67108864")
+    deep = {f"down.0.block.{i}.conv1.bias": torch.zeros(1) for i in range(1000)}
+    refused({**state, **deep}, "`layers_per_block` is '1000'; it must be an integer, 1 to")
     many = torch.zeros(1).expand(10**9, 32, 3, 3)  # a small file for 10^12 bytes
     refused({**state, first: many}, "conv1.weight in x.ckpt is not a dense tensor")
     with pytest.raises(ValueError, match="which is not a file"):

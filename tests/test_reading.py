@@ -4,8 +4,10 @@ import io
 import json
 import os
 import pickle
+import resource
 import tracemalloc
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import save
 
 from ddim_schedulers import reading
 from ddim_schedulers.reading import DamagedFileError
+from ddim_schedulers.training.sharing.convert import load_checkpoint
 
 MEMORY = 64 << 20  # bytes that a refusal may take at most, whatever a file declares
 
@@ -296,7 +299,59 @@ def test_an_archive_for_other_readers_is_no_bomb(tmp_path):
     torch.save({"w": torch.zeros(10**5)}, path)
     reading.check_archive(path)
     path.write_bytes(b"no archive")
-    reading.check_archive(path)
+    with pytest.raises(DamagedFileError, match="no PyTorch file of tensors alone"):
+        reading.check_archive(path)
     path.write_bytes(zeros_in("data/0", 10**8))
     with pytest.raises(DamagedFileError, match="declares .* at most"):
         reading.check_archive(path)
+
+
+def files_of_pickle(path, stream):
+    """The same pickle as the contents of both kinds of file that `torch.load` reads."""
+    torch.save({"w": torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, stream if name.endswith("data.pkl") else content)
+    yield path
+    torch.save({"w": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    with open(path, "rb") as file:
+        start = [pickle.load(file) for _ in range(3)]
+    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in start) + stream)
+    yield path
+
+
+BILLION = b"\x8a\x05" + (10**9).to_bytes(5, "little")
+CALLS = {  # each is made by torch itself, though it loads weights alone
+    "bytearray": b"cbuiltins\nbytearray\n(" + BILLION + b"tR",
+    "of Python 2": b"c__builtin__\nbytearray\n(" + BILLION + b"tR",
+    "tensor": b"ctorch\nTensor\n(" + BILLION + b"tR",
+    "storage": b"ctorch.storage\nUntypedStorage\n(" + BILLION + b"tR",
+    "code": b"cos\nsystem\n(X\x04\x00\x00\x00truetR",
+    "by stack": b"\x8c\x02os\x8c\x06system\x93(tR",
+    "instance": b"(ios\nsystem\n",
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_a_pickle_makes_nothing_but_tensors(call, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for path in files_of_pickle(tmp_path / "model.ckpt", b"\x80\x02" + call + b"."):
+        with pytest.raises(DamagedFileError, match="tensors alone: it names"):
+            reading.check_archive(path)
+        with pytest.raises(ValueError, match="tensors alone: it names"):
+            load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_pickles_of_tensors_pass(tmp_path):
+    path = tmp_path / "model.ckpt"
+    half = torch.nn.Parameter(torch.ones(2).half())
+    state = {"w": torch.zeros(2), "p": half, "s": torch.ones(3).to_sparse(), "d": torch.float64}
+    for zipped in (True, False):
+        torch.save(
+            [OrderedDict(state), {"step": 3}, 1.5], path, _use_new_zipfile_serialization=zipped
+        )
+        reading.check_archive(path)
+        torch.load(path, weights_only=True)

@@ -18,8 +18,9 @@ import torch
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.export import check_form, save_pipeline
+from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.pipelines.ownership import Owner, own
-from ddim_schedulers.reading import check_archive
+from ddim_schedulers.reading import FREE_BYTES, check_archive
 
 GROUPS = 32  # of the group norms, fixed in that layout
 ATTENTION_SIZE = 16  # DDPM (arXiv:2006.11239), App. B: attention at 16 x 16
@@ -99,6 +100,7 @@ def _convert(
         raise ValueError(f"`output_dir` is {target}, which exists and is not an empty folder.")
     state = load_checkpoint(checkpoint, weights)
     config = unet_config(state, image_size)
+    check_network_config(config, Path(checkpoint))
     with torch.device("meta"):  # shapes alone: nothing is allocated before they are known to fit
         unet = UNet2DModel(**config)
     converted = convert_state(state, len(config["block_out_channels"]))
@@ -150,7 +152,7 @@ def load_checkpoint(
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and zip errors of many kinds
         raise ValueError(
-            f"{path} is not a PyTorch file of tensors alone ({type(error).__name__}); it was not "
+            f"{path} is no PyTorch file of tensors alone ({type(error).__name__}); it was not "
             "loaded, for anything else could run code."
         ) from None
     if isinstance(state, list | tuple) and state:
@@ -162,6 +164,11 @@ def load_checkpoint(
     for key, value in state.items():
         if not _is_dense(value):
             raise ValueError(f"{key} in {path} is not a dense tensor of floating point numbers.")
+    # names that share their memory become weights of their own
+    wanted = sum(value.numel() * value.element_size() for value in state.values())
+    most = max(FREE_BYTES, 2 * path.stat().st_size)
+    if wanted > most:
+        raise ValueError(f"{path} makes {wanted} bytes of weights; it must make at most {most}.")
     named = {key.removeprefix("module."): value for key, value in state.items()}
     if len(named) != len(state):
         raise ValueError(f"{path} holds tensors both with and without the prefix 'module.'.")
