@@ -51,6 +51,7 @@ FORMATS = ("png", "npz")
 FOLDERS = {"png": "images", "npz": "shards"}
 SETTINGS = "sample.json"
 GRID = "grid.png"
+ORIGIN = "pipeline"
 GRID_IMAGES = 64
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".png", ".tif", ".tiff", ".webp")
 
@@ -206,7 +207,7 @@ def _sample_share(
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
                     # not before there are images: a job whose samples fail binds no corrected call
-                    _settle(folder / SETTINGS, settings, rank)
+                    _settle(folder / SETTINGS, settings, rank, _origin(pipe))
                 files.write(start, images, missing)
             written += len(missing)
             present += len(files.names(start, stop)) - len(missing)
@@ -468,8 +469,20 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
 
 
-def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
+def _origin(pipe: GenerationPipeline) -> dict[str, Any]:
+    """Return the name on the Hub that the network came from; nothing of a folder."""
+    name = pipe.unet.config.get("_name_or_path")
+    return {ORIGIN: name} if isinstance(name, str) and re.search(r"@[0-9a-f]{40}$", name) else {}
+
+
+def _settle(path: Path, settings: dict[str, Any], rank: int, origin: dict[str, Any]) -> None:
     """Write the settings, or compare them with those of the run that is continued.
+
+    Args:
+        path: of the file.
+        settings: what the files depend on.
+        rank: of this process.
+        origin: what is written beside them, and not compared: the weights are.
 
     Raises:
         ValueError: naming what differs.
@@ -479,7 +492,7 @@ def _settle(path: Path, settings: dict[str, Any], rank: int) -> None:
         (path.parent / GRID).unlink(missing_ok=True)  # it shows fewer images
     if earlier != count:
         # processes that start together write the same
-        write_json(path, settings, rank)
+        write_json(path, settings | origin, rank)
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> int | None:
@@ -501,6 +514,7 @@ def _compare(path: Path, settings: dict[str, Any]) -> int | None:
             "were made; choose another folder, or delete them and it."
         ) from error
     old, new = _flat(before), _flat(settings)
+    old.pop(ORIGIN, None)
     count = old.get("job.num_images")
     if type(count) is int and 1 <= count < new["job.num_images"]:
         old["job.num_images"] = new["job.num_images"]

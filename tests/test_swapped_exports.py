@@ -39,7 +39,7 @@ def test_every_verb_runs_on_a_swapped_export(
     folder = tmp_path / "pipeline"
     save_pipeline(pipe, folder, form)
     saved = _model_options.read_saved(str(folder))
-    monkeypatch.setattr(_model_options, "read_saved", lambda place: saved)
+    monkeypatch.setattr(_model_options, "read_saved", lambda place, **asked: saved)
     diffuse = ["--mode", "diffuse", "--images", photos, "--timestep", "333"]
     verbs = {
         "sample": ["sample", "--num_images", "1"],

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ddim_schedulers.network_config import check_complete, check_saved
-from ddim_schedulers.reading import read_json
+from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.config import DTYPES
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
 
     parser.add_argument("--pipeline", required=True, help=PIPELINE_HELP)
+    add_repository_arguments(parser)
     parser.add_argument(
         "--scheduler",
         choices=("saved", "ddim", "ddpm"),
@@ -132,6 +132,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how a repository of the Hub is read."""
+    parser.add_argument(
+        "--revision",
+        help="branch, tag or commit of a Hub name; `--pipeline USER/NAME@REVISION` says the same",
+    )
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read weights from a .bin file where there are none as safetensors",
+    )
+
+
 def apply_preset(args: argparse.Namespace) -> None:
     """Puts the settings of `--preset` where no option says otherwise.
 
@@ -181,7 +194,7 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     """
     import torch
 
-    saved = read_saved(args.pipeline)
+    saved = read_saved(args.pipeline, revision=args.revision, allow_pickle=args.allow_pickle)
     if args.scheduler == "saved" and not isinstance(saved.scheduler, cls.accepted_schedulers):
         raise ValueError(
             f"--pipeline {args.pipeline!r} was saved with {type(saved.scheduler).__name__}, which "
@@ -200,12 +213,19 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     )
 
 
-def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline":
+def read_saved(
+    place: str,
+    weights: str = "averaged",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> "UnconditionalPipeline":
     """Reads a pipeline or checkpoint whatever its scheduler, for that may be about to be replaced.
 
     Args:
         place: a folder of a pipeline, a run or a checkpoint, or a name on the Hub.
         weights: see `places`.
+        revision: of a name on the Hub.
+        allow_pickle: see `repositories.fetch`.
 
     Raises:
         ValueError: saying in one sentence what is wrong with `place`.
@@ -215,6 +235,7 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
 
     from ddim_schedulers.pipelines.base import UnconditionalPipeline
     from ddim_schedulers.pipelines.sampling_job import process_of
+    from ddim_schedulers.training.common import repositories
     from ddim_schedulers.training.networks import places
 
     class Saved(UnconditionalPipeline):
@@ -223,6 +244,7 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
             self.register_modules(unet=unet, scheduler=scheduler)
 
     logging.disable_progress_bar()
+    place = repositories.pinned(place, revision)
     found = places.find(place, "--pipeline", weights)
     if found.checkpoint is not None:
         from ddim_schedulers.training.networks.checkpoint_network import load_checkpoint
@@ -231,30 +253,24 @@ def read_saved(place: str, weights: str = "averaged") -> "UnconditionalPipeline"
         if process_of()[0] == 0:
             print(f"--pipeline: {said}", file=sys.stderr)
         return Saved(unet, scheduler)  # type: ignore[arg-type]  # registered for diffusers' loader
-    _check_parts(found.name)
     try:
-        saved = Saved.from_pretrained(found.name)
+        there = repositories.fetch(found.name, "--pipeline", allow_pickle=allow_pickle)
+        _check_parts(there.folder, place)
+        saved: Saved = there.read(Saved)
+    except DamagedFileError as error:
+        raise ValueError(f"--pipeline: {error}") from error
     except OSError as error:
-        where = (
-            "" if Path(found.name).is_dir() else " is no folder here, and as a name on the Hub it"
-        )
         raise ValueError(
-            f"--pipeline {place!r}{where} cannot be loaded: {' '.join(str(error).split())}"
+            f"--pipeline {place!r} cannot be loaded: {' '.join(str(error).split())}"
         ) from error
-    check_complete(saved.unet, place)
+    there.finish(saved.unet)
+    if there.commit:
+        saved.register_to_config(_name_or_path=there.commit)
     return saved
 
 
-def _check_parts(place: str) -> None:
-    folder = Path(place)
-    if not folder.is_dir():
-        return
-    index = folder / "model_index.json"
-    try:
-        parts = read_json(index)
-        check_saved(folder)
-    except ValueError as error:
-        raise ValueError(f"--pipeline: {error}") from error
+def _check_parts(folder: Path, place: str) -> None:
+    parts = read_json(folder / "model_index.json")
     for name, alone in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
         # the oldest repositories have their files beside the index
         if name not in parts or not ((folder / name).is_dir() or (folder / alone).is_file()):

@@ -14,9 +14,11 @@ HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
+    from ddim_schedulers.training.commands._model_options import add_repository_arguments
     from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
+    add_repository_arguments(parser)
     parser.add_argument(
         "--objective",
         choices=("likelihood", "trajectory"),
@@ -71,6 +73,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, and writes the statistics into the scheduler's config."""
+    from ddim_schedulers.training.common.repositories import pinned
+
+    args.pipeline = pinned(args.pipeline, args.revision)
     if args.undo:
         return _undo(args)
     if args.objective == "trajectory":
@@ -97,7 +102,7 @@ def _run_pass(
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
     from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_subject
 
-    subject = load_subject(args.pipeline, team.state.device)
+    subject = load_subject(args.pipeline, team.state.device, allow_pickle=args.allow_pickle)
     data = load_measured_data(args, subject)
     num_images = 100 if args.num_images is None else args.num_images
     chosen = library.choose_images(len(data), num_images, args.seed)
@@ -163,7 +168,7 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
     from ddim_schedulers.training.likelihood.measured_model import load_subject
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    subject = load_subject(args.pipeline, device)
+    subject = load_subject(args.pipeline, device, allow_pickle=args.allow_pickle)
     record, cost = library.measure_trajectory(
         subject,
         num_samples=48 if args.num_images is None else args.num_images,

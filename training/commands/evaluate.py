@@ -1,6 +1,7 @@
 """`ddim-schedulers evaluate`: which scheduler, how many steps, which eta, at what cost."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options; everything else stands in the file."""
     parser.add_argument("--config", required=True, help="YAML or JSON file: what is to be compared")
     parser.add_argument("--pipeline", help="folder or Hub name, in place of the file's")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--data", help="data set, in place of the file's")
     parser.add_argument("--output_dir", help="folder for all that is written; goes on where it was")
     parser.add_argument("--cache_dir", help="where features of the real images are kept")
@@ -36,11 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, and prints the tables of the distances; 0 when it is done."""
+    from ddim_schedulers.training.common.repositories import pinned
     from ddim_schedulers.training.evaluation.config import load_evaluation
 
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
     overrides = {name: getattr(args, name) for name in names.split()}
     config = load_evaluation(args.config, args.trust_code, **overrides)
+    config = dataclasses.replace(config, pipeline=pinned(config.pipeline, args.revision))
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
     from ddim_schedulers.training.evaluation.cells import Evaluation

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ddim_schedulers.export import FORMS
+from ddim_schedulers.training.commands._model_options import add_repository_arguments
 from ddim_schedulers.training.networks.places import WEIGHTS
 
 HELP = "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form."
@@ -14,8 +15,11 @@ HELP = "Make a pipeline's folder of a run, a checkpoint, or a pipeline in anothe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument(
-        "--pipeline", required=True, help="folder of a run, a checkpoint or a saved pipeline"
+        "--pipeline",
+        required=True,
+        help="folder of a run, a checkpoint or a saved pipeline, or a Hub name",
     )
+    add_repository_arguments(parser)
     parser.add_argument("--output", required=True, help="new folder of the pipeline")
     parser.add_argument(
         "--form",
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     check_folders(output, "", "--output")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {args.output!r} is not empty; choose a new folder.")
-    saved = read_saved(args.pipeline, args.weights)
+    saved = read_saved(args.pipeline, args.weights, args.revision, args.allow_pickle)
     knows = saved.scheduler.config.get("prediction_type") != "posterior_mean"
     form = args.form or ("portable" if knows else "plug-in")
     partial = output.with_name(f".{output.name}.partial")

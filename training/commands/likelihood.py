@@ -14,10 +14,12 @@ HELP = "Compute a pipeline's bits per dimension, term by term."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
+    from ddim_schedulers.training.commands._model_options import add_repository_arguments
     from ddim_schedulers.training.commands.calibrate import add_run_arguments
     from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
+    add_repository_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument("--num_images", type=int, default=64, help="images (64)")
     parser.add_argument("--output_dir", required=True, help="folder for JSON, table and plot")
@@ -79,6 +81,7 @@ def _evaluate(
     args: argparse.Namespace, team: "AccelerateTeam", output: Path, work_dir: Path, owner: "Owner"
 ) -> int:
     from ddim_schedulers.pipelines.files import write_bytes
+    from ddim_schedulers.training.common.repositories import pinned
     from ddim_schedulers.training.common.storage import to_json
     from ddim_schedulers.training.common.versions import versions
     from ddim_schedulers.training.likelihood import table as library
@@ -87,7 +90,9 @@ def _evaluate(
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
     from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_subject
 
-    subject = load_subject(args.pipeline, team.state.device)
+    subject = load_subject(
+        pinned(args.pipeline, args.revision), team.state.device, allow_pickle=args.allow_pickle
+    )
     data = load_measured_data(args, subject)
     bins = data.levels if args.bins is None else args.bins
     if bins is None:
@@ -121,7 +126,11 @@ def _evaluate(
     )
     if team.index == 0:
         made_with = versions("ddim_schedulers", "diffusers", "torch")
-        report |= {"data": args.data, "pipeline": args.pipeline, "versions": made_with}
+        report |= {
+            "data": args.data,
+            "pipeline": subject.commit or args.pipeline,
+            "versions": made_with,
+        }
         report["found"] = data.inventory.counts()
         lines = library.table(report)
         owner.check()

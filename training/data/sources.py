@@ -5,6 +5,7 @@ files become is said in `image_files.py`, what is taken from a folder in `folder
 """
 
 import io
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -22,6 +23,7 @@ from ddim_schedulers.pipelines.image_files import (
     header_of,
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npy, read_npz
+from ddim_schedulers.training.common.repositories import divided
 from ddim_schedulers.training.config import DataConfig
 from ddim_schedulers.training.data.folders import IMAGE_SUFFIXES, find_images
 
@@ -184,10 +186,11 @@ class TableSource:
 
     uniform = False
 
-    understood = ""
-
     def __init__(self, table: Any, column: str, label: str, reading: Reading) -> None:
         from datasets import Image
+
+        commit = commit_of(table)
+        self.understood = f"commit {commit}" if commit else ""
 
         # Undecoded rows: headers are read without the pixels, and a broken image keeps its name.
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
@@ -297,11 +300,24 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
             )
         if any((path / name).exists() for name in _SAVED):
             return _of_split(load_from_disk(str(path)), config)
+        name, revision = (config.data, None) if path.exists() else divided(config.data)
         return load_dataset(
-            config.data, config.data_config, split=config.split, streaming=streaming
+            name,
+            config.data_config,
+            split=config.split,
+            streaming=streaming,
+            revision=revision,
         )
     except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
         raise ValueError(f"`data`: cannot load {config.data!r}: {error}") from error
+
+
+def commit_of(table: Any) -> str:
+    """The commit of a data set of the Hub, where its cache tells it; else ''."""
+    told = list(getattr(table.info, "download_checksums", None) or ())
+    told += [str(file.get("filename", "")) for file in getattr(table, "cache_files", ())]
+    found = (re.search(r"[@/\\]([0-9a-f]{40})[/\\]", text) for text in told)
+    return next((match[1] for match in found if match), "")
 
 
 def _of_split(saved: Any, config: DataConfig) -> Any:

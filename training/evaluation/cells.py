@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from ddim_schedulers.family_config import PROCESS_KEYS
-from ddim_schedulers.network_config import check_complete, check_saved
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.files import check_folders, write_bytes, write_json, write_npz
@@ -40,6 +39,7 @@ from ddim_schedulers.pipelines.sampling_job import (
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
 from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed, read_sealed_json, sealed
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.data.images import ImageData, load_data
@@ -122,15 +122,15 @@ class Evaluation:
             self.self_check = {n: self.real_images(n) for n in {t.n for t in config.tables}}
 
     def _load_pipeline(self) -> GenerationPipeline:
-        folder = pipeline_folder(self.config.pipeline)
-        check_saved(folder)
+        found = fetch(pipeline_folder(self.config.pipeline))
         try:
-            pipe = GenerationPipeline.from_pretrained(folder)
+            pipe = found.read(GenerationPipeline)
         except OSError as error:
             raise ValueError(
                 f"`pipeline` is {self.config.pipeline!r}; it cannot be loaded: {error}"
             ) from error
-        check_complete(pipe.unet, folder)
+        found.finish(pipe.unet)
+        self.pipeline_commit = found.commit
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device).speed_up(
             compile=self.config.compile,
@@ -738,6 +738,13 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": evaluation.team.count,
         "commit": evaluation.commit,
+        # a folder is told by its weights alone
+        "pipeline": evaluation.pipeline_commit or None,
+        "feature_commits": {
+            name: told
+            for name, network in evaluation.networks.items()
+            if (told := spaces.commit_of(network))
+        },
         "expected": config.expected,
         "not_run": config.not_run,
         "versions": versions(

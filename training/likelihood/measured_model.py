@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.network_config import check_complete, check_saved
+from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.networks.places import pipeline_folder
 
 
@@ -26,6 +26,7 @@ class Subject:
         clip: limit of |x0_hat| that the scheduler's config asks for, None for none.
         learned: does the network predict variances in a second set of channels?
         saved: the scheduler's config as it was saved, where it was read from a folder or the Hub.
+        commit: NAME@COMMIT of a pipeline from the Hub; '' otherwise.
     """
 
     unet: Any
@@ -35,6 +36,7 @@ class Subject:
     clip: float | None
     learned: bool
     saved: dict[str, Any] | None = None
+    commit: str = ""
 
     @property
     def channels(self) -> int:
@@ -104,24 +106,31 @@ def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
     )
 
 
-def load_subject(pipeline: str | Path, device: torch.device | str = "cpu") -> Subject:
+def load_subject(
+    pipeline: str | Path, device: torch.device | str = "cpu", *, allow_pickle: bool = False
+) -> Subject:
     """The subject of a saved pipeline: its folder, a run's or a Hub name.
+
+    Args:
+        pipeline: see `places`.
+        device: of the network.
+        allow_pickle: see `repositories.fetch`.
 
     Raises:
         ValueError: nothing there, or as `subject_of`.
     """
-    pipeline = pipeline_folder(str(pipeline))
-    check_saved(pipeline)
+    found = fetch(pipeline_folder(str(pipeline)), allow_pickle=allow_pickle)
     try:
-        unet = UNet2DModel.from_pretrained(pipeline, subfolder="unet")
-        config = MarkovianDDPMScheduler.load_config(pipeline, subfolder="scheduler")
+        unet = found.read(UNet2DModel, subfolder="unet")
+        config = MarkovianDDPMScheduler.load_config(found.folder, subfolder="scheduler")
     except OSError as error:
         raise ValueError(
             f"`pipeline` is {str(pipeline)!r}; it must be a saved pipeline with the folders unet "
             f"(UNet2DModel) and scheduler: {error}"
         ) from error
-    check_complete(unet, pipeline)
-    return dataclasses.replace(subject_of(unet.to(device), dict(config)), saved=dict(config))
+    found.finish(unet)
+    subject = subject_of(unet.to(device), dict(config))
+    return dataclasses.replace(subject, saved=dict(config), commit=found.commit)
 
 
 def clip_limit(subject: Subject, choice: str) -> float | None:

@@ -11,6 +11,7 @@ computed from it as well.
 | `package.module:Name` | what calling `Name` without arguments returns |
 | `inception` | the InceptionV3 of the published FIDs, through torch-fidelity |
 | `dinov2`, `dinov2:MODEL` | the CLS token of DINOv2, through transformers (ViT-B/14 if not said) |
+| `dinov2:MODEL@REVISION` | of a branch, tag or commit |
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.reading import DamagedFileError, parse_json, read_safetensors
+from ddim_schedulers.training.common.repositories import divided
 from ddim_schedulers.training.common.seals import SEAL, digest_of_tensors
 from ddim_schedulers.training.common.seeds import generator
 
@@ -207,11 +209,20 @@ def _inception() -> torch.nn.Module:
 def _dinov2(model: str) -> torch.nn.Module:
     from transformers import Dinov2Model
 
+    name, revision = (model, None) if Path(model).exists() else divided(model)
     try:
-        network = Dinov2Model.from_pretrained(model, use_safetensors=True)
+        network = Dinov2Model.from_pretrained(
+            name, revision=revision or "main", use_safetensors=True
+        )
     except OSError as error:
         raise ValueError(_unavailable(f"dinov2:{model}", "transformers", error)) from error
     return DinoFeatures(network).eval()
+
+
+def commit_of(network: torch.nn.Module) -> str | None:
+    """The commit of the repository that a feature space came from, where transformers tells it."""
+    config = getattr(getattr(network, "network", None), "config", None)
+    return getattr(config, "_commit_hash", None)
 
 
 def _unavailable(name: str, package: str, error: OSError) -> str:

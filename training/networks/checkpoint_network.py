@@ -31,6 +31,8 @@ def load_checkpoint(
     state: dict[str, Any] = read_json(folder / STATE)
     config = {f.name: state["config"][f.name] for f in dataclasses.fields(ProcessConfig)}
     averaged = weights == "averaged" and (folder / "unet_ema").is_dir()
-    unet = UNet2DModel.from_pretrained(folder, subfolder="unet_ema" if averaged else "unet")
+    unet = UNet2DModel.from_pretrained(
+        folder, subfolder="unet_ema" if averaged else "unet", use_safetensors=True
+    )
     said = f"checkpoint {folder}, step {state['step']}, {'averaged' if averaged else 'raw'} weights"
     return unet.eval(), make_scheduler(ProcessConfig(**config)), said

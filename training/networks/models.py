@@ -7,8 +7,9 @@ from typing import Any
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.network_config import check_complete, check_network_config, check_saved
+from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.reading import DamagedFileError, read_json
+from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.config import ProcessConfig
 
 # The networks of DDPM (arXiv:2006.11239), App. B, as the converted checkpoints configure them: no
@@ -121,13 +122,13 @@ def load_unet(
     Raises:
         ValueError: nothing there, class-conditional, or channels or size that do not fit.
     """
-    check_saved(path)
-    is_pipeline = not Path(path).exists() or (Path(path) / "model_index.json").exists()
+    found = fetch(path, "from_pretrained")
+    is_pipeline = bool(found.commit) or (found.folder / "model_index.json").exists()
     try:
-        unet = UNet2DModel.from_pretrained(path, subfolder="unet" if is_pipeline else None)
+        unet = found.read(UNet2DModel, subfolder="unet" if is_pipeline else None)
     except OSError as error:
         raise ValueError(f"`from_pretrained`: no UNet2DModel at {path}: {error}") from error
-    check_complete(unet, path)
+    found.finish(unet)
     wanted = (channels, channels * (2 if learned_variance else 1))
     if (unet.config.in_channels, unet.config.out_channels) != wanted:
         raise ValueError(

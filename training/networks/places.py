@@ -1,11 +1,11 @@
 """Where a pipeline is: a saved one, one of a run, a checkpoint, or a name on the Hub."""
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+from ddim_schedulers.training.common.repositories import HUB_NAME, divided
+
 INDEX = "model_index.json"
 STATE = "state.json"
 WEIGHTS = ("averaged", "raw")
@@ -16,7 +16,8 @@ class Place:
     """What was found where the user pointed.
 
     Attributes:
-        name: a pipeline's folder or its name on the Hub; '' for a checkpoint.
+        name: a pipeline's folder or its name on the Hub, perhaps with @REVISION; '' for a
+            checkpoint.
         checkpoint: a checkpoint's folder, or None.
     """
 
@@ -43,10 +44,13 @@ def find(place: str, option: str = "pipeline", weights: str = "averaged") -> Pla
         raise ValueError(f"{option} {place!r} is a file; it must be a pipeline's folder.")
     if not folder.is_dir():
         # `runs/digits` is no repository of a user `runs` where there is a folder `runs`
-        if not HUB_NAME.fullmatch(place) or ("/" in place and folder.parent.is_dir()):
+        if not HUB_NAME.fullmatch(place) or (
+            "/" in place and Path(divided(place)[0]).parent.is_dir()
+        ):
             raise ValueError(
                 f"{option} {place!r} does not exist; it must be a pipeline's folder, a run's or a "
-                "checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32."
+                "checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32, with @REVISION "
+                "for one state of it."
             )
         print(f"{place!r} is no folder here; it is looked for on the Hub", file=sys.stderr)
         return Place(place)

@@ -1,0 +1,129 @@
+"""Repositories of the Hub: which revision is meant, and what of them is read.
+
+A name may say which revision is meant, as addresses of the Hub do: USER/NAME@REVISION, a branch, a
+tag or a commit. What is downloaded are the configs first, which are checked, and then the weights
+of the network, as safetensors unless a pickle is asked for. Nothing of a repository is run.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddim_schedulers.network_config import check_complete, check_saved
+
+HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
+_CONFIGS = ["model_index.json", "config.json", "scheduler_config.json"]
+_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json"]
+_STEM = "diffusion_pytorch_model"
+
+
+def divided(name: str) -> tuple[str, str | None]:
+    """The name of a repository and its revision, of NAME@REVISION; None for the newest one."""
+    found = HUB_NAME.fullmatch(name)
+    return (found["name"], found["revision"]) if found else (name, None)
+
+
+def pinned(place: str, revision: str | None, option: str = "--pipeline") -> str:
+    """`place` with the revision of a flag of its own.
+
+    Raises:
+        ValueError: it is a folder, or names a revision itself.
+    """
+    if revision is None:
+        return place
+    if Path(place).exists() or not HUB_NAME.fullmatch(f"{divided(place)[0]}@{revision}"):
+        raise ValueError(
+            f"--revision is {revision!r}, a branch, tag or commit of a repository; {option} is "
+            f"{place!r}, which must be a name on the Hub then."
+        )
+    if divided(place)[1] is not None:
+        raise ValueError(f"--revision is {revision!r}, but {option} {place!r} names one already.")
+    return f"{place}@{revision}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved pipeline on this machine, whose configs and headers have been checked.
+
+    Attributes:
+        folder: where it lies.
+        commit: NAME@COMMIT, where it came from the Hub; '' for a folder.
+        allow_pickle: whether its weights may be a pickle.
+    """
+
+    folder: Path
+    commit: str = ""
+    allow_pickle: bool = False
+
+    def read(self, network: Any, **where: Any) -> Any:
+        """`from_pretrained` of a class on the folder: safetensors alone, unless asked otherwise."""
+        return network.from_pretrained(
+            self.folder, use_safetensors=None if self.allow_pickle else True, **where
+        )
+
+    def finish(self, network: Any) -> None:
+        """Checks a network that was read, and notes in its config where it came from.
+
+        Raises:
+            ValueError: weights are missing.
+        """
+        check_complete(network, self.commit or self.folder)
+        if self.commit:
+            network.register_to_config(_name_or_path=self.commit)
+
+
+def fetch(name: str, option: str = "pipeline", *, allow_pickle: bool = False) -> Saved:
+    """The folder of a saved pipeline or network, downloaded where `name` is one on the Hub.
+
+    Args:
+        name: of a `Place`.
+        option: what named it, for messages.
+        allow_pickle: read weights from a `.bin` file, by `torch.load(weights_only=True)`, where
+            there are none as safetensors.
+
+    Raises:
+        ValueError: nothing is there, a file cannot be read or says too much, see
+            `network_config.check_saved`, or the weights are a pickle and are not to be.
+    """
+    folder, commit = Path(name), ""
+    if not folder.is_dir():
+        folder = _download(name, option, allow_pickle)
+        commit = f"{divided(name)[0]}@{folder.name}"
+        print(f"{option}: {commit}", file=sys.stderr)
+    check_saved(folder)
+    places = [place for place in (folder / "unet", folder) if (place / "config.json").is_file()]
+    if places and not allow_pickle and not any(places[0].glob("*.safetensors")):
+        found = ", ".join(path.name for path in sorted(places[0].glob("*.bin")))
+        raise ValueError(
+            f"{option} {name!r} has no weights as safetensors{found and f', but {found}'}. Files "
+            ".bin are pickles, which are read only where that is asked for: `ddim-schedulers "
+            f"export --allow_pickle --pipeline {name} --output FOLDER` makes a folder with "
+            "safetensors."
+        )
+    return Saved(folder, commit, allow_pickle)
+
+
+def _download(name: str, option: str, allow_pickle: bool) -> Path:
+    """Fetch the configs, and the weights of the network once those are known to be in order."""
+    from huggingface_hub import snapshot_download
+
+    repository, revision = divided(name)
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_CONFIGS))
+        check_saved(folder)
+        start = "unet/" if (folder / "unet" / "config.json").is_file() else ""
+        for kind in (".safetensors", ".bin") if allow_pickle else (".safetensors",):
+            files = [f"{start}{_STEM}{part}{kind}" for part in ("", "-?????-of-?????")]
+            files.append(f"{start}{_STEM}{kind}.index.json")
+            # the commit of the configs, whatever was pushed since
+            snapshot_download(repository, revision=folder.name, allow_patterns=files)
+            if any((folder / start).glob(f"*{kind}")):
+                break
+    except OSError as error:
+        raise ValueError(
+            f"{option} {name!r} is no folder here, and as a name on the Hub it cannot be loaded: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return folder
