@@ -1,6 +1,8 @@
 """What a settings file of somebody else cannot do: run code, or upload."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,16 @@ def test_a_file_does_not_upload(tmp_path):
     assert parse_args(["--config", str(path), "--push_to_hub"])[0].push_to_hub
     assert load_config(path, push_to_hub=True).push_to_hub
     assert not parse_args(["--config", str(path), "--push_to_hub", "false"])[0].push_to_hub
+
+
+def test_every_claim_of_the_page_names_tests_that_exist():
+    """A repository is one folder, where the pages are; an installed package has none."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "trust.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    for file, test in named:
+        text = (root / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {test}\(", text, re.M), f"{file}::{test}"
+    for place in ("README.md", "SECURITY.md", "docs/share.md"):
+        assert "trust.md" in (root / place).read_text(encoding="utf-8"), place

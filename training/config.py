@@ -39,7 +39,7 @@ class DataConfig:
     data: str = option(
         "digits",
         "'digits' (embedded, 8x8), a folder of images, a .npy/.npz/.parquet file, "
-        "or the name of a data set of the `datasets` library",
+        "or the name of a data set of the `datasets` library, perhaps with @REVISION",
     )
     data_config: str | None = option(None, "configuration name of a `datasets` data set")
     split: str = option(
@@ -87,7 +87,7 @@ class ModelConfig:
         "tiny", "preset (tiny, small, ddpm-cifar10, ddpm-256) or a UNet2DModel config file (JSON)"
     )
     from_pretrained: str | None = option(
-        None, "pipeline or UNet folder, or Hub name, to start from instead of random weights"
+        None, "pipeline or UNet folder, or Hub name, perhaps with @REVISION, to start from"
     )
     dropout: float | None = option(None, "dropout of the residual blocks; None: as the preset says")
 
