@@ -49,11 +49,11 @@ class Fit:
 
     @property
     def resizes(self) -> bool:
-        """Whether pixels are made anew, and not only cut off or added."""
+        """Return whether pixels are made anew, and not only cut off or added."""
         return self.how in ("squash", "resize_crop")
 
     def resized(self, have: tuple[int, int]) -> tuple[int, int]:
-        """The size (height, width) to which an image is resized before anything is cut off."""
+        """Return the size (height, width) to which an image is resized before the cut."""
         if have == self.size or not self.resizes:
             return have
         if self.how == "squash":
@@ -63,7 +63,7 @@ class Fit:
         return max(size[0], round(height * factor)), max(size[1], round(width * factor))
 
     def corner(self, have: tuple[int, int], crop: np.ndarray | None) -> tuple[int, int]:
-        """Top and left of what is cut from an image; `crop` (2,) in [0, 1], None is the centre."""
+        """Return top and left of the cut; `crop` (2,) lies in [0, 1], None is the centre."""
         at = (0.5, 0.5) if crop is None else crop
         top, left = (
             min(int(at[i] * (have[i] - self.size[i] + 1)), have[i] - self.size[i]) for i in (0, 1)
@@ -123,7 +123,7 @@ class Header:
 
 
 def header_of(file: io.BytesIO | Path | None, name: str, reading: Reading) -> Header:
-    """What an image file holds, without decoding its pixels.
+    """Return what an image file holds, without decoding its pixels.
 
     Raises:
         BadImageError: it cannot be read.
@@ -150,7 +150,7 @@ def decode(
     fit: Fit | None = None,
     crop: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The pixels of an image file, (C, H, W), uint8, uint16, int32 or float32.
+    """Return the pixels of an image file, (C, H, W), uint8, uint16, int32 or float32.
 
     Args:
         file: where it is.
@@ -193,7 +193,7 @@ def decode(
 
 
 def as_shown(file: Path, reading: Reading) -> Image.Image:
-    """The image of a file as a viewer shows it, in the mode that `reading` says.
+    """Return the image of a file as a viewer shows it, in the mode that `reading` says.
 
     Raises:
         BadImageError: it cannot be read.
@@ -205,7 +205,7 @@ def as_shown(file: Path, reading: Reading) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(file: io.BytesIO | Path | None, name: str, reading: Reading) -> Iterator[Image.Image]:
-    """An image file, identified by its bytes, whose pixels are not decoded yet.
+    """Open an image file, identified by its bytes; its pixels are not decoded yet.
 
     Raises:
         BadImageError: there is none, it is no regular file, no image, or larger than allowed.
@@ -245,7 +245,7 @@ def _reason(error: Exception) -> str:
 
 
 def _mode_of(image: Image.Image, name: str, reading: Reading) -> str:
-    """The mode in which the pixels are taken."""
+    """Return the mode in which the pixels are taken."""
     wanted, name = reading.mode, f"`{reading.setting}`: {name}"
     tiles: Any = getattr(image, "tile", ())
     # PIL has no mode for colours of 16 bits: it would drop the lower half.
@@ -339,7 +339,7 @@ def _exif_after_pixels(file: Any) -> Any:
 
 
 def _turn(image: Image.Image) -> int:
-    """The orientation that is left to be applied once the pixels are loaded."""
+    """Return the orientation that is left to be applied once the pixels are loaded."""
     return 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
 
 
@@ -359,7 +359,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 def _stored_box(
     box: tuple[int, int, int, int], orientation: int, size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Where a box (left, top, right, bottom) of the turned image lies before the turn."""
+    """Return where a box (left, top, right, bottom) of the turned image lies before the turn."""
     left, top, right, bottom = box
     width, height = size
     if orientation >= 5:  # these swap the axes, after which they are one of the first four
@@ -374,7 +374,7 @@ def _stored_box(
 def _window(
     image: Image.Image, fit: Fit, have: tuple[int, int], crop: np.ndarray | None, turn: int
 ) -> tuple[int, int, int, int]:
-    """What `fit` cuts from a large image, before the turn; all of it where it is too small."""
+    """Return the box that `fit` cuts from a large image, before the turn; a small one is whole."""
     if min(np.subtract(have, fit.size)) < 0:
         return 0, 0, *image.size
     top, left = fit.corner(have, crop)
@@ -382,7 +382,7 @@ def _window(
 
 
 def _converted(image: Image.Image, mode: str, background: str) -> Image.Image:
-    """An image in `mode`: what is transparent gets the colour of the background."""
+    """Return an image in `mode`: what is transparent gets the colour of the background."""
     target = "L" if mode == "1" else mode
     if not _has_alpha(image):
         return image if image.mode == target else image.convert(target)
@@ -406,7 +406,7 @@ def _shrunk(
     size: tuple[int, int],
     box: tuple[float, float, float, float],
 ) -> Image.Image:
-    """The box of a large image, converted and resized to `size` (width, height), in bands of rows.
+    """Return the box of a large image, converted and resized to (width, height), band by band.
 
     Pixels of 16 bits come out as floating point.
     """
@@ -441,7 +441,7 @@ def _shrunk(
 
 
 def _array(picture: Image.Image, mode: str, limits: Image.Image | None) -> np.ndarray:
-    """Pixels (H, W) or (H, W, C); those of a resized image stay within what the image held."""
+    """Return pixels (H, W) or (H, W, C); a resized image keeps the range of its file."""
     pixels, dtype = np.array(picture), _dtype(mode)
     if limits is not None and dtype != "uint8":
         pixels = np.clip(pixels, *limits.getextrema())

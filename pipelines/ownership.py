@@ -98,7 +98,7 @@ class Owner:
             )
 
     def covers(self, place: Path) -> bool:
-        """Whether `place`, resolved, is the folder or an owned part of it."""
+        """Return whether `place`, resolved, is the folder or an owned part of it."""
         return _covers(self.folder, self.parts, place)
 
     def _keep_alive(self) -> None:
@@ -276,7 +276,7 @@ def _take(place: Path, record: Path, own_record: dict[str, Any]) -> None:
 
 
 def _others(place: Path, mine: Mapping[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """The records of others that a process with the record `mine` would disturb."""
+    """Return the records of others that a process with the record `mine` would disturb."""
     found = []
     for path in sorted(place.glob(f"{PREFIX}-*.json")):
         record = _read(path) or {}
@@ -298,7 +298,7 @@ def _others(place: Path, mine: Mapping[str, Any]) -> list[tuple[Path, dict[str, 
 
 
 def _is_ours(record: Mapping[str, Any]) -> bool:
-    """Whether the process itself owns a sub-folder of what it is about to own."""
+    """Return whether the process itself owns a sub-folder of what it is about to own."""
     tokens = {o.token for o in _held.values() if o.pid == os.getpid()}
     return record.get("token") in tokens
 
@@ -347,7 +347,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _system() -> str | None:
-    """What processes must have in common to know each other by number; None if that is unknown."""
+    """Return what processes that know each other by number have in common; None if unknown."""
     if sys.platform != "linux":
         # no containers there that share a host's name and folders
         return f"{sys.platform} {socket.gethostname()}" if os.name == "posix" else None
@@ -370,7 +370,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_gone(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the owner is known to have ended: it was on this system, and is not there now."""
+    """Return whether the owner is known to have ended: it ran on this system and runs no more."""
     pid, started = record.get("pid"), record.get("started")
     if record.get("system") is None or record["system"] != _system() or type(pid) is not int:
         return False
@@ -385,7 +385,7 @@ def _is_gone(path: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _silence(path: Path, place: Path) -> float:
-    """Seconds since the last sign of life, by the clock of the file system; call it in the mutex.
+    """Return the seconds since the last sign of life, by the file system's clock, in the mutex.
 
     A record that vanished meanwhile counts as alive: what is there now is looked at again.
     """
@@ -397,13 +397,13 @@ def _silence(path: Path, place: Path) -> float:
 
 
 def _launch() -> str:
-    """What the processes of one launch have in common; empty where nothing says so."""
+    """Return what the processes of one launch have in common; empty where nothing says so."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
     return " ".join(os.environ.get(name, "") for name in names).strip()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A record; None if there is none, empty if it cannot be understood."""
+    """Return a record; None if there is none, empty if it cannot be understood."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
@@ -423,7 +423,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _mutex(place: Path) -> Iterator[None]:
-    """One process at a time; `filelock` falls back to a file where there is no flock."""
+    """Let one process in at a time; `filelock` falls back to a file where there is no flock."""
     from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
     path = place / MUTEX

@@ -61,7 +61,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the verb that `argv` names.
+    """Run the verb that `argv` names.
 
     Args:
         argv: the arguments without the program's name; None takes them from `sys.argv`.
@@ -159,7 +159,7 @@ def _run(verb: str, argv: list[str]) -> int:
 
 
 def _message(verb: str, error: Exception) -> str | None:
-    """What to tell the user; None for an error that is not theirs to mend."""
+    """Return what to tell the user; None for an error that is not theirs to mend."""
     from ddim_schedulers.training.common.failures import sentence
 
     if isinstance(error, ValueError):

@@ -20,13 +20,13 @@ FEATURE_SPACES = ("pixels", "classifier", "inception", "dinov2")
 
 
 def names_code(feature_space: str) -> bool:
-    """Whether a feature space is imported by its name, which runs the code of that module."""
+    """Return whether a feature space is an import, which runs the code of that module."""
     known = feature_space.partition(":")[0] in FEATURE_SPACES
     return ":" in feature_space and not known and not feature_space.endswith(".safetensors")
 
 
 def option(default: Any, help_text: str) -> Any:
-    """A field whose `help_text` is what `--help` shows."""
+    """Return a field whose `help_text` is what `--help` shows."""
     return dataclasses.field(default=default, metadata={"help": help_text})
 
 
@@ -320,7 +320,7 @@ class TrainingConfig(
         check(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved settings, ready for YAML or JSON."""
+        """Return the resolved settings, ready for YAML or JSON."""
         return dataclasses.asdict(self)
 
 
@@ -380,7 +380,7 @@ SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "validation_fraction", "sampl
 
 
 def check(config: TrainingConfig) -> None:
-    """Raises `ValueError` for a setting out of bounds or one that contradicts another."""
+    """Raise `ValueError` for a setting out of bounds or one that contradicts another."""
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and not value >= least:

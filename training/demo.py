@@ -339,7 +339,7 @@ def _reconstruct(
 
 
 def _samples_figure(settings: DemoSettings, images: dict[tuple[str, int], torch.Tensor]) -> Any:
-    """The same seeds under DDPM with the most steps and under DDIM with few."""
+    """Return the same seeds under DDPM with the most steps and under DDIM with few."""
     long = (MEMBERS[-1].name, settings.long_steps)
     shown = [(f"DDPM (sigma-hat), {settings.long_steps} steps", images[long])]
     shown += [(f"DDIM (eta 0), {s} steps", images[MEMBERS[0].name, s]) for s in settings.steps[:3]]

@@ -15,7 +15,7 @@ from ddim_schedulers.training.config import GROUPS, TrainingConfig, names_code
 def load_config(
     path: str | Path | None = None, trust_code: bool = False, **overrides: Any
 ) -> TrainingConfig:
-    """The settings of a YAML or JSON file with `overrides` (flat field names) on top.
+    """Return the settings of a YAML or JSON file with `overrides` (flat field names) on top.
 
     Args:
         path: the file.
@@ -34,7 +34,7 @@ def load_config(
 
 
 def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[TrainingConfig, bool]:
-    """The settings of `--config FILE` and of the flags, which win; and whether `--dry_run` stood.
+    """Return the settings of `--config FILE` and the flags, which win, and whether `--dry_run` is set.
 
     Raises:
         ValueError: an unknown flag or key (the nearest valid one is named), a value of the wrong
@@ -96,7 +96,7 @@ def check_no_code(feature_spaces: list[str], path: str) -> None:
 
 
 def to_yaml(config: TrainingConfig) -> str:
-    """The resolved settings, group by group, as a file that can be run again."""
+    """Return the resolved settings, group by group, as a file that can be run again."""
     import yaml
 
     lines = []
@@ -156,7 +156,7 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds.
+    """Return the mapping that a YAML or JSON file holds.
 
     Raises:
         ValueError: it cannot be read, is not valid, or holds something else.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def find(places: Sequence[str], limit: int | None) -> list[Path]:
-    """Lists image files: those that are named, and those in the folders that are named, sorted.
+    """List image files: those that are named, and those in the folders that are named, sorted.
 
     Says on the terminal what else lies in these folders.
 
@@ -38,7 +38,7 @@ def find(places: Sequence[str], limit: int | None) -> list[Path]:
 
 
 def read(paths: Sequence[Path]) -> "list[Image.Image]":
-    """Reads image files as every viewer shows them, see `ddim_schedulers.pipelines.image_files`.
+    """Read image files as every viewer shows them, see `ddim_schedulers.pipelines.image_files`.
 
     Raises:
         ValueError: naming a file that is no image, or none that can be used.
@@ -70,7 +70,7 @@ def check_output(folder: Path, names: Sequence[str]) -> None:
 
 
 def write(folder: Path, names: Sequence[str], images: "Sequence[Image.Image]") -> None:
-    """Writes PNGs into `folder/images`."""
+    """Write PNGs into `folder/images`."""
     from ddim_schedulers.pipelines.files import write_png
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -79,14 +79,14 @@ def write(folder: Path, names: Sequence[str], images: "Sequence[Image.Image]") -
 
 
 def write_grid(folder: Path, grid: "Image.Image") -> None:
-    """Writes `folder/grid.png`."""
+    """Write `folder/grid.png`."""
     from ddim_schedulers.pipelines.files import write_png
 
     write_png(folder / "grid.png", grid)
 
 
 def write_latents(path: Path, latents: "torch.Tensor") -> None:
-    """Writes latents (N, C, H, W) as safetensors, whole or not at all."""
+    """Write latents (N, C, H, W) as safetensors, whole or not at all."""
     from safetensors.torch import save
 
     from ddim_schedulers.pipelines.files import write_bytes

@@ -10,7 +10,7 @@ HELP = "Turn a PyTorch DDPM checkpoint (pesser/pytorch_diffusion, DDIM) into a p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     parser.add_argument("--checkpoint", required=True, help="file that torch.save wrote")
     parser.add_argument("--output", required=True, help="new folder of the pipeline")
     parser.add_argument(
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts; what the form cannot express goes to stderr."""
+    """Convert; what the form cannot express goes to stderr."""
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.sharing import convert
 

@@ -7,7 +7,7 @@ HELP = "Train a small model on embedded digits and sample it with every member o
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the demo."""
+    """Add the options of the demo."""
     parser.add_argument(
         "--output", default="runs/digits", help="folder for all that is written (runs/digits)"
     )
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and says where things are."""
+    """Run the demo and say where things are."""
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training import demo
 

@@ -13,7 +13,7 @@ HELP = "Make a pipeline's folder of a run, a checkpoint, or a pipeline in anothe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     parser.add_argument(
         "--pipeline",
         required=True,
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports; what the form cannot express goes to stderr."""
+    """Export; what the form cannot express goes to stderr."""
     from diffusers import DDPMPipeline
 
     from ddim_schedulers.export import save_pipeline

@@ -10,7 +10,7 @@ HELP = "Interpolate between seeds or images: a chain, a four-corner grid, or DDP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     _model_options.add_model_arguments(parser)
     parser.add_argument("--output", required=True, help="folder for images/, latents and grid.png")
     ends = parser.add_mutually_exclusive_group(required=True)
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Interpolates; 0 when it is done."""
+    """Interpolate; 0 when it is done."""
     from ddim_schedulers.pipelines import InterpolationPipeline, make_grid
     from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, is_deterministic
     from ddim_schedulers.pipelines.ownership import own
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(args: argparse.Namespace, ends: int) -> list[str]:
-    """The files of the pictures, known before the first network call."""
+    """Return the files of the pictures, known before the first network call."""
     points = args.num_points
     counts = {"chain": (ends - 1) * (points - 1) + 1, "grid": points**2, "diffuse": points}
     return [f"{i:06d}.png" for i in range(counts[args.mode])]

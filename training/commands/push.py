@@ -9,7 +9,7 @@ HELP = "Share a saved pipeline on the Hugging Face Hub."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options; there is none for the token, which would stand in the shell's history."""
+    """Add the options; none takes the token, because the shell's history would keep it."""
     parser.add_argument("--pipeline", required=True, help="folder of the saved pipeline")
     parser.add_argument("--repo_id", required=True, help="USER/NAME, created where missing")
     parser.add_argument(
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pushes; 0 when it is done, 1 when the Hub refuses or cannot be reached."""
+    """Push; 0 when it is done, 1 when the Hub refuses or cannot be reached."""
     from ddim_schedulers.training.networks.places import pipeline_folder
     from ddim_schedulers.training.sharing import hub
 

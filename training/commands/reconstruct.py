@@ -10,7 +10,7 @@ HELP = "Encode images to latents with DDIM, decode them again and report the err
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     _model_options.add_model_arguments(parser)
     parser.add_argument(
         "--images", nargs="+", required=True, help="image files, or folders of them"
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reconstructs; 0 when it is done, also where refinement has not converged (which is said)."""
+    """Reconstruct; 0 when it is done, also if the refinement has not converged, of which a line tells."""
     from ddim_schedulers.pipelines import InversionPipeline, make_grid
     from ddim_schedulers.pipelines.files import write_json
     from ddim_schedulers.pipelines.inversion import DEFAULT_TOLERANCE

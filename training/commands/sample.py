@@ -9,7 +9,7 @@ HELP = "Sample images into a folder; continues where it was stopped, on any numb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     _model_options.add_model_arguments(parser)
     parser.add_argument("--num_images", type=int, required=True, help="how many, in all processes")
     parser.add_argument(
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Samples this process's share; 0 when it is done."""
+    """Sample this process's share; 0 when it is done."""
     from ddim_schedulers.pipelines import GenerationPipeline
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.pipelines.ownership import own

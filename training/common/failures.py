@@ -5,7 +5,7 @@ import re
 
 
 def sentence(error: BaseException) -> str | None:
-    """What the operating system says in `error`, with the file; None for any other error."""
+    """Return what the operating system says in `error`, with the file; None for any other error."""
     if isinstance(error, OSError):
         if error.strerror is None:  # of a library that calls its own errors so
             return " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,7 @@ from ddim_schedulers.pipelines.files import write_bytes
 
 
 def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] as one array (height, width, C), grey lines between them.
+    """Return images (N, C, H, W) in [-1, 1] as one array (height, width, C) with grey lines.
 
     Of other numbers of channels than 1 and 3, the first is shown.
     """
@@ -27,7 +27,7 @@ def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
 
 
 def panels_figure(panels: Sequence[tuple[str, np.ndarray]], columns: int, width: float) -> Any:
-    """A figure of titled pictures (of `tiles`), row by row, each `width` inches wide."""
+    """Return a figure of titled pictures (of `tiles`), row by row, each `width` inches wide."""
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)
@@ -49,7 +49,7 @@ _GREY = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
 
 
 def rows_figure(rows: Sequence[tuple[str, torch.Tensor]]) -> Any:
-    """A figure of titled rows of images (N, C, H, W) in [-1, 1]."""
+    """Return a figure of titled rows of images (N, C, H, W) in [-1, 1]."""
     return panels_figure([(title, tiles(images, len(images))) for title, images in rows], 1, 7.0)
 
 

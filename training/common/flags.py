@@ -27,7 +27,7 @@ STOCK_NAMES = {
 
 
 def spelled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """The words of `argv` with every flag as `parser` knows it; dashes are as good as underscores.
+    """Return the words of `argv` with each flag as `parser` spells it: dashes become underscores.
 
     A flag that it does not know is `parser.error`, with the nearest one that it does. That is said
     before anything else, for what is missing may be what was misspelt.
@@ -49,7 +49,7 @@ def spelled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
 
 
 def nearest(name: str, names: list[str], prefix: str) -> str:
-    """The end of a message about an unknown `name`: the likeliest of `names`, or where they are."""
+    """Return the end of a message about an unknown `name`: the nearest of `names`, or a hint."""
     name = name.replace("-", "_")
     close = [STOCK_NAMES[name]] if STOCK_NAMES.get(name) in names else []
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -17,7 +17,10 @@ Result = TypeVar("Result")
 
 
 def from_main(accelerator: "Accelerator", make: Callable[[], Result]) -> Result:
-    """What `make` returns on the main process, on all; so is a `ValueError` or `OSError` of it."""
+    """Return on all processes what `make` returns, or raises, on the main one.
+
+    A `ValueError` or an `OSError` of `make` is raised on all processes.
+    """
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None, None]
@@ -70,7 +73,7 @@ class Team:
         """Return when every process is here."""
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes in one, on every process."""
+        """Return the lists of all processes in one, on every process."""
         return values
 
 
@@ -90,7 +93,7 @@ class AccelerateTeam(Team):
         self.state.wait_for_everyone()
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes in one, on every process."""
+        """Return the lists of all processes in one, on every process."""
         from accelerate.utils import gather_object
 
         return list(gather_object(values)) if self.count > 1 else values

@@ -6,11 +6,11 @@ import torch
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """A 64-bit seed for one purpose; different keys give unrelated seeds."""
+    """Return a 64-bit seed for one purpose; different keys give unrelated seeds."""
     text = "/".join(str(key) for key in (seed, *keys)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def generator(seed: int, *keys: int | str) -> torch.Generator:
-    """A CPU generator seeded with `derive_seed`."""
+    """Return a CPU generator seeded with `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *keys))

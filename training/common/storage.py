@@ -18,13 +18,13 @@ def to_json(value: Any) -> bytes:
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Tensors as a safetensors file, on the CPU and contiguous."""
+    """Return tensors as a safetensors file, on the CPU and contiguous."""
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     return save_tensors(ready, metadata={"format": "pt"})
 
 
 def unpack(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; empty if there is none."""
+    """Return the tensors of a safetensors file; empty if there is none."""
     return read_safetensors(path)[0] if path.exists() else {}
 
 

@@ -8,7 +8,7 @@ _MODULES = {"scikit-learn": "sklearn"}
 
 
 def versions(*names: str) -> dict[str, str]:
-    """The `__version__` of each package, by the name given, e.g. `scikit-learn` or `python`."""
+    """Return the `__version__` of each package by its name, e.g. `scikit-learn` or `python`."""
     return {name: _version(name) for name in names}
 
 

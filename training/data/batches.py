@@ -48,7 +48,7 @@ class Share:
 
     @property
     def rows(self) -> int:
-        """Images of this process in one part."""
+        """Return images of this process in one part."""
         return self.batch_size // (self.num_processes * self.parts)
 
     def positions(self, part: int) -> np.ndarray:
@@ -99,7 +99,7 @@ class Draws:
     def make_batch(
         self, step: int, positions: np.ndarray, images: torch.Tensor, ids: np.ndarray, replaced: int
     ) -> Batch:
-        """The batch of one part: flips the images and adds noise and u."""
+        """Return the batch of one part: flips the images and adds noise and u."""
         u, flip, _ = self.small(step)
         flip = flip[positions]
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
@@ -129,7 +129,7 @@ class MapBatches(Dataset[Batch]):
         return ids
 
     def names(self, ids: np.ndarray) -> list[str]:
-        """What to call the images of `ids` in a report."""
+        """Return what to call the images of `ids` in a report."""
         return self.data.names(ids.tolist())
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:

@@ -10,7 +10,7 @@ from ddim_schedulers.pipelines.image_files import Fit
 def fit_image(
     image: torch.Tensor, size: tuple[int, int], how: str, crop: np.ndarray | None = None
 ) -> torch.Tensor:
-    """An image (C, H, W) at `size`, by padding, cutting or resizing as `DataConfig.fit` says."""
+    """Return an image (C, H, W) at `size`: padded, cut or resized, as `DataConfig.fit` says."""
     height, width = image.shape[-2:]
     if (height, width) == size or how == "exact":
         return image
@@ -32,7 +32,7 @@ def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def check_fit(have: tuple[int, int], want: tuple[int, int], how: str, name: str) -> None:
-    """Raises `ValueError` if an image of size `have` cannot become `want` in the way `how`."""
+    """Raise `ValueError` if an image of size `have` cannot become `want` in the way `how`."""
     small = have[0] < want[0] or have[1] < want[1]
     large = have[0] > want[0] or have[1] > want[1]
     if how == "exact" and have != want:

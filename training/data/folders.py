@@ -60,7 +60,7 @@ class Found:
 
 
 def find_images(folder: Path, split: str) -> Found:
-    """The images in a folder and its sub-folders, of the split that is wanted.
+    """Return the images in a folder and its sub-folders, of the split that is wanted.
 
     A folder is divided into splits if all its sub-folders that hold images are named as such
     (`train`, `val`, `Test`, `train_images` beside `test_images`, ...); so may be each class in it.
@@ -83,7 +83,7 @@ def find_images(folder: Path, split: str) -> Found:
 
 
 def files_of(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """The image files that lie in a folder itself, sorted; the rest is counted in `left_out`."""
+    """Return the image files of a folder itself, sorted; `left_out` counts the rest."""
     images = []
     for path, _ in _walk(folder, left_out, deep=False):
         if reason := _not_an_image(path, Counter()):
@@ -167,7 +167,7 @@ class _Splits:
         self.classes: set[str] = set()
 
     def choose(self, items: dict[Path, tuple[str, ...]], found: Found) -> set[Path]:
-        """The chosen paths; what is not and what was understood go into `found`.
+        """Return the chosen paths; `found` tells the others and how the split was understood.
 
         Raises:
             ValueError: none is of the split.

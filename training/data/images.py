@@ -63,7 +63,7 @@ class ImageData:
     def batch(
         self, indices: Sequence[int] | np.ndarray, crops: np.ndarray | None = None
     ) -> tuple[torch.Tensor, int]:
-        """Images (B, C, H, W), float32 in [-1, 1], and how many had to be replaced.
+        """Return images (B, C, H, W), float32 in [-1, 1], and how many had to be replaced.
 
         Args:
             indices: positions 0 .. len(self) - 1.
@@ -84,30 +84,30 @@ class ImageData:
         return torch.stack(images), replaced
 
     def all(self, limit: int | None = None) -> torch.Tensor:
-        """The first `limit` images, or all of them, (n, C, H, W)."""
+        """Return the first `limit` images, or all of them, (n, C, H, W)."""
         return self.batch(range(len(self) if limit is None else min(limit, len(self))))[0]
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        """What to call these images in a report."""
+        """Return what to call these images in a report."""
         return [self.source.name(int(self.ids[i])) for i in indices]
 
     def prepare(self, array: np.ndarray, crop: np.ndarray | None) -> torch.Tensor:
-        """One image (C, H, W) of the source's dtype, brought to size and to [-1, 1]."""
+        """Return one image (C, H, W) of the source's dtype, brought to size and to [-1, 1]."""
         image = self.scale(torch.from_numpy(np.ascontiguousarray(array)))
         return fit_image(image, self.size, self.fit, crop)
 
     def scale(self, images: torch.Tensor) -> torch.Tensor:
-        """Values of the source to [-1, 1] in float32."""
+        """Scale values of the source to [-1, 1] in float32."""
         low, high = self.value_range
         return (images.to(torch.float32) - low) * (2 / (high - low)) - 1
 
     def unscale(self, images: torch.Tensor) -> torch.Tensor:
-        """The inverse of `scale`, without rounding."""
+        """Undo `scale`, without rounding."""
         low, high = self.value_range
         return (images + 1) * ((high - low) / 2) + low
 
     def split(self, fraction: float, seed: int) -> tuple["ImageData", "ImageData | None"]:
-        """A training part and a held-out part, drawn with `seed`; None where it would be empty."""
+        """Return a training part and a held-out part, drawn with `seed`; None for an empty one."""
         held_out = round(len(self) * fraction)
         if held_out == 0:
             return self, None
@@ -133,7 +133,7 @@ class ImageData:
 
 
 def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
-    """The 1,797 digits that scikit-learn embeds, 8x8, 17 grey levels 0..16.
+    """Return the 1,797 digits that scikit-learn embeds, 8x8, 17 grey levels 0..16.
 
     The held-out part is always the same 360 images.
     """
@@ -152,7 +152,7 @@ def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
 
 
 def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
-    """The training images and the held-out ones (None if there are none).
+    """Return the training images and the held-out ones (None if there are none).
 
     Raises:
         ValueError: nothing there, images that disagree in size or channels, an unknown dtype or
@@ -173,7 +173,7 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
 
 
 def checked(source: ImageSource, config: DataConfig) -> ImageData:
-    """Reads every header, so that a set that cannot be trained on is refused at once.
+    """Read every header, so that a set that cannot be trained on is refused at once.
 
     Raises:
         ValueError: as in `load_data`.
@@ -221,7 +221,7 @@ def checked(source: ImageSource, config: DataConfig) -> ImageData:
 def _taken(
     source: ImageSource, place: str, headers: list[Header], skipped: list[str], data: ImageData
 ) -> Inventory:
-    """What was found in a source and what is used of it."""
+    """Return an account of what a source holds and what is used of it."""
     left_out = source.left_out + Counter({"image that cannot be read": len(skipped)})
     taken = Inventory(place, source.understood, len(source) + source.left_out.total())
     taken.left_out = left_out
@@ -251,7 +251,7 @@ def _require_same(headers: list[Header], ids: list[int], source: ImageSource, wh
 def find_range(
     dtype: str, source: ImageSource | None, given: list[float] | None
 ) -> tuple[tuple[float, float], int | None]:
-    """The values that become -1 and 1, and the number of levels in between (None: continuous)."""
+    """Return the values that become -1 and 1, and the number of levels (None: continuous)."""
     if isinstance(source, ArraySource) and source.label == "digits":
         return (0.0, 16.0), 17
     whole = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}

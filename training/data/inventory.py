@@ -46,7 +46,7 @@ class Inventory:
     looked_at: int | None = None
 
     def count(self, headers: Iterable[Header], times: int = 1) -> None:
-        """Takes the headers of the images that are used, each for `times` images."""
+        """Take the headers of the images that are used, each for `times` images."""
         files, frames = self.more_frames
         for header in headers:
             self.used += times
@@ -59,7 +59,7 @@ class Inventory:
         self.more_frames = (files, frames)
 
     def line(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         what = "found" if self.looked_at is None else "looked at of a stream"
         parts = [f"data: {self.place}"]
         if self.understood:
@@ -86,11 +86,11 @@ class Inventory:
         return " ".join("; ".join(parts).split())  # names of folders may hold line breaks
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for the record of a run."""
+        """Return the same for the record of a run."""
         return {"line": self.line(), "place": self.place, **self.counts()}
 
     def counts(self) -> dict[str, Any]:
-        """The numbers alone, without a path of this machine."""
+        """Return the numbers alone, without a path of this machine."""
         return {
             "understood": self.understood,
             "found": self.found,
@@ -107,7 +107,7 @@ class Inventory:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Kinds with their numbers, the most frequent first."""
+    """Return kinds with their numbers, the most frequent first."""
     most = Counter(counts).most_common()
     if len(most) == 1:
         return most[0][0] if most[0][1] == 1 else f"{most[0][0]} ({most[0][1]:,})"

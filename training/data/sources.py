@@ -49,24 +49,24 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call image `index` in a message."""
+        """Return what to call image `index` in a message."""
         ...
 
     def header(self, index: int) -> Header:
-        """Shape and dtype. Raises `BadImageError`."""
+        """Return shape and dtype. Raises `BadImageError`."""
         ...
 
     def read(
         self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
     ) -> np.ndarray:
-        """The pixels (C, H, W), of a large image perhaps resized or cut as `fit` and `crop` say.
+        """Return the pixels (C, H, W); a large image may be resized or cut by `fit` and `crop`.
 
         Raises `BadImageError`.
         """
         ...
 
     def raw(self, index: int) -> tuple[str, Any]:
-        """Name within the source, and what is stored: bytes, an array, or the path of a file."""
+        """Return the name in the source, and the contents: bytes, an array, or a file's path."""
         ...
 
     def stored_bytes(self) -> int:
@@ -74,7 +74,7 @@ class ImageSource(Protocol):
         ...
 
     def listing(self) -> Iterable[str]:
-        """What is known of every image without reading it."""
+        """Return what is known of every image without reading it."""
         ...
 
 
@@ -108,18 +108,18 @@ class ArraySource:
         return f"{self.label}[{index}]"
 
     def header(self, index: int) -> Header:
-        """Shape and dtype of the whole array."""
+        """Return shape and dtype of the whole array."""
         _, height, width, channels = self.array.shape
         return Header(channels, (height, width), self.array.dtype.name, self.array.dtype.name)
 
     def read(
         self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
     ) -> np.ndarray:
-        """One row as (C, H, W)."""
+        """Return one row as (C, H, W)."""
         return self.many(np.array([index]))[0]
 
     def raw(self, index: int) -> tuple[str, Any]:
-        """The row as it is stored; rows have no names."""
+        """Return the row as it is stored; rows have no names."""
         return "", self.array[index]
 
     def stored_bytes(self) -> int:
@@ -127,11 +127,11 @@ class ArraySource:
         return int(self.array.nbytes)
 
     def listing(self) -> Iterable[str]:
-        """Shape and dtype say all."""
+        """Return nothing: the shape and dtype of the array tell everything."""
         return [f"{self.array.shape} {self.array.dtype.str}"]
 
     def many(self, ids: np.ndarray) -> np.ndarray:
-        """Rows as (B, C, H, W), in a dtype that torch has."""
+        """Return rows as (B, C, H, W), in a dtype that torch has."""
         rows = np.ascontiguousarray(self.array[ids].transpose(0, 3, 1, 2))
         rows = rows.astype(rows.dtype.newbyteorder("="), copy=False)
         return rows.astype(np.int64) if rows.dtype in (np.uint32, np.uint64) else rows
@@ -153,7 +153,7 @@ class FolderSource:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """The path."""
+        """Return the path."""
         return str(self.paths[index])
 
     def header(self, index: int) -> Header:
@@ -163,11 +163,11 @@ class FolderSource:
     def read(
         self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
     ) -> np.ndarray:
-        """The decoded file."""
+        """Return the decoded file."""
         return decode(self.paths[index], self.name(index), self.reading, fit, crop)
 
     def raw(self, index: int) -> tuple[str, Any]:
-        """The path in the folder, and the whole one."""
+        """Return the path in the folder, and the whole one."""
         path = self.paths[index]
         return path.relative_to(self.folder).as_posix(), path
 
@@ -176,7 +176,7 @@ class FolderSource:
         return sum(self.sizes)
 
     def listing(self) -> Iterator[str]:
-        """The paths in the folder, with the sizes of the files."""
+        """Return the paths in the folder, with the sizes of the files."""
         for index, size in enumerate(self.sizes):
             yield f"{self.raw(index)[0]} {size}"
 
@@ -201,7 +201,7 @@ class TableSource:
         return len(self.table)
 
     def name(self, index: int) -> str:
-        """Row number, with the file name where the data set has one."""
+        """Return the row number, with the file name where the data set has one."""
         return f"{self.label}[{index}]{path_note(self.table[index][self.column])}"
 
     def header(self, index: int) -> Header:
@@ -211,12 +211,12 @@ class TableSource:
     def read(
         self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
     ) -> np.ndarray:
-        """The decoded file."""
+        """Return the decoded file."""
         file = raw_file(self.table[index][self.column])
         return decode(file, self.name(index), self.reading, fit, crop)
 
     def raw(self, index: int) -> tuple[str, Any]:
-        """File name and bytes, or path, as the row holds them."""
+        """Return file name and bytes, or path, as the row holds them."""
         return raw_row(self.table[index][self.column])
 
     def stored_bytes(self) -> int:
@@ -229,12 +229,12 @@ class TableSource:
 
 
 def reading_of(config: DataConfig) -> Reading:
-    """How the settings say that image files are read."""
+    """Return how the settings say that image files are read."""
     return Reading(config.image_mode, config.background, config.max_image_pixels)
 
 
 def open_source(config: DataConfig) -> ImageSource:
-    """The source that `config.data` names.
+    """Return the source that `config.data` names.
 
     Raises:
         ValueError: nothing there, no image column or several, no array or several.
@@ -280,7 +280,7 @@ def check_place(path: Path) -> None:
 
 
 def load_table(config: DataConfig, *, streaming: bool) -> Any:
-    """What `config.data` names: a `datasets` data set, a Parquet file or a folder of them.
+    """Return what `config.data` names: a `datasets` data set, a Parquet file or a folder of them.
 
     In a folder the file names say which split they are of, as on the Hub (all are `train` where
     they say nothing).
@@ -321,7 +321,7 @@ def commit_of(table: Any) -> str:
 
 
 def _of_split(saved: Any, config: DataConfig) -> Any:
-    """The split that is wanted of what `save_to_disk` wrote: one table, or one for each split."""
+    """Return the wanted split of what `save_to_disk` wrote: one table, or one for each split."""
     if isinstance(saved, dict):
         if config.split not in saved:
             raise ValueError(f"`split` is {config.split!r}; the splits are {', '.join(saved)}")
@@ -335,7 +335,7 @@ def _of_split(saved: Any, config: DataConfig) -> Any:
 
 
 def find_image_column(features: Any, config: DataConfig) -> str:
-    """The column named in the config, or the only one that holds images.
+    """Return the column named in the config, or the only one that holds images.
 
     Raises:
         ValueError: it is not there, or there are none or several.
@@ -358,7 +358,7 @@ def find_image_column(features: Any, config: DataConfig) -> str:
 
 
 def raw_file(value: dict[str, Any] | None) -> io.BytesIO | Path | None:
-    """What PIL can open, from an undecoded `datasets` image; None where the row has no image."""
+    """Return what PIL can open of an undecoded `datasets` image; None if there is no image."""
     if value is None:
         return None
     if value["bytes"] is not None:
@@ -367,12 +367,12 @@ def raw_file(value: dict[str, Any] | None) -> io.BytesIO | Path | None:
 
 
 def path_note(value: dict[str, Any] | None) -> str:
-    """The file name of an undecoded `datasets` image in brackets, or nothing."""
+    """Return the file name of an undecoded `datasets` image in brackets, or nothing."""
     return f" ({value['path']})" if value and value["path"] else ""
 
 
 def raw_row(value: dict[str, Any] | None) -> tuple[str, Any]:
-    """Name and contents of an undecoded `datasets` image, as `ImageSource.raw` gives them."""
+    """Return name and contents of an undecoded `datasets` image, as `ImageSource.raw` does."""
     if value is None:
         return "", None
     name = Path(value["path"]).name if value["path"] else ""

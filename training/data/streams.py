@@ -57,7 +57,7 @@ class ListSource:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """Place in the stream, with the file name where there is one."""
+        """Return the place in the stream, with the file name where there is one."""
         return f"{self.label}[{index}]{path_note(self.rows[index])}"
 
     def header(self, index: int) -> Any:
@@ -67,11 +67,11 @@ class ListSource:
     def read(
         self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
     ) -> np.ndarray:
-        """The decoded image."""
+        """Return the decoded image."""
         return decode(raw_file(self.rows[index]), self.name(index), self.reading, fit, crop)
 
     def raw(self, index: int) -> tuple[str, Any]:
-        """File name and bytes, or path, as the row holds them."""
+        """Return file name and bytes, or path, as the row holds them."""
         return raw_row(self.rows[index])
 
     def stored_bytes(self) -> int:
@@ -79,17 +79,17 @@ class ListSource:
         return sum(len(row["bytes"] or b"") for row in self.rows if row is not None)
 
     def listing(self) -> Iterable[str]:
-        """All that is kept can be read."""
+        """Return nothing: every image that is kept can be read."""
         return ()
 
 
 def held_out_of_stream(validate_every: int, validation_images: int) -> int:
-    """How many images at the start of a stream are not trained on."""
+    """Return how many images at the start of a stream are not trained on."""
     return validation_images if validate_every else 0
 
 
 def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData | None]:
-    """The stream, its first images, and those of them that are held out.
+    """Return the stream, its first images, and those of them that are held out.
 
     The first images say what all are like, and are the reference of the Frechet distance; the
     first `validation_images` are held out if `validate_every` is set.
@@ -178,11 +178,11 @@ class StreamBatches(IterableDataset[Batch]):
         self.place = (0, 0)  # epoch and image of it, where the first batch begins
 
     def ids(self, step: int) -> np.ndarray:
-        """Images of a stream have no numbers: the count of images seen before, (G,)."""
+        """Return the count of images seen before each, (G,): images of a stream have no numbers."""
         return np.arange(step * self.share.batch_size, (step + 1) * self.share.batch_size)
 
     def names(self, ids: np.ndarray) -> list[str]:
-        """What to call the images of `ids` in a report."""
+        """Return what to call the images of `ids` in a report."""
         return [f"{self.stream.config.data}, image {i} of the shuffled stream" for i in ids]
 
     def __iter__(self) -> Iterator[Batch]:

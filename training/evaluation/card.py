@@ -35,7 +35,7 @@ def check_card(card: dict[str, Any]) -> None:
 
 
 def render_example(results: dict[str, Any]) -> str:
-    """The card of an example model, from its metrics.json alone: no figure is written by hand.
+    """Return the card of an example model, from its metrics.json alone.
 
     Args:
         results: of `evaluate`, with `card`.
@@ -94,7 +94,7 @@ def render_example(results: dict[str, Any]) -> str:
 
 
 def best_cells(table: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The cell with the smallest Frechet distance for each number of steps."""
+    """Return the cell with the smallest Frechet distance for each number of steps."""
     best: dict[int, dict[str, Any]] = {}
     for cell in table["cells"]:
         kept = best.get(cell["steps"])

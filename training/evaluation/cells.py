@@ -192,7 +192,7 @@ class Evaluation:
         return spaces.make_feature_space(name, self.reference.shape).to(self.device)
 
     def classifier_path(self) -> Path:
-        """Where the classifier is, or will be."""
+        """Return where the classifier is, or will be."""
         return Path(self.config.classifier or self.folder / "classifier.safetensors")
 
     def _classifier(self) -> Path:
@@ -215,7 +215,7 @@ class Evaluation:
         return path
 
     def _is_own(self, path: Path) -> bool:
-        """Whether the folder's own classifier is whole; it is trained anew if not.
+        """Return whether the folder's own classifier is whole; it is trained anew if not.
 
         Raises:
             ValueError: it was trained in another way than is asked for.
@@ -238,7 +238,7 @@ class Evaluation:
         return True
 
     def _real(self, name: str) -> Reference:
-        """Features of the real images, from the cache where they are in it."""
+        """Return features of the real images, from the cache where they are in it."""
         parts = {"train": (self.reference, self.order)}
         parts["held_out"] = (self.held_out, np.arange(len(self.held_out)))
         digest = hashlib.sha256(spaces.fingerprint(name, self.networks[name]).encode())
@@ -270,7 +270,7 @@ class Evaluation:
     def _kept_features(
         self, path: Path, fingerprint: str, rows: dict[str, int]
     ) -> dict[str, torch.Tensor] | None:
-        """The features in a file of the cache; None if there is none, or none that is whole."""
+        """Return the features in a file of the cache; None if it is missing or damaged."""
         if not path.exists():
             return None
         try:
@@ -292,11 +292,11 @@ class Evaluation:
         return self._joined(mine)
 
     def _features(self, name: str, images: np.ndarray) -> torch.Tensor:
-        """Features of uint8 images (B, H, W, C)."""
+        """Return features of uint8 images (B, H, W, C)."""
         return spaces.extract(self.networks[name], from_uint8(images))
 
     def _joined(self, mine: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """The rows of all processes, in the order of their positions."""
+        """Return the rows of all processes, in the order of their positions."""
         found = self.team.gather([(start, value.numpy()) for start, value in mine])
         return torch.cat(
             [torch.from_numpy(value) for _, value in sorted(found, key=lambda f: f[0])]
@@ -310,7 +310,7 @@ class Evaluation:
         return self.pipe.sibling(GenerationPipeline, scheduler=scheduler)
 
     def unsaid(self, cell: Cell) -> dict[str, Any]:
-        """The settings of a cell's scheduler that are no defaults and that its row's name omits.
+        """Return the settings of a cell's scheduler that are no defaults and not in the row's name.
 
         What describes the process is the network's, the same in every row.
         """
@@ -333,11 +333,11 @@ class Evaluation:
         )
 
     def path_of(self, cell: Cell) -> Path:
-        """The file of a cell's figures."""
+        """Return the file of a cell's figures."""
         return self.folder / "cells" / f"{cell.label}.json"
 
     def _kept(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's file holds; nothing if there is none, or none that is whole."""
+        """Return what a cell's file holds; nothing if it is missing or damaged."""
         path = self.path_of(cell)
         if not path.exists():
             return {}
@@ -354,7 +354,7 @@ class Evaluation:
             self.progress(line)
 
     def _has_preview(self, cell: Cell, kept: dict[str, Any]) -> bool:
-        """Whether a cell's first images are there, and those of its figures."""
+        """Return whether a cell's first images are there, and those of its figures."""
         path = self.path_of(cell).with_suffix(".npz")
         if not path.exists():
             return False
@@ -368,7 +368,7 @@ class Evaluation:
         return True
 
     def missing(self, cell: Cell) -> list[str]:
-        """The feature spaces in which a cell is still to be measured."""
+        """Return the feature spaces in which a cell is still to be measured."""
         kept = self._kept(cell)
         if not kept or not self._has_preview(cell, kept):
             return list(self.config.features)
@@ -381,7 +381,7 @@ class Evaluation:
         ]
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        """The figures of a cell: from its file, or by sampling what is missing.
+        """Return the figures of a cell: from its file, or by sampling what is missing.
 
         Raises:
             ValueError: if the folder holds the cell with other settings, naming what differs.
@@ -472,7 +472,7 @@ class Evaluation:
         return {"fingerprint": real.fingerprint, "n": len(real.train)}
 
     def figures(self, name: str, fake: torch.Tensor) -> dict[str, Any]:
-        """All figures of features (n, F) in a feature space, each with what it was compared to."""
+        """Return all figures of features (n, F), each with what it was compared to."""
         real = self.real[name]
         k = min(self.config.neighbours, len(fake) - 1)
         shuffled = np.random.default_rng(self.config.seed).permutation(len(real.train))
@@ -497,7 +497,7 @@ class Evaluation:
         return found
 
     def real_images(self, n: int) -> dict[str, Any]:
-        """Figures of n held-out images, in each feature space: what a perfect sampler would get.
+        """Measure n held-out images in each feature space, as if a perfect sampler had made them.
 
         If fewer are held out, all of them; their figures then have an n of their own.
         """
@@ -547,7 +547,7 @@ class Evaluation:
         return best, where
 
     def preview(self, cell: Cell) -> np.ndarray:
-        """The first images of a measured cell, uint8 (n, H, W, C)."""
+        """Return the first images of a measured cell, uint8 (n, H, W, C)."""
         path = self.path_of(cell).with_suffix(".npz")
         channels, height, width = self.pipe.image_shape
         shape = (min(PREVIEW, cell.n), height, width, channels)
@@ -655,13 +655,13 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
 
 
 def _counted(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct notes, in the order of their first cells, each with its number of cells."""
+    """Return the distinct notes in the order of their first cells, with the numbers of cells."""
     distinct = [note for i, note in enumerate(notes) if note not in notes[:i]]
     return [{**note, "cells": notes.count(note)} for note in distinct]
 
 
 def summarise(cells: list[dict[str, Any]], features: list[str]) -> list[dict[str, Any]]:
-    """Cells of the same row and steps in one: means over the repetitions, with their spread."""
+    """Join cells of the same row and steps: means over the repetitions, with their spread."""
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for cell in cells:
         grouped.setdefault((cell["row"], cell["steps"]), []).append(cell)
@@ -697,7 +697,7 @@ def _mean_and_std(values: list[float]) -> dict[str, float | None]:
 
 
 def about(evaluation: Evaluation) -> dict[str, Any]:
-    """What the figures depend on besides the cells, as JSON types."""
+    """Return what the figures depend on besides the cells, as JSON types."""
     config = evaluation.config
     classifier = None
     if CLASSIFIER in config.features:
@@ -755,7 +755,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this package's source, None where it is not in a git repository."""
+    """Return the commit of this package's source, None where it is not in a git repository."""
     folder = Path(__file__).parent
     done = (
         subprocess.run(
@@ -816,12 +816,12 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
 
 
 def from_uint8(images: np.ndarray) -> torch.Tensor:
-    """Images uint8 (B, H, W, C) as (B, C, H, W) in [-1, 1], float32."""
+    """Return images uint8 (B, H, W, C) as (B, C, H, W) in [-1, 1], float32."""
     return torch.from_numpy(images).movedim(-1, 1).float().div(127.5).sub(1)
 
 
 def as_uint8_sees(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] after a round trip through uint8."""
+    """Return images in [-1, 1] after a round trip through uint8."""
     return from_uint8(to_uint8(images))
 
 

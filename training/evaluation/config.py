@@ -106,7 +106,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """A name for its files."""
+        """Return a name for its files."""
         return f"{slug(self.row.name)}-S{self.steps}-n{self.n}-r{self.repeat}"
 
 
@@ -233,7 +233,7 @@ class EvaluationConfig:
 
     @property
     def cells(self) -> list[Cell]:
-        """The cells of all tables in order, each once."""
+        """Return the cells of all tables in order, each once."""
         return _unique(cell for table in self.tables for cell in table.cells)
 
 
@@ -396,13 +396,13 @@ def _checked_row(row: Row, where: str) -> Row:
 
 
 def defaults_of(scheduler: str) -> dict[str, Any]:
-    """The settings of a scheduler class with their defaults."""
+    """Return the settings of a scheduler class with their defaults."""
     parameters = inspect.signature(scheduler_class(scheduler)).parameters  # type: ignore[arg-type]
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def scheduler_class(name: str) -> type | None:
-    """The scheduler class of this package or of diffusers with that name, None if there is none."""
+    """Return the scheduler class of that name, of this package or of diffusers, or None."""
     import diffusers
 
     import ddim_schedulers
@@ -415,7 +415,7 @@ def scheduler_class(name: str) -> type | None:
 
 
 def _unique(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells, each once; raises `ValueError` if one name stands for two schedulers."""
+    """Return the cells, each once; raises `ValueError` if one name stands for two schedulers."""
     kept: dict[str, Cell] = {}
     for cell in cells:
         first = kept.setdefault(cell.label, cell)

@@ -73,7 +73,7 @@ def curves(
 
 
 def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
-    """Rows of samples, the same seeds in each: a row for each scheduler, a block for each S."""
+    """Return rows of samples from the same seeds: one for each scheduler, a block for each S."""
     cells = {
         (c.row.name, c.steps): c
         for t in evaluation.config.tables
@@ -98,7 +98,7 @@ def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
 
 
 def nearest_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
-    """Samples above their nearest training images."""
+    """Return samples above their nearest training images."""
     found = table["memorisation"]
     cell = next(
         c

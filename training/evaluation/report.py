@@ -19,7 +19,7 @@ from ddim_schedulers.training.evaluation.tables import (
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report as a Markdown page."""
+    """Return the report as a Markdown page."""
     lines = ["# Evaluation", ""]
     if results["not_run"]:
         lines += [f"**{results['not_run']}**", ""]
@@ -31,7 +31,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def short(results: dict[str, Any]) -> str:
-    """What the terminal shows: row by S the first figure of every feature space."""
+    """Return what the terminal shows: row by S the first figure of every feature space."""
     lines = []
     for table in results["tables"]:
         lines += [f"## {table['name']}", "", *distances(table, results), *unsaid_lines(table)]

@@ -20,7 +20,7 @@ SCALE = {"kernel": 1000.0}
 
 
 def how(results: dict[str, Any]) -> list[str]:
-    """How the figures were got, in a few sentences."""
+    """Return how the figures were got, in a few sentences."""
     data, network = results["data"], results["network"]
     lines = [
         f"Reference: {data['reference_n']:,} images of {data['name']}, {shape(data['shape'])}; "
@@ -67,7 +67,7 @@ def shape(chw: Sequence[int]) -> str:
 
 
 def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    """One table: Frechet distance row by S in each feature space, then everything."""
+    """Return one table: Frechet distance row by S in each feature space, then everything."""
     stem = slug(table["name"])
     lines = distances(table, results) + unsaid_lines(table)
     if table["missing"]:
@@ -84,7 +84,7 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
 
 def distances(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    """The Frechet distance of a table, row by S, in each feature space."""
+    """Return the Frechet distance of a table, row by S, in each feature space."""
     lines: list[str] = []
     for name in results["features"]:
         real = table["real"][name]
@@ -103,7 +103,7 @@ def distances(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
 
 def unsaid_lines(table: dict[str, Any]) -> list[str]:
-    """What the names of the rows do not say of their schedulers: settings that are no defaults."""
+    """Return the settings that are no defaults and that the names of the rows do not say."""
     groups: dict[str, list[str]] = {}
     for row, settings in table.get("unsaid", {}).items():  # an earlier version recorded none
         if settings:
@@ -118,7 +118,7 @@ def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:
 
 
 def everything(table: dict[str, Any], name: str) -> list[str]:
-    """All figures of a table in one feature space, a line for each cell."""
+    """Return all figures of a table in one feature space, a line for each cell."""
     columns = [c for c in COLUMNS if any(c[1] in cell["metrics"][name] for cell in table["cells"])]
     head = ["", "S", "seeds", *(c[0] for c in columns), "network calls", "seconds", "images/s"]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
@@ -141,7 +141,7 @@ def everything(table: dict[str, Any], name: str) -> list[str]:
 
 
 def nearest_lines(table: dict[str, Any], stem: str) -> list[str]:
-    """Whether samples lie closer to training images than other real images do."""
+    """Return whether samples lie closer to training images than other real images do."""
     found = table["memorisation"]
     return [
         f"Nearest training images of {found['n']} samples ({found['row']}, S = {found['steps']}): "
@@ -157,7 +157,7 @@ def nearest_lines(table: dict[str, Any], stem: str) -> list[str]:
 
 
 def expectations(results: dict[str, Any]) -> list[str]:
-    """Figures of others beside ours, for a recipe that names them."""
+    """Return figures of others beside ours, for a recipe that names them."""
     if not results["expected"]:
         return []
     head = ["row", "S", "features", "figure", "expected", "tolerance", "source", "found", "within"]
@@ -195,7 +195,7 @@ def pivot(
     rank: Callable[[dict[str, Any]], float] | None = None,
     row: str = "row",
 ) -> list[str]:
-    """A Markdown table with a line for each row and a column for each number of steps.
+    """Return a Markdown table with a line for each row and a column for each number of steps.
 
     Args:
         cells: with the keys `row` and `steps`.

@@ -62,7 +62,7 @@ class Calibration:
 
 
 def calibration_of(result: Pass, clip: float | None, seed: int) -> Calibration:
-    """Means and standard errors of a pass over all timesteps, with two images or more."""
+    """Return means and standard errors of a pass over all timesteps, with two images or more."""
     n = result.statistics.shape[1]
     means = result.statistics.mean(1)
     errors = result.statistics.std(1) / math.sqrt(n)
@@ -272,7 +272,7 @@ def undo(config_file: Path) -> Path:
 
 
 def _kept(config_file: Path) -> list[Path]:
-    """The configs that calibrations replaced, the oldest first: `NAME.1.bak`, `NAME.2.bak`, ..."""
+    """Return the configs that calibrations replaced, oldest first: `NAME.1.bak`, ..."""
     found = []
     while (path := config_file.with_name(f"{config_file.name}.{len(found) + 1}{KEPT}")).is_file():
         found.append(path)
@@ -280,7 +280,7 @@ def _kept(config_file: Path) -> list[Path]:
 
 
 def summary(calibration: Calibration, timesteps: Sequence[int]) -> list[str]:
-    """Lines of a table: statistics and standard errors at some timesteps."""
+    """Return lines of a table: statistics and standard errors at some timesteps."""
     lines = [f"{'t':>6} {'gamma':>20} {'eps_error':>20} {'x0_error':>20}"]
     for t in timesteps:
         cells = []

@@ -62,7 +62,7 @@ def measure(
     seed: int,
     chunk: int,
 ) -> dict[str, torch.Tensor]:
-    """One part: `statistics` (3, B, n) of the images (B, C, H, W), and `x0_hat` at timestep 0."""
+    """Measure one part: `statistics` (3, B, n) of images (B, C, H, W), `x0_hat` at timestep 0."""
     x0, before = images.to(torch.float64), alpha_bar_before(subject.alpha_bar)
     rows, first = [], torch.empty(0)
     for t in timesteps:
@@ -209,11 +209,11 @@ class _Parts:
         self.claimed = json.dumps(self.claim, sort_keys=True)
 
     def about(self, part: tuple[int, int]) -> str:
-        """What a part is of, for its check sum."""
+        """Return what a part is of, for its check sum."""
         return f"{self.claimed} {part}"
 
     def read(self, part: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """The tensors of a part.
+        """Return the tensors of a part.
 
         Raises:
             DamagedFileError: it is not what was written.
@@ -232,7 +232,7 @@ class _Parts:
         return found
 
     def is_whole(self, part: tuple[int, int], tell: bool) -> bool:
-        """Whether a part is there and whole; else it is measured, and if damaged that is told."""
+        """Return whether a part exists and is whole; a damaged one is told and measured anew."""
         if not _file(self.work_dir, part).exists():
             return False
         try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds the flags; names and meanings are those of `ddim-schedulers train`."""
+    """Add the flags; names and meanings are those of `ddim-schedulers train`."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -59,7 +59,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
 
 
 def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
-    """The images that the flags name, checked against the network.
+    """Return the images that the flags name, checked against the network.
 
     Raises:
         ValueError: as the trainer's `load_data`, or for images of other channels or another size.

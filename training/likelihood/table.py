@@ -82,7 +82,7 @@ class Row:
 
 
 def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
-    """The chains of the table.
+    """Return the chains of the table.
 
     Raises:
         ValueError: before any work, for whatever `make_plan` refuses, a learned variance without a
@@ -143,7 +143,7 @@ def evaluate(
     team: Team | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """The table as plain data: `settings`, `rows` and the `cost`.
+    """Return the table as plain data: `settings`, `rows` and the `cost`.
 
     Each row has the trajectory, `total`, `prior` (L_T), `rate` (sum of L_{t-1}) and `decoder` (L_0)
     in bits per dimension, each with its standard error over the images, and, with all t, the
@@ -304,7 +304,7 @@ def _report(row: Row, terms: Terms, settings: LikelihoodSettings) -> dict[str, A
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Lines of the table: bits per dimension with standard errors, one column for each S."""
+    """Return lines of the table: bits per dimension with standard errors, one column for each S."""
     counts = sorted({row["steps"] for row in report["rows"]})
     cells = {(r["trajectory"], r["variance"], r["steps"]): r for r in report["rows"]}
     kinds = list(dict.fromkeys((r["trajectory"], r["variance"]) for r in report["rows"]))

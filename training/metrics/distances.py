@@ -127,7 +127,9 @@ def _radius(rows: Tensor, k: int) -> Tensor:
 
 
 def inception_score(logits: Tensor) -> float:
-    """The exponential of the mutual information of image and class, 1 .. K (arXiv:1606.03498).
+    """Return the Inception score, 1 .. K (arXiv:1606.03498).
+
+    It is the exponential of the mutual information of image and class.
 
     Args:
         logits: (n, K) of a classifier.

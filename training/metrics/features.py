@@ -93,7 +93,7 @@ class SmallClassifier(torch.nn.Module):
         return self.body(images)
 
     def head(self, features: Tensor) -> Tensor:
-        """Features (B, 128) to logits (B, K)."""
+        """Return the logits (B, K) of features (B, 128)."""
         return self.output(features)
 
 
@@ -117,7 +117,7 @@ class InceptionFeatures(torch.nn.Module):
         return self.network(((_colour(images) + 1) * 127.5).round().to(torch.uint8))[0]
 
     def head(self, features: Tensor) -> Tensor:
-        """Logits (B, 1008) without the bias, of which the published Inception scores are made."""
+        """Return logits (B, 1008) without the bias, as the published Inception scores use them."""
         return features @ self.network.fc.weight.T
 
 
@@ -158,7 +158,7 @@ def _colour(images: Tensor) -> Tensor:
 
 
 def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The network of a feature space, in evaluation mode on the CPU.
+    """Return the network of a feature space, in evaluation mode on the CPU.
 
     Args:
         name: see the module's text.
@@ -248,7 +248,7 @@ def fingerprint(name: str, network: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def extract(network: torch.nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
-    """Features (n, F) on the CPU, in the network's dtype.
+    """Return the features (n, F) of images on the CPU, in the network's dtype.
 
     Args:
         network: of `make_feature_space`, on any device.
@@ -380,7 +380,7 @@ def load_classifier(path: str | Path) -> SmallClassifier:
 
 
 def classifier_record(path: str | Path) -> dict[str, Any]:
-    """The record that `train_classifier` made of the classifier in a file."""
+    """Return the record that `train_classifier` made of the classifier in a file."""
     return _read_classifier(path)[1]
 
 
@@ -412,6 +412,6 @@ def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]
 
 
 def class_names(labels: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-    """Distinct labels in order, and for each label its number 0 .. K - 1, (n,) int64."""
+    """Return distinct labels in order, and for each label its number 0 .. K - 1, (n,) int64."""
     names, numbers = np.unique(np.asarray(labels), return_inverse=True)
     return names.tolist(), numbers.reshape(-1).astype(np.int64)

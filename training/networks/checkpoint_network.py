@@ -17,7 +17,7 @@ from ddim_schedulers.training.networks.places import STATE
 def load_checkpoint(
     folder: Path, weights: str = "averaged"
 ) -> tuple[UNet2DModel, MarkovianDDPMScheduler, str]:
-    """The network of a checkpoint in evaluation mode, the scheduler of its run, and what it is.
+    """Return a checkpoint's network in evaluation mode, its run's scheduler, and a description.
 
     Args:
         folder: the checkpoint.

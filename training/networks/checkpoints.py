@@ -52,17 +52,17 @@ class CheckpointError(RuntimeError):
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies under `root`."""
+    """Return where the checkpoint of `step` lies under `root`."""
     return root / f"{PREFIX}{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(folder.name.removeprefix(PREFIX))
 
 
 def listed(root: Path) -> list[Path]:
-    """The checkpoints under `root`, newest first; whole or not is for `verify` to say.
+    """Return the checkpoints under `root`, newest first; `verify` says whether they are whole.
 
     Those of failed sessions are not among them, see `failed_in`.
     """
@@ -70,7 +70,7 @@ def listed(root: Path) -> list[Path]:
 
 
 def failed_in(root: Path) -> list[Path]:
-    """The checkpoints of failed sessions under `root`, newest first."""
+    """Return the checkpoints of failed sessions under `root`, newest first."""
     return [p for p in _folders(root) if (p / FAILED).exists()]
 
 
@@ -88,7 +88,7 @@ def names_in(root: Path) -> set[str]:
 def write(
     root: Path, step: int, files: Mapping[str, bytes], check: Callable[[], None] = lambda: None
 ) -> Path:
-    """Writes a whole checkpoint or nothing.
+    """Write a whole checkpoint or nothing.
 
     Args:
         root: the folder of the checkpoints.
@@ -125,7 +125,7 @@ def write(
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes and flushes one file."""
+    """Write and flush one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as file:
         file.write(data)
@@ -134,7 +134,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Make the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,7 +143,7 @@ def flush_folder(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Deletes a folder; if that is interrupted, what is left no longer looks like a checkpoint."""
+    """Delete a folder; if that is interrupted, what is left no longer looks like a checkpoint."""
     if folder.exists():
         moved = folder.with_name(f"{DISCARDED}{folder.name}-{secrets.token_hex(6)}")
         os.replace(folder, moved)
@@ -157,7 +157,7 @@ def prune(
     best_step: int | None,
     known: Container[str] | None = None,
 ) -> None:
-    """Deletes all but the last `keep_last` checkpoints and the best, and what dead runs left.
+    """Delete all but the last `keep_last` checkpoints and the best, and what dead runs left.
 
     Call it after the checkpoint of `step` was written. Those of later steps go first: a run that
     was resumed before them has passed them over as damaged, or replaces them. Nothing is deleted
@@ -214,7 +214,7 @@ def _verify_file(folder: Path, name: str, entry: Any) -> str | None:
 
 
 def newest_whole(root: Path) -> Path | None:
-    """The newest checkpoint that is whole; every damaged one on the way is warned about.
+    """Return the newest checkpoint that is whole; every damaged one on the way is warned about.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
@@ -233,7 +233,7 @@ def newest_whole(root: Path) -> Path | None:
 
 
 def chosen(resume: str, root: Path) -> Path | None:
-    """The checkpoint that the setting `resume` means; None starts from the beginning.
+    """Return the checkpoint that the setting `resume` means; None starts from the beginning.
 
     Raises:
         ValueError: 'never' while there are checkpoints, or a path that is no checkpoint.
@@ -264,7 +264,7 @@ def chosen(resume: str, root: Path) -> Path | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The state of every parameter under `<index>.<name>`."""
+    """Return the state of every parameter under `<index>.<name>`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         f"{index}.{name}": value
@@ -277,7 +277,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`; moments get the memory format of their parameter.
+    """Return the inverse of `optimizer_tensors`; moments get the memory format of their parameter.
 
     Raises:
         CheckpointError: they are of other parameters.
@@ -299,12 +299,12 @@ def restore_optimizer(
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there is no room left, on the disk or under a quota."""
+    """Return whether there is no room left, on the disk or under a quota."""
     return error.errno in _FULL
 
 
 def describe_failure(root: Path, step: int, error: OSError) -> str:
-    """What could not be written, why, and what is left."""
+    """Return what could not be written, why, and what is left."""
     why = "the disk is full" if is_full(error) else str(error.strerror or error)
     whole = next((folder for folder in listed(root) if verify(folder) is None), None)
     left = f"the last good checkpoint is {whole}" if whole else "there is no checkpoint yet"

@@ -86,7 +86,7 @@ def make_unet(
     learned_variance: bool = False,
     dropout: float | None = None,
 ) -> UNet2DModel:
-    """A new UNet with random weights from the global generator.
+    """Return a new UNet with random weights from the global generator.
 
     Args:
         model: a name in `PRESETS`, or a UNet2DModel config file (JSON), whose in_channels,
@@ -117,7 +117,7 @@ def make_unet(
 def load_unet(
     path: str, *, channels: int, size: tuple[int, int], learned_variance: bool
 ) -> UNet2DModel:
-    """A trained UNet from a pipeline or UNet folder or a Hub name, in float32.
+    """Return a trained UNet from a pipeline or UNet folder or a Hub name, in float32.
 
     Raises:
         ValueError: nothing there, class-conditional, or channels or size that do not fit.
@@ -141,7 +141,7 @@ def load_unet(
 
 
 def make_scheduler(config: ProcessConfig) -> MarkovianDDPMScheduler:
-    """The process that the network is trained for, with a sampler that is clean in few steps.
+    """Return the network's training process with a sampler whose few-step samples are clean.
 
     A pipeline records the one by the other. sigma-hat (`fixed_large`) adds more noise than the
     last steps of a short trajectory can remove, and `leading` ends at a t whose noise stays.

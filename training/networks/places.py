@@ -82,12 +82,12 @@ def _of_run(folder: Path, option: str, weights: str) -> Place:
 
 
 def _younger(checkpoint: Path, pipeline: Path) -> bool:
-    """Whether a run that had made its pipeline went on after it."""
+    """Return whether a run that had made its pipeline went on after it."""
     return (checkpoint / STATE).stat().st_mtime > pipeline.stat().st_mtime
 
 
 def pipeline_folder(place: str, option: str = "pipeline") -> str:
-    """The folder or Hub name of a saved pipeline; that of a run is its pipeline.
+    """Return the folder or Hub name of a saved pipeline; that of a run is its pipeline.
 
     Raises:
         ValueError: as `find`, or a checkpoint, of which a pipeline is to be made first.

@@ -105,7 +105,7 @@ class Objective:
         self.rows = torch.stack(rows, dim=1)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Objective":
-        """Moves the tables; call once before training."""
+        """Move the tables; call once before training."""
         self.rows = self.rows.to(device=device, dtype=dtype)
         return self
 
@@ -117,7 +117,7 @@ class Objective:
     def __call__(
         self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each sample and its unweighted squared error, both (B,).
+        """Return the loss of each sample and its unweighted squared error, both (B,).
 
         Args:
             output: of the network, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
@@ -172,7 +172,7 @@ class Objective:
 
 
 def make_objective(config: TrainingConfig, levels: int | None) -> Objective:
-    """The objective of a run.
+    """Return the objective of a run.
 
     Raises:
         ValueError: a gamma file with the wrong number of weights, weights that are not finite (for
@@ -201,7 +201,7 @@ def make_objective(config: TrainingConfig, levels: int | None) -> Objective:
 
 
 def bound_variance(variance_type: str) -> str:
-    """The variance of the bound that a setting `variance_type` stands for."""
+    """Return the variance of the bound that a setting `variance_type` stands for."""
     return "fixed_large" if variance_type == "auto" else variance_type
 
 
@@ -228,7 +228,7 @@ def loss_weights(config: TrainingConfig, alpha_bar: torch.Tensor) -> torch.Tenso
 def gamma_of_family(
     alpha_bar: torch.Tensor, eta: float = 1.0, timesteps: list[int] | None = None
 ) -> torch.Tensor:
-    """The weights with which L_gamma + C is J_sigma, in nats for the sum over pixels of an image.
+    """Return the weights with which L_gamma + C is J_sigma, in nats per image.
 
     Args:
         alpha_bar: (T,) float64.
@@ -269,7 +269,7 @@ def gamma_exact(
 def bin_log_likelihood(
     x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, levels: int | None
 ) -> torch.Tensor:
-    """Log p of the pixel's bin under N(mean, std^2), elementwise, in nats (DDPM, Eq. 13).
+    """Return log p of the pixel's bin under N(mean, std^2), elementwise, in nats (DDPM, Eq. 13).
 
     Bins have half-width 1 / (levels - 1) in [-1, 1]; the first and last are open; a floor of 1e-12
     keeps the logarithm finite. With `levels` None it is the log-density, for data that are
@@ -291,7 +291,7 @@ def bin_log_likelihood(
 
 
 def read_vector(path: str) -> torch.Tensor:
-    """A 1-d float64 tensor from a .npy, .json or text file.
+    """Return a 1-d float64 tensor from a .npy, .json or text file.
 
     Raises:
         ValueError: not there, or not a vector of numbers.
@@ -316,7 +316,7 @@ def _per_image(values: torch.Tensor) -> torch.Tensor:
 def _error_rows(
     alpha_bar: torch.Tensor, prediction_type: str, weights: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Columns 0-4: x_t and the target as combinations of (x_0, eps), and the weight."""
+    """Return columns 0-4: x_t and the target as combinations of (x_0, eps), and the weight."""
     before, one, zero = (
         alpha_bar_before(alpha_bar),
         torch.ones_like(alpha_bar),
@@ -334,7 +334,7 @@ def _error_rows(
 def _bound_rows(
     alpha_bar: torch.Tensor, prediction_type: str, variance_type: str
 ) -> list[torch.Tensor]:
-    """Columns 5-11: the model's and the true posterior mean, and log-variances true, low, high."""
+    """Return columns 5-11: both posterior means, and log-variances true, low, high."""
     before = alpha_bar_before(alpha_bar)
     k_x0, k_xt = posterior_mean_coefficients(alpha_bar, before)
     if prediction_type == "posterior_mean":

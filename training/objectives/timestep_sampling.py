@@ -15,7 +15,7 @@ class UniformTimesteps:
         self.steps = steps
 
     def draw(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Timesteps (B,) int64, and weights of their losses (None: all 1)."""
+        """Draw timesteps (B,) int64; return them and the weights of their losses (None: all 1)."""
         return (u * self.steps).long().clamp_(max=self.steps - 1), None
 
     def update(self, t: torch.Tensor, loss: torch.Tensor) -> None:
@@ -61,14 +61,14 @@ class LossAwareTimesteps:
         return torch.where((self.seen[:-1] >= self.history).all(), p, even)
 
     def draw(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Timesteps (B,) int64 with distribution p, and the weights 1 / (T p_t), (B,) float64."""
+        """Draw timesteps (B,) int64 from p; return them and the weights 1 / (T p_t), float64."""
         p = self.probabilities()
         edges = p.cumsum(0)
         t = torch.searchsorted(edges, u * edges[-1], right=True).clamp_(max=self.steps - 1)
         return t, 1 / (self.steps * p[t])
 
     def update(self, t: torch.Tensor, loss: torch.Tensor) -> None:
-        """Takes the losses (n,) seen at t (n,), in the order of the global batch.
+        """Take the losses (n,) seen at t (n,), in the order of the global batch.
 
         Losses that are not finite are left out.
         """
@@ -91,11 +91,11 @@ class LossAwareTimesteps:
         self.seen[-1].zero_()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tables; equal on all processes, because every process takes all losses."""
+        """Return the tables; equal on all processes, because every process takes all losses."""
         return {"losses": self.losses, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores the tables in place."""
+        """Restore the tables in place."""
         self.losses.copy_(state["losses"])
         self.seen.copy_(state["seen"])
 
@@ -106,7 +106,7 @@ TimestepSampler = UniformTimesteps | LossAwareTimesteps
 def make_timestep_sampler(
     kind: str, steps: int, history: int, uniform: float, device: torch.device | str
 ) -> TimestepSampler:
-    """The sampler that the setting `timestep_sampling` names (checked by the config)."""
+    """Return the sampler that the setting `timestep_sampling` names (checked by the config)."""
     if kind == "loss_aware":
         return LossAwareTimesteps(steps, history, uniform, device)
     return UniformTimesteps(steps)

@@ -23,7 +23,7 @@ NEGLIGIBLE, NEGLIGIBLE_IN_HALF = 1e-6, 1e-4
 
 
 def loses_gradients(device: torch.device) -> bool:
-    """Whether compiled upsampling may lose gradients here: on the CPU, with torch below 2.14."""
+    """Return whether compiled upsampling may lose gradients: on the CPU, with torch < 2.14."""
     return device.type == "cpu" and torch.__version__ < "2.14"  # compares as a version, not as text
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def report(trainer: "Trainer") -> str:
-    """Does one step to warm up and one to measure; writes nothing to `output_dir`.
+    """Do one step to warm up and one to measure; write nothing to `output_dir`.
 
     Returns:
         Text for the terminal: settings, data, parameters, memory, loss of the first step, time.

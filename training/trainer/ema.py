@@ -43,20 +43,20 @@ class AveragedUNet:
 
     @property
     def name(self) -> str:
-        """Which weights `unet` has: 'ema' or 'raw'. Every report says it."""
+        """Return which weights `unet` has, 'ema' or 'raw', as every report says."""
         return "raw" if self.ema is None else "ema"
 
     def step(self) -> None:
-        """Moves the average towards the weights of the network in training."""
+        """Move the average towards the weights of the network in training."""
         if self.ema is not None:
             self.ema.step(self.source.parameters())
 
     def state_dict(self) -> dict[str, int]:
-        """The clock of the warm-up; the weights are saved as a UNet."""
+        """Return the clock of the warm-up; the weights are saved as a UNet."""
         return {} if self.ema is None else {"optimization_step": self.ema.optimization_step}
 
     def load(self, weights: dict[str, torch.Tensor], state: dict[str, int]) -> None:
-        """Restores weights and clock in place."""
+        """Restore weights and clock in place."""
         if self.ema is not None:
             copy_into(self.unet.named_parameters(), weights)
             self.ema.optimization_step = state["optimization_step"]
@@ -66,7 +66,7 @@ class AveragedUNet:
 def copy_into(
     parameters: Iterable[tuple[str, torch.Tensor]], weights: dict[str, torch.Tensor]
 ) -> None:
-    """Copies named `weights` into `parameters` in place, keeping device and memory format.
+    """Copy named `weights` into `parameters` in place, keeping device and memory format.
 
     Raises:
         ValueError: a name or shape that does not match.

@@ -63,7 +63,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def settle() -> None:
-    """Lets gloo put its last operation away; call it before the network in DDP is given up.
+    """Let gloo put its last operation away; call it before the network in DDP is given up.
 
     A thread of gloo needs Python's lock to free the tensors of an operation that is done. Where
     Python gives up the network before that, it holds the lock and waits for the thread: neither
@@ -115,6 +115,6 @@ class LearningRate:
         self._factor = schedule.lr_lambdas[0]
 
     def __call__(self, step: int) -> float:
-        """The rate of the update that step `step` (from 0) makes."""
+        """Return the rate of the update that step `step` (from 0) makes."""
         # Warm-up counts from 1: a first step with rate 0 would be a wasted batch.
         return self.peak * float(self._factor(step + 1 if step < self.warmup else step))

@@ -42,7 +42,7 @@ class Reading:
     replaced: int
 
     def failed_steps(self, fp16: bool) -> list[int]:
-        """Steps not applied. With fp16 an overflow of the scaled gradient alone is routine."""
+        """Return the steps that were not applied, without the routine overflows of fp16."""
         bad = ~torch.isfinite(self.loss).all(1)
         if not fp16:
             bad |= ~torch.isfinite(self.norms)
@@ -71,13 +71,13 @@ class Window:
         self._replaced = 0
 
     def add(self, t: Tensor, raw: Tensor, loss: Tensor, error: Tensor, replaced: int) -> None:
-        """One part of a step: timesteps, losses before and after importance weights, errors."""
+        """Add one part of a step: timesteps, losses before and after the weights, errors."""
         self._rows.append((t, loss, error))
         self._raw.append(raw)
         self._replaced += replaced
 
     def close_step(self, norm: Tensor) -> None:
-        """The gradient norm, which ends a step."""
+        """Add the gradient norm, which ends a step."""
         self._norms.append(norm.detach())
 
     def last_step(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class Window:
         return torch.stack(self._norms).cpu().double() if self._norms else torch.empty(0)
 
     def read(self, accelerator: Accelerator, stop: bool) -> Reading:
-        """Gathers over processes and reads once."""
+        """Gather over processes and read once."""
         share, steps = self.share, len(self._norms)
         dtype = self._rows[0][1].dtype
         table = torch.stack([torch.stack([t.to(dtype), loss, e]) for t, loss, e in self._rows])
@@ -134,7 +134,7 @@ class Records:
 
     @contextlib.contextmanager
     def progress(self, config: TrainingConfig, start: int) -> Iterator[None]:
-        """A bar over all steps of the run, on the main process only."""
+        """Show a bar over all steps of the run, on the main process only."""
         from tqdm.auto import tqdm
 
         shown = self.is_main and config.progress_bar
@@ -150,12 +150,12 @@ class Records:
 
     @property
     def recent_loss(self) -> float:
-        """Mean of the last (at most 100) losses of this session; NaN before the first."""
+        """Return the mean of the last (at most 100) losses of this session; NaN before the first."""
         recent = self.losses[-100:]
         return sum(recent) / len(recent) if recent else float("nan")
 
     def take(self, reading: Reading, step: int, rate: float, batch_size: int) -> dict[str, float]:
-        """Shows and writes one reading; returns what a tracker should log."""
+        """Show and write one reading; return what a tracker should log."""
         losses = reading.loss.mean(1)
         self.losses += losses.tolist()
         self.skipped += int((~torch.isfinite(reading.norms)).sum())
@@ -184,17 +184,17 @@ class Records:
         return values
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out of `images_per_s` what was not training."""
+        """Leave out of `images_per_s` what was not training."""
         self._clock = (step, time.perf_counter())
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends a line to `metrics.jsonl`."""
+        """Append a line to `metrics.jsonl`."""
         if self.is_main:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def show_pictures(self, trackers: list[Any], folder: Path, step: int) -> None:
-        """Hands the pictures of `step` to trackers; that of trackio takes none."""
+        """Hand the pictures of `step` to trackers; that of trackio takes none."""
         from PIL import Image
 
         if not self.is_main:
@@ -209,17 +209,17 @@ class Records:
                     tracker.log_images(pictures, step=step)
 
     def _lines(self) -> list[str]:
-        """The lines of `metrics.jsonl`; what is no text is not in them as it was, and not used."""
+        """Return the lines of `metrics.jsonl`; bytes that are no text are replaced, and not used."""
         return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def curve(self) -> tuple[list[int], list[float]]:
-        """Steps and training losses of all sessions, from `metrics.jsonl`."""
+        """Return steps and training losses of all sessions, from `metrics.jsonl`."""
         lines = [content for line in self._lines() if (content := _content(line)) is not None]
         points = [(x["step"], x["loss"]) for x in lines if isinstance(x.get("loss"), int | float)]
         return [step for step, _ in points], [loss for _, loss in points]
 
     def rewind(self, step: int) -> None:
-        """Drops what a session that died wrote after `step`, where this one begins."""
+        """Drop what a session that died wrote after `step`, where this one begins."""
         if self.is_main and self.path.exists():
             kept = [
                 line
@@ -231,7 +231,7 @@ class Records:
 
 
 def _content(line: str) -> dict[str, Any] | None:
-    """What a line says; None for one that was cut short by the end of a process, or changed."""
+    """Return what a line says; None for one that was cut short or changed."""
     try:
         content: dict[str, Any] = parse_json(line, "metrics.jsonl")
     except DamagedFileError:

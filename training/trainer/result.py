@@ -75,6 +75,6 @@ class TrainingResult:
 
 
 def describe_left_out(names: list[str]) -> str:
-    """How many images were left out because they cannot be read, and the names of the first."""
+    """Tell how many images were left out as unreadable, and the names of the first."""
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"images that cannot be read and are left out: {len(names)} ({shown})"

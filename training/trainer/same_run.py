@@ -28,7 +28,7 @@ _MEANING = {
 
 
 def require_same_run(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
-    """Compares settings, data, network and precision with those of a checkpoint.
+    """Compare settings, data, network and precision with those of a checkpoint.
 
     Other versions of packages, and what an old checkpoint has no record of, are only warned about.
 
@@ -66,13 +66,13 @@ def require_same_run(trainer: "Trainer", state: dict[str, Any], folder: Path) ->
 
 
 def describe_data(trainer: "Trainer") -> dict[str, Any]:
-    """How many images there are, and of which kind."""
+    """Return how many images there are, and of which kind."""
     count = None if trainer.stream is not None else len(trainer.data)
     return {"images": count, "shape": list(trainer.data.shape), "levels": trainer.data.levels}
 
 
 def _same_files(now: dict[str, Any], before: dict[str, Any]) -> set[str]:
-    """Settings that name a file whose contents are known to be what they were."""
+    """Return settings that name a file whose contents are known to be what they were."""
     same = {"model"}  # the network that comes of it is compared
     if "data" in before and now["data"] == before["data"]:
         same.add("data")
@@ -103,7 +103,7 @@ def _require_same_settings(
 
 
 def _trained_variance(settings: dict[str, Any]) -> str | None:
-    """What the training depends on in `variance_type`: a fixed one matters to the bound alone."""
+    """Return what training depends on in `variance_type`; a fixed one matters to the bound."""
     variance = bound_variance(settings["variance_type"])
     return variance if variance == "learned_range" or settings["loss"] == "vlb" else None
 

@@ -32,7 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def choose_checkpoint(config: TrainingConfig, accelerator: "Accelerator") -> Path | None:
-    """The main process looks; all processes continue from the same one."""
+    """Return the checkpoint to continue from: the main process chooses it for all."""
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -47,7 +47,7 @@ def choose_checkpoint(config: TrainingConfig, accelerator: "Accelerator") -> Pat
 
 
 def state_files(trainer: "Trainer") -> dict[str, bytes]:
-    """The contents of a checkpoint, by file name."""
+    """Return the contents of a checkpoint, by file name."""
     state = {
         "step": trainer.step,
         "updates": trainer.updates,
@@ -77,7 +77,7 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
 
 
 def restore(trainer: "Trainer", folder: Path) -> None:
-    """Continues `trainer` where the checkpoint in `folder` was made.
+    """Continue `trainer` where the checkpoint in `folder` was made.
 
     Raises:
         ValueError: it is of a run with other settings or other data.
@@ -104,7 +104,7 @@ def restore(trainer: "Trainer", folder: Path) -> None:
 
 
 def export(trainer: "Trainer") -> Path:
-    """Writes the pipeline with the averaged weights, and the raw UNet beside it.
+    """Write the pipeline with the averaged weights, and the raw UNet beside it.
 
     Raises:
         OSError: it cannot be written.
@@ -143,7 +143,7 @@ def _export(trainer: "Trainer") -> Path:
 
 
 def push(trainer: "Trainer", pipeline_dir: Path | None) -> None:
-    """Shares the pipeline of a complete run, if the settings say so; a failure is only said.
+    """Share the pipeline of a complete run, if the settings say so; a failure only gives a message.
 
     No process may be waiting for the main one: an upload takes longer than a barrier waits.
     """

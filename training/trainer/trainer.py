@@ -68,7 +68,7 @@ PARTS = frozenset({"checkpoints", "logs", "pictures", "pipeline", "unet_raw"})
 
 @contextmanager
 def open_trainer(config: TrainingConfig, owns: bool = True) -> Iterator["Trainer"]:
-    """A trainer whose folder is owned before it looks for checkpoints, on every process.
+    """Open a trainer on every process; it owns its folder before it looks for checkpoints.
 
     Args:
         config: the settings.
@@ -244,7 +244,7 @@ class Trainer:
         return unet.train()
 
     def run(self) -> TrainingResult:
-        """Trains to the end, or until a signal or `stop_after`; pushes nothing. See `train`."""
+        """Train to the end, or until a signal or `stop_after`; push nothing. See `train`."""
         with own_together(self.root, VERB, AccelerateTeam(self.config.cpu), parts=PARTS) as owner:
             self.owner = owner
             return self._run()
@@ -281,12 +281,12 @@ class Trainer:
         return self._result(pipeline_dir, stopped_by, seconds)
 
     def _steps(self, stop: int, signals: StopSignals) -> str | None:
-        """Runs to step `stop`; the name of the signal that ended it before, or None."""
+        """Run to step `stop`; return the name of the signal that ended it before, or None."""
         with self.loader(stop) as loader:
             return self._steps_from(loader, stop, signals)
 
     def loader(self, stop: int) -> AbstractContextManager[Iterator[Batch]]:
-        """The batches of the steps from the present one up to `stop`."""
+        """Return the batches of the steps from the present one up to `stop`."""
         if isinstance(self.batches, StreamBatches):
             self.batches.start, self.batches.stop = self.step, stop
             self.batches.place = self.place
@@ -332,7 +332,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.max_train_steps)
 
     def _look(self) -> bool:
-        """Evaluates the averaged weights; True if they are the best so far."""
+        """Evaluate the averaged weights; return True if they are the best so far."""
         config, unet = self.config, self.average.unet
         self.owner.check()
         report: dict[str, Any] = {"step": self.step, "weights": self.average.name}
@@ -435,7 +435,7 @@ class Trainer:
         self.sampler.update(t, loss)
 
     def _read(self, window: Window, signals: StopSignals) -> str | None:
-        """The one host read of `log_every` steps: losses, flags and signals of all processes."""
+        """Read losses, flags and signals of all processes, once in `log_every` steps."""
         reading = window.read(self.accelerator, signals.name is not None)
         longest = self._count(reading.norms)
         self.owner.check()
@@ -457,7 +457,7 @@ class Trainer:
         return None
 
     def _count(self, norms: Tensor) -> int:
-        """Counts the steps applied and skipped; the longest row of skipped ones so far, at least.
+        """Count applied and skipped steps; return the longest row of skipped ones.
 
         Args:
             norms: (steps,) gradient norms, on the host.
@@ -470,7 +470,7 @@ class Trainer:
         return longest
 
     def _failure(self, why: str) -> NonFiniteError:
-        """Saves the state outside the rotation; the error that ends the run."""
+        """Save the state outside the rotation; return the error that ends the run."""
         self._save(why)
         folder = checkpoints.folder_of(self.root / "checkpoints", self.step)
         return NonFiniteError(
@@ -493,7 +493,7 @@ class Trainer:
         )
 
     def _save(self, failed: str | None = None) -> None:
-        """Writes a checkpoint from the main process; an error there ends all of them.
+        """Write a checkpoint from the main process; an error there ends all of them.
 
         Args:
             failed: why the session fails, which puts the checkpoint outside the rotation.

@@ -74,7 +74,7 @@ class Watcher:
 
     @torch.no_grad()
     def validate(self, unet: UNet2DModel, step: int) -> dict[str, Any]:
-        """The loss on held-out images, t spread evenly over 0 .. T - 1, and its plot over t."""
+        """Measure the loss on held-out images, t spread evenly over 0 .. T - 1, and plot it."""
         assert self.held_out is not None
         count = min(self.config.validation_images, len(self.held_out))
         t = ((torch.arange(count) + 0.5) * (self.objective.steps / count)).long()
@@ -102,7 +102,7 @@ class Watcher:
         return torch.stack(self.objective(output, x0, noise, t), dim=1)
 
     def sample(self, unet: UNet2DModel, step: int) -> dict[str, Any]:
-        """A grid of fixed seeds; with `frechet_images` also the distance and the drift."""
+        """Save a grid of fixed seeds; with `frechet_images` also the distance and the drift."""
         config = self.config
         count = max(config.sample_images, config.frechet_images)
         parts = [self.draw(unet, rows) for rows in self._shares(count, config.eval_batch_size)]
@@ -116,7 +116,7 @@ class Watcher:
 
     @torch.no_grad()
     def draw(self, unet: UNet2DModel, rows: Tensor) -> Tensor:
-        """Samples number `rows`, (n, C, H, W): DDIM with eta 0, each from a seed of its own."""
+        """Draw the samples `rows`, (n, C, H, W): DDIM with eta 0, each from its own seed."""
         dtype, device = self.objective.rows.dtype, self.accelerator.device
         plan = GeneralizedDDIMScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing"
@@ -166,12 +166,12 @@ class Watcher:
         }
 
     def _shares(self, count: int, size: int) -> list[Tensor]:
-        """The rows of 0 .. count - 1 that this process takes, in batches."""
+        """Return the rows of 0 .. count - 1 that this process takes, in batches."""
         mine = torch.arange(self.accelerator.process_index, count, self.accelerator.num_processes)
         return list(mine.split(size))
 
     def _gathered(self, parts: list[Tensor], count: int) -> Tensor:
-        """All rows in order, float32 or float64 on the CPU, from what `_shares` dealt out."""
+        """Return all rows of `_shares` in order, float32 or float64 on the CPU."""
         processes = self.accelerator.num_processes
         mine = torch.cat(parts)
         if processes == 1:
@@ -203,13 +203,13 @@ def channel_sums(images: Tensor) -> Tensor:
 
 
 def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (C,), from `channel_sums`."""
+    """Return mean and standard deviation of each channel, (C,), from `channel_sums`."""
     mean = sums[1] / sums[0]
     return mean, (sums[2] / sums[0] - mean.square()).clamp(min=0).sqrt()
 
 
 def save_grid(images: Tensor, path: Path) -> None:
-    """A PNG with `images` (n, C, H, W) in [-1, 1] in rows, small ones enlarged without smoothing.
+    """Save a PNG of `images` (n, C, H, W) in [-1, 1], small ones enlarged without smoothing.
 
     One and three channels are shown as grey and colour; of other numbers, the first.
     """
@@ -232,7 +232,7 @@ def save_grid(images: Tensor, path: Path) -> None:
 
 
 def plot_over_t(t: Tensor, error: Tensor, path: Path) -> None:
-    """A PNG of the squared error of the prediction over t, with its mean in 20 intervals."""
+    """Save a PNG of the squared error of the prediction over t, with its mean in 20 intervals."""
     figure, axes = _figure()
     axes.plot(t, error, ".", markersize=2, color="0.7")
     groups = np.array_split(np.arange(len(t)), min(20, len(t)))
@@ -243,7 +243,7 @@ def plot_over_t(t: Tensor, error: Tensor, path: Path) -> None:
 
 
 def plot_losses(steps: list[int], losses: list[float], path: Path) -> None:
-    """A PNG of the training loss over the steps, each point the mean since the one before."""
+    """Save a PNG of the training loss; each point is the mean since the point before."""
     figure, axes = _figure()
     axes.plot(steps, losses, linewidth=0.8)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
