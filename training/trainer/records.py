@@ -150,7 +150,7 @@ class Records:
 
     @property
     def recent_loss(self) -> float:
-        """Return the mean of the last (at most 100) losses of this session; NaN before the first."""
+        """Return the mean of the last 100 losses of this session; NaN before the first."""
         recent = self.losses[-100:]
         return sum(recent) / len(recent) if recent else float("nan")
 
@@ -209,7 +209,7 @@ class Records:
                     tracker.log_images(pictures, step=step)
 
     def _lines(self) -> list[str]:
-        """Return the lines of `metrics.jsonl`; bytes that are no text are replaced, and not used."""
+        """Return the lines of `metrics.jsonl`; bytes that are no text are replaced."""
         return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def curve(self) -> tuple[list[int], list[float]]:
