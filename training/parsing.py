@@ -34,7 +34,7 @@ def load_config(
 
 
 def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[TrainingConfig, bool]:
-    """Return the settings of `--config FILE` and the flags, and whether `--dry_run` is set.
+    """Return the settings of `--config FILE` and the flags, which win; and whether `--dry_run` is set.
 
     Raises:
         ValueError: an unknown flag or key (the nearest valid one is named), a value of the wrong

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reconstruct; 0 when it is done, even if the refinement has not converged (a warning says so)."""
+    """Reconstruct; return 0, even if the refinement has not converged (a warning says so)."""
     from ddim_schedulers.pipelines import InversionPipeline, make_grid
     from ddim_schedulers.pipelines.files import write_json
     from ddim_schedulers.pipelines.inversion import DEFAULT_TOLERANCE
