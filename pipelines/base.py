@@ -107,14 +107,14 @@ class UnconditionalPipeline(DiffusionPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the network's images."""
+        """Return the shape (C, H, W) of the network's images."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (self.unet.config.in_channels, height, width)
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Dtype in which samples are kept: float64 for a float64 network, else float32."""
+        """Return the dtype of samples: float64 for a float64 network, else float32."""
         return state_dtype(self.unet)
 
     def speed_up(

@@ -298,7 +298,7 @@ def _frames(image: Image.Image) -> int:
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width once the image is turned, from what is known before it is loaded."""
+    """Return height and width of the turned image, from what its header tells."""
     width, height = image.size
     if image.format == "TIFF":  # some Pillows open it with the size that it will have
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
@@ -307,7 +307,7 @@ def _shown_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or what it says has no meaning."""
+    """Return the EXIF orientation, 1 to 8; 1 where it is missing or has no meaning."""
     try:
         # The method of a PNG decodes the pixels to see what follows them.
         value: Any = Image.Image.getexif(image).get(_ORIENTATION)

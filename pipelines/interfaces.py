@@ -13,7 +13,7 @@ class Network(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+        """Return the dtype of the weights."""
 
     def __call__(self, sample: torch.Tensor, timestep: torch.Tensor | int) -> Any:  # noqa: ANN401
         """Predict for sample (B, C, H, W) at timestep."""

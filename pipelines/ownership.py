@@ -361,7 +361,7 @@ def _system() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in ticks since the boot; "" for one that has ended (a zombie)."""
+    """Return when a process began, in ticks since the boot; "" for one that has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

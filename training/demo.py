@@ -347,7 +347,7 @@ def _samples_figure(settings: DemoSettings, images: dict[tuple[str, int], torch.
 
 
 def _path_figure(path: SamplingPath, frames: int = 12) -> Any:
-    """x_t and x0_hat of a few samples, from noise to digit."""
+    """Plot x_t and x0_hat of a few samples, from noise to digit."""
     picked = np.linspace(0, len(path.timesteps) - 1, frames).round().astype(int)
     titles = ", ".join(str(path.timesteps[i]) for i in picked)
     panels = []

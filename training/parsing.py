@@ -34,7 +34,7 @@ def load_config(
 
 
 def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[TrainingConfig, bool]:
-    """Return the settings of `--config FILE` and the flags, which win; and whether `--dry_run` is set.
+    """Return the settings of `--config FILE` and the flags, and whether `--dry_run` is set.
 
     Raises:
         ValueError: an unknown flag or key (the nearest valid one is named), a value of the wrong
@@ -117,7 +117,7 @@ def _nullable() -> set[str]:
 
 
 def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`convert`, and None for YAML's word for it: a flag can take back the value of a file."""
+    """Convert by `convert`, and null to None: a flag can take back the value of a file."""
 
     def converted(word: str) -> Any:
         return None if word == "null" else convert(word)
@@ -173,7 +173,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def _converted(
     parser: argparse.ArgumentParser, values: dict[str, Any], source: str
 ) -> dict[str, Any]:
-    """`values` sent through the converters of the flags with the same names."""
+    """Send `values` through the converters of the flags with the same names."""
     actions = {action.dest: action for action in reversed(parser._actions)}
     names, nullable = _names(), _nullable()
     converted: dict[str, Any] = {}

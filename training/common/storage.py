@@ -13,7 +13,7 @@ from ddim_schedulers.reading import read_safetensors
 
 
 def to_json(value: Any) -> bytes:
-    """JSON with floats to the bit."""
+    """Return JSON that keeps floats to the bit."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -29,5 +29,5 @@ def unpack(path: Path) -> dict[str, torch.Tensor]:
 
 
 def slug(text: str) -> str:
-    """`text` as a file name: lower case, everything else than letters, digits and dots a dash."""
+    """Return `text` as a file name: lower case, with dashes for all but letters, digits, dots."""
     return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")

@@ -52,7 +52,7 @@ class Share:
         return self.batch_size // (self.num_processes * self.parts)
 
     def positions(self, part: int) -> np.ndarray:
-        """(rows,) positions in the global batch."""
+        """Return the positions in the global batch, (rows,)."""
         start = (part * self.num_processes + self.process_index) * self.rows
         return np.arange(start, start + self.rows)
 
@@ -75,7 +75,7 @@ class Draws:
         self.stratified, self.random_flip, self.random_crop = stratified, random_flip, random_crop
 
     def small(self, step: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray | None]:
-        """U in [0, 1) float64 (G,), flip bool (G,), and crop (G, 2) in [0, 1) or None."""
+        """Draw u in [0, 1) float64 (G,), flip bool (G,), and crop (G, 2) in [0, 1) or None."""
         source = generator(self.seed, "draws", step)
         u = torch.rand(self.batch_size, generator=source, dtype=torch.float64)
         flip = torch.rand(self.batch_size, generator=source) < 0.5
@@ -87,7 +87,7 @@ class Draws:
         return u, flip, crop if self.random_crop else None
 
     def noise(self, step: int, positions: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-        """Standard normal (len(positions), *shape), float32."""
+        """Draw standard normal noise (len(positions), *shape), float32."""
         base = derive_seed(self.seed, "noise", step)
         noise = torch.empty(len(positions), *shape)
         source = torch.Generator()
@@ -120,7 +120,7 @@ class MapBatches(Dataset[Batch]):
         self._orders: dict[int, np.ndarray] = {}
 
     def ids(self, step: int) -> np.ndarray:
-        """(G,) images of a step. Epochs follow each other without a gap, each in its own order."""
+        """Return the images of a step, (G,); each epoch has its own order and follows at once."""
         places = np.arange(step * self.share.batch_size, (step + 1) * self.share.batch_size)
         epochs, offsets = np.divmod(places, len(self.data))
         ids = np.empty_like(places)
@@ -167,7 +167,7 @@ class Keys(Sampler[tuple[int, int]]):
 def open_loader(
     batches: Any, start: int, stop: int, workers: int = 0, pin: bool = False
 ) -> Iterator[Iterator[Batch]]:
-    """Ready batches, never regrouped, so that workers cannot change their order.
+    """Return a loader of ready batches, whose order workers cannot change.
 
     The workers have ended when the context has.
 

@@ -96,7 +96,7 @@ def files_of(folder: Path, left_out: Counter[str]) -> list[Path]:
 def _walk(
     folder: Path, left_out: Counter[str], *, deep: bool = True
 ) -> list[tuple[Path, os.stat_result]]:
-    """Regular files that are not hidden, with their status; links are followed, each place once."""
+    """Walk over regular files that are not hidden, with their status; follow each link once."""
     files, todo, seen = [], [folder], set()
     while todo:
         place = todo.pop()
@@ -133,7 +133,7 @@ def _walk(
 
 
 def _not_an_image(path: Path, suffixes: Counter[str]) -> str | None:
-    """Why a regular file is not taken for an image; None if it is."""
+    """Return why a regular file is not an image; None if it is one."""
     from PIL import Image, features
 
     suffix = path.suffix.lower()
@@ -233,7 +233,7 @@ class _Splits:
 
 
 def _splits_among(names: Sequence[str]) -> dict[str, str] | None:
-    """Folder name -> split, if all of them are names of splits; else None."""
+    """Return folder name -> split, if all folders have names of splits; else None."""
     words = [set(_words(name)) for name in names]
     common = set.intersection(*words) - set(_SPLIT_OF) if len(words) > 1 else set()
     splits = {name: _split_named(name, frozenset(common)) for name in names}

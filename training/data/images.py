@@ -57,7 +57,7 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Return the shape of an image, (C, H, W)."""
         return (self.channels, *self.size)
 
     def batch(

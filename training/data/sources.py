@@ -70,7 +70,7 @@ class ImageSource(Protocol):
         ...
 
     def stored_bytes(self) -> int:
-        """About how many bytes `raw` gives for all images together."""
+        """Return about how many bytes `raw` gives for all images together."""
         ...
 
     def listing(self) -> Iterable[str]:
@@ -123,7 +123,7 @@ class ArraySource:
         return "", self.array[index]
 
     def stored_bytes(self) -> int:
-        """Of the whole array."""
+        """Return the bytes of the whole array."""
         return int(self.array.nbytes)
 
     def listing(self) -> Iterable[str]:
@@ -157,7 +157,7 @@ class FolderSource:
         return str(self.paths[index])
 
     def header(self, index: int) -> Header:
-        """From the first bytes of the file."""
+        """Read the header from the first bytes of the file."""
         return header_of(self.paths[index], self.name(index), self.reading)
 
     def read(
@@ -172,7 +172,7 @@ class FolderSource:
         return path.relative_to(self.folder).as_posix(), path
 
     def stored_bytes(self) -> int:
-        """Of the files."""
+        """Return the bytes of the files."""
         return sum(self.sizes)
 
     def listing(self) -> Iterator[str]:
@@ -205,7 +205,7 @@ class TableSource:
         return f"{self.label}[{index}]{path_note(self.table[index][self.column])}"
 
     def header(self, index: int) -> Header:
-        """From the first bytes of the file."""
+        """Read the header from the first bytes of the file."""
         return header_of(raw_file(self.table[index][self.column]), self.name(index), self.reading)
 
     def read(
@@ -220,11 +220,11 @@ class TableSource:
         return raw_row(self.table[index][self.column])
 
     def stored_bytes(self) -> int:
-        """Of the image column."""
+        """Return the bytes of the image column."""
         return int(self.table.data.nbytes)
 
     def listing(self) -> Iterable[str]:
-        """Nothing is known of a row before it is read."""
+        """Return nothing: nothing is known of a row before it is read."""
         return ()
 
 

@@ -61,7 +61,7 @@ class ListSource:
         return f"{self.label}[{index}]{path_note(self.rows[index])}"
 
     def header(self, index: int) -> Any:
-        """From the first bytes."""
+        """Read the header from the first bytes."""
         return header_of(raw_file(self.rows[index]), self.name(index), self.reading)
 
     def read(
@@ -75,7 +75,7 @@ class ListSource:
         return raw_row(self.rows[index])
 
     def stored_bytes(self) -> int:
-        """Of the rows that are kept."""
+        """Return the bytes of the rows that are kept."""
         return sum(len(row["bytes"] or b"") for row in self.rows if row is not None)
 
     def listing(self) -> Iterable[str]:
@@ -140,7 +140,7 @@ class Stream:
     config: DataConfig
 
     def rows(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, Row]]:
-        """(epoch, number in it, image) from image `offset` of `epoch` on, without end.
+        """Give (epoch, number in it, image) from image `offset` of `epoch` on, without end.
 
         Raises:
             ValueError: an epoch without images.

@@ -172,7 +172,7 @@ class Evaluation:
             raise ValueError(f"row {cell.row.name!r}, S = {cell.steps}: {error}") from error
 
     def _order(self) -> np.ndarray:
-        """Positions of the reference images: all, or the first of a fixed random order, sorted."""
+        """Return the positions of the reference images: all, or some in a fixed random order, sorted."""
         count = min(len(self.reference), self.config.reference_images or len(self.reference))
         fewest = min([count, *(table.n for table in self.config.tables)])
         if self.config.neighbours >= fewest:
@@ -507,7 +507,7 @@ class Evaluation:
     # -- memorisation -----------------------------------------------------------------------------
 
     def memorisation(self, cell: Cell) -> dict[str, Any]:
-        """Distance of a cell's first samples to their nearest training images, in pixels.
+        """Measure the distances of a cell's first samples to their nearest training images.
 
         Held-out images are measured in the same way: samples that were copied would lie nearer.
         Root mean squared distance of pixels on [0, 1].
@@ -531,7 +531,7 @@ class Evaluation:
         }
 
     def _nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distance (n,) to the nearest training image of all, and its position."""
+        """Return the distance (n,) to the nearest of all training images, and its position."""
         best = torch.full((len(images),), torch.inf)
         where = torch.zeros(len(images), dtype=torch.int64)
         start = 0
@@ -614,7 +614,7 @@ def _is_number(value: Any, low: float, high: float = math.inf, integer: bool = F
 
 
 def digest_of_images(images: np.ndarray) -> str:
-    """SHA-256 of uint8 images."""
+    """Return the SHA-256 of uint8 images."""
     return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
@@ -778,12 +778,12 @@ def _device_name(device: torch.device) -> str:
 
 
 def digest_of(settings: dict[str, Any]) -> str:
-    """SHA-256 of everything that a cell's samples depend on."""
+    """Return the SHA-256 of everything that a cell's samples depend on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
-    """Class numbers (n,) of the images of `data`, from where `config.labels` says.
+    """Return class numbers (n,) of the images of `data`, from the place `config.labels`.
 
     Raises:
         ValueError: nothing is said, or nothing there.

@@ -261,7 +261,7 @@ def load_evaluation(
 
 
 def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> EvaluationConfig:
-    """`EvaluationConfig` of a mapping; see `load_evaluation`."""
+    """Return the `EvaluationConfig` of a mapping; see `load_evaluation`."""
     fields = {f.name: f for f in dataclasses.fields(EvaluationConfig)}
     _known(values, fields, where)
     values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
@@ -374,7 +374,7 @@ def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _checked_row(row: Row, where: str) -> Row:
-    """`row`, if its class exists and has its settings: diffusers would ignore an unknown one."""
+    """Return `row` if its class has all its settings: diffusers would ignore an unknown one."""
     cls = scheduler_class(row.scheduler)
     if cls is None:
         raise ValueError(

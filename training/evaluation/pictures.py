@@ -15,7 +15,7 @@ SHOWN_ROWS, SHOWN_IMAGES, SHOWN_STEPS = 8, 8, 3
 def curves(
     table: dict[str, Any], features: Sequence[str], named: Sequence[str] | None = None
 ) -> Any:
-    """Frechet distance against network calls, and against seconds for an image.
+    """Plot the Frechet distance against network calls, and against seconds for an image.
 
     With `named`, the other rows are grey and stand as one in the legend: twenty colours tell
     nothing apart.

@@ -48,7 +48,7 @@ def how(results: dict[str, Any]) -> list[str]:
 
 
 def made_with(results: dict[str, Any]) -> str:
-    """With what the cells were sampled, by their own records: `12 cells: commit 1a2b, cpu, ...`."""
+    """Return with what the cells were sampled: `12 cells: commit 1a2b, cpu, ...`."""
     parts = []
     for note in results.get("made_with", []):
         if "commit" not in note:  # of an earlier version
@@ -62,7 +62,7 @@ def made_with(results: dict[str, Any]) -> str:
 
 
 def shape(chw: Sequence[int]) -> str:
-    """`32x32, 1 channel`."""
+    """Return a shape in words: `32x32, 1 channel`."""
     return f"{chw[1]}x{chw[2]}, {chw[0]} channel{'s' if chw[0] > 1 else ''}"
 
 

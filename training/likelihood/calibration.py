@@ -72,12 +72,12 @@ def calibration_of(result: Pass, clip: float | None, seed: int) -> Calibration:
 
 
 def _short(values: torch.Tensor) -> list[float]:
-    """Nine digits: more would only make the config longer."""
+    """Round to nine digits: more would only make the config longer."""
     return [float(f"{value:.9g}") for value in values.tolist()]
 
 
 def choose_images(count: int, num_images: int, seed: int) -> list[int]:
-    """`num_images` of `count` positions, without repetition, increasing.
+    """Choose `num_images` of `count` positions, without repetition, increasing.
 
     Raises:
         ValueError: if there are fewer, or if it is below 2, which leaves no standard error.

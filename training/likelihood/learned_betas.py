@@ -61,16 +61,16 @@ class LearnedBetas(torch.nn.Module):
         self.logits = torch.nn.Parameter(torch.log(gaps / gaps.sum()))
 
     def log_snr(self) -> torch.Tensor:
-        """log(alpha_bar / (1 - alpha_bar)), float64 (T,), strictly decreasing."""
+        """Return log(alpha_bar / (1 - alpha_bar)), float64 (T,), strictly decreasing."""
         fallen = torch.softmax(self.logits, 0).cumsum(0)[:-1]
         return self.log_snr_max - (self.log_snr_max - self.log_snr_min) * fallen
 
     def alpha_bar(self) -> torch.Tensor:
-        """Differentiable, float64 (T,)."""
+        """Return alpha_bar, differentiable, float64 (T,)."""
         return torch.sigmoid(self.log_snr())
 
     def betas(self) -> torch.Tensor:
-        """Differentiable, float64 (T,), each in (0, 1)."""
+        """Return the betas, differentiable, float64 (T,), each in (0, 1)."""
         alpha_bar = self.alpha_bar()
         return 1 - alpha_bar / alpha_bar_before(alpha_bar)
 

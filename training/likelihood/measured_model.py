@@ -40,12 +40,12 @@ class Subject:
 
     @property
     def channels(self) -> int:
-        """C of the images."""
+        """Return the number of channels of the images."""
         return int(self.unet.config.in_channels)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network."""
+        """Return the dtype of the network."""
         return next(self.unet.parameters()).dtype
 
     @property
@@ -65,7 +65,7 @@ class Subject:
         return output.cpu()
 
     def predict_mean(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """`predict` without the variance channels, (B, C, H, W)."""
+        """Predict as `predict`, without the variance channels, (B, C, H, W)."""
         return self.predict(x_t, t)[:, : self.channels]
 
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ class _Given(torch.nn.Module):
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features (FID, arXiv:1706.08500).
+    """Return the Frechet distance of Gaussians fitted to two sets (FID, arXiv:1706.08500).
 
     Args:
         real: features (m, F), m >= 2.
@@ -48,7 +48,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def kernel_distance(
     real: Tensor, fake: Tensor, *, subsets: int = 20, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel distance, the unbiased MMD^2 with the kernel (x y / F + 1)^3 (KID, arXiv:1801.01401).
+    """Return the unbiased MMD^2 with the kernel (x y / F + 1)^3 (KID, arXiv:1801.01401).
 
     Args:
         real: features (m, F).
@@ -82,7 +82,7 @@ def kernel_distance(
 
 
 def neighbour_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
-    """Precision, recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797).
+    """Return precision, recall (arXiv:1904.06991), density, coverage (arXiv:2002.09797).
 
     A ball around each row reaches to its k-th nearest other row of the same set. Precision is the
     share of fake rows inside a real ball, recall the share of real rows inside a fake ball, density
@@ -120,7 +120,7 @@ def neighbour_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float
 
 
 def _radius(rows: Tensor, k: int) -> Tensor:
-    """Distance of each row to its k-th nearest other row, (n,)."""
+    """Return the distance of each row to its k-th nearest other row, (n,)."""
     # the smallest distance is the row's own, zero
     parts = [torch.cdist(part, rows).kthvalue(k + 1, dim=1).values for part in rows.split(1000)]
     return torch.cat(parts)

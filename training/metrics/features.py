@@ -49,7 +49,7 @@ class PooledPixels(torch.nn.Module):
         self.num_features = shape[0] * self.size[0] * self.size[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] to (B, num_features)."""
+        """Map images (B, C, H, W) in [-1, 1] to features (B, num_features)."""
         return F.adaptive_avg_pool2d(images.double(), self.size).flatten(1)
 
 
@@ -80,7 +80,7 @@ class SmallClassifier(torch.nn.Module):
         self.output = torch.nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] to features (B, 128).
+        """Map images (B, C, H, W) in [-1, 1] to features (B, 128).
 
         Raises:
             ValueError: images of another shape than the ones it was made for.
@@ -113,7 +113,7 @@ class InceptionFeatures(torch.nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) in [-1, 1] to (B, 2048)."""
+        """Map images (B, 1 or 3, H, W) in [-1, 1] to features (B, 2048)."""
         return self.network(((_colour(images) + 1) * 127.5).round().to(torch.uint8))[0]
 
     def head(self, features: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class DinoFeatures(torch.nn.Module):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) in [-1, 1] to (B, num_features)."""
+        """Map images (B, 1 or 3, H, W) in [-1, 1] to features (B, num_features)."""
         large = F.interpolate(
             _colour(images), (224, 224), mode="bicubic", align_corners=False, antialias=True
         )

@@ -80,7 +80,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def names_in(root: Path) -> set[str]:
-    """Everything in `root` that belongs to checkpoints, also what dead runs left unfinished."""
+    """Return all of `root` that belongs to checkpoints, and what dead runs left unfinished."""
     patterns = (f"{PREFIX}*", f"{TEMPORARY}*", f"{DISCARDED}*")
     return {path.name for pattern in patterns for path in root.glob(pattern)}
 
@@ -175,7 +175,7 @@ def prune(
 
 
 def verify(folder: Path) -> str | None:
-    """None if the checkpoint is whole and a run can go on from it, else what is wrong.
+    """Return what is wrong with a checkpoint; None if a run can go on from it.
 
     Every file has the size and hash that the manifest says, and the files are those that are
     needed, see `checkpoint_contents`.
@@ -195,7 +195,7 @@ def verify(folder: Path) -> str | None:
 
 
 def _verify_file(folder: Path, name: str, entry: Any) -> str | None:
-    """None if a file is the one of the manifest's entry, else what is wrong."""
+    """Return what is wrong with a file; None if it is that of the manifest's entry."""
     known = isinstance(entry, dict) and type(entry.get("size")) is int
     if not known or not isinstance(entry.get("sha256"), str) or not FILE.fullmatch(name):
         return f"{MANIFEST} cannot be used: its entry {name[:80]!r} is {str(entry)[:80]}"

@@ -110,7 +110,7 @@ class Objective:
         return self
 
     def noisy(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t, in the shape of `x0` (DDPM, Eq. 4); t is (B,) int64 in 0 .. T - 1."""
+        """Return x_t, in the shape of `x0` (DDPM, Eq. 4); t is (B,) int64 in 0 .. T - 1."""
         row = self.rows[t]
         return _per_image(row[:, 0]) * x0 + _per_image(row[:, 1]) * noise
 
@@ -146,7 +146,7 @@ class Objective:
         noise: torch.Tensor,
         t: torch.Tensor,
     ) -> torch.Tensor:
-        """L_t of DDPM's Eq. 5 in bits per dimension, (B,); the sum over t is the bound less L_T.
+        """Return L_t of DDPM's Eq. 5 in bits per dimension, (B,); their sum is the bound less L_T.
 
         Args:
             mean: the network's prediction.
@@ -206,7 +206,7 @@ def bound_variance(variance_type: str) -> str:
 
 
 def loss_weights(config: TrainingConfig, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """(T,) float64 weights of the squared error of the prediction, see the top of this file."""
+    """Return the weights of the squared error, (T,) float64; see the top of this file."""
     before = alpha_bar_before(alpha_bar)
     if config.loss == "gamma":
         if config.gamma == "ddim":
@@ -260,7 +260,7 @@ def gamma_of_family(
 def gamma_exact(
     alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """gamma_t of J_sigma = L_gamma + C for steps from t to s with noise sigma > 0, elementwise."""
+    """Return gamma_t of J_sigma = L_gamma + C for steps from t to s with sigma > 0, elementwise."""
     b_t, b_s = 1 - alpha_bar_t, 1 - alpha_bar_s
     direct = (b_t * alpha_bar_s / alpha_bar_t).sqrt()
     return (direct - (b_s - sigma**2).clamp(min=0).sqrt()).square() / (2 * sigma**2)

@@ -19,14 +19,14 @@ class UniformTimesteps:
         return (u * self.steps).long().clamp_(max=self.steps - 1), None
 
     def update(self, t: torch.Tensor, loss: torch.Tensor) -> None:
-        """Nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Empty."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is nothing to restore."""
 
 
 class LossAwareTimesteps:
@@ -52,7 +52,7 @@ class LossAwareTimesteps:
         self.seen = torch.zeros(steps + 1, dtype=torch.int64, device=device)
 
     def probabilities(self) -> torch.Tensor:
-        """P (T,) float64, sums to 1."""
+        """Return p, (T,) float64, with the sum 1."""
         size = self.losses[:-1].square().mean(1).sqrt()
         even = torch.full_like(size, 1 / self.steps)
         total = size.sum()

@@ -176,7 +176,7 @@ def load_checkpoint(
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Has it real floating point numbers, as many in memory as its shape says?"""
+    """Return whether it has real floating point numbers, as many as its shape says."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

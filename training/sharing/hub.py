@@ -301,7 +301,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Is it worth another try? The client reads some answers as JSON before their status."""
+    """Return whether to try again: the client reads some answers as JSON before their status."""
     status = _status(error)
     if status is not None:
         return status in TRANSIENT

@@ -108,7 +108,7 @@ def _gradients(
     t: Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Tensor]:
-    """Gradients, by name, of the mean squared output: zeros for what gets none."""
+    """Return the gradients of the mean squared output by name; zeros where there is none."""
     unet.zero_grad()
     with autocast():
         output = network(x, t, return_dict=False)[0]

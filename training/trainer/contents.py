@@ -24,7 +24,7 @@ _FIRST = 256 * 2**10  # bytes of a sampled image that are read
 
 
 def digest_of_images(source: ImageSource, first: int | None = None) -> dict[str, str]:
-    """SHA-256 of the images of a source in their order, and what it was taken of.
+    """Return the SHA-256 of a source's images in their order, and what it was taken of.
 
     With `first` only so many count: how many of a stream are held depends on what is looked at.
     """
@@ -65,7 +65,7 @@ def _bytes_of(raw: Any, limit: int | None) -> Any:
 
 
 def contents_of(trainer: "Trainer") -> dict[str, Any]:
-    """Everything beside settings and network that decides what `trainer` computes."""
+    """Return what `trainer` computes from, beside settings and network."""
     config, gamma = trainer.config, None
     if config.gamma not in (None, "ddim"):
         weights = read_vector(str(config.gamma)).numpy()

@@ -22,7 +22,7 @@ _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """DDP, mixed precision and trackers as the settings and `accelerate launch` say.
+    """Set up DDP, mixed precision and trackers from the settings and `accelerate launch`.
 
     Raises:
         ValueError: launched with FSDP, DeepSpeed or Megatron-LM, several processes that do not see
@@ -83,7 +83,7 @@ def _refusal(name: str) -> str:
 def make_optimizer(
     parameters: list[torch.nn.Parameter], config: OptimisationConfig
 ) -> torch.optim.AdamW:
-    """AdamW in its fused form, which can skip a step on the device (`found_inf`)."""
+    """Make a fused AdamW, which can skip a step on the device (`found_inf`)."""
     return torch.optim.AdamW(
         parameters,
         lr=config.lr,

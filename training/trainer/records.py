@@ -49,11 +49,11 @@ class Reading:
         return [self.first + int(i) for i in bad.nonzero().flatten()]
 
     def of_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """T and loss (G,) of one step."""
+        """Return t and loss (G,) of one step."""
         return self.t[step - self.first], self.loss[step - self.first]
 
     def norm_of(self, step: int) -> float:
-        """Gradient norm of one step."""
+        """Return the gradient norm of one step."""
         return float(self.norms[step - self.first])
 
 
@@ -81,13 +81,13 @@ class Window:
         self._norms.append(norm.detach())
 
     def last_step(self) -> tuple[Tensor, Tensor]:
-        """T and unweighted loss of this process in the last step, parts one after the other."""
+        """Return t and unweighted loss of this process in the last step, part after part."""
         parts = self.share.parts
         t = torch.cat([row[0] for row in self._rows[-parts:]])
         return t, torch.cat(self._raw[-parts:])
 
     def norms(self) -> Tensor:
-        """Gradient norms (steps,) since the last reading, on the host; equal on all processes."""
+        """Return the gradient norms (steps,) since the last reading, equal on all processes."""
         return torch.stack(self._norms).cpu().double() if self._norms else torch.empty(0)
 
     def read(self, accelerator: Accelerator, stop: bool) -> Reading:

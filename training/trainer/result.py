@@ -51,7 +51,7 @@ class TrainingResult:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Two or three lines for the terminal."""
+        """Return two or three lines for the terminal."""
         lines = [f"{self.steps} steps, {self.seconds:.1f} s, loss {self.final_loss:.4f}"]
         if not self.losses:
             lines = [

@@ -364,7 +364,7 @@ class Trainer:
         return True
 
     def one_step(self, loader: Iterator[Batch], window: Window) -> None:
-        """Forward and backward over the parts of the batch, and one update. Reads nothing back."""
+        """Go forward and backward over the parts of the batch, and update once; read nothing back."""
         if self.has_dropout:
             # Dropout masks too are a function of the step, so no generator state is ever saved.
             torch.manual_seed(
@@ -536,7 +536,7 @@ class Trainer:
         checkpoints.prune(root, self.step, self.config.keep_last, best, self.known)
 
     def _save_what_was_done(self, window: Window, error: Exception) -> None:
-        """After an error, of the data or of another process, keeps the finished steps.
+        """Keep the finished steps after an error of the data or of another process.
 
         The other processes may be gone, so nothing is asked of them.
         """

@@ -190,13 +190,13 @@ class Watcher:
 
 
 def noise_of(purpose: str, seed: int, rows: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal (len(rows), *shape), row i from a generator of its own."""
+    """Draw standard normal noise (len(rows), *shape), row i from its own generator."""
     noise = [torch.randn(shape, generator=generator(seed, purpose, int(row))) for row in rows]
     return torch.stack(noise)
 
 
 def channel_sums(images: Tensor) -> Tensor:
-    """(3, C): number of pixels, their sum and their sum of squares, float64."""
+    """Return (3, C): number of pixels, their sum and their sum of squares, float64."""
     flat = images.double().transpose(0, 1).flatten(1)
     count = torch.full((flat.shape[0],), float(flat.shape[1]), dtype=torch.float64)
     return torch.stack([count, flat.sum(1), flat.square().sum(1)])
