@@ -35,7 +35,7 @@ NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     from ddim_schedulers.family_config import SCHEDULER_SPACINGS
     from ddim_schedulers.multistep import MAX_ORDER, SOLVER_FORMS
     from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
@@ -133,7 +133,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what says how a repository of the Hub is read."""
+    """Add what says how a repository of the Hub is read."""
     parser.add_argument(
         "--revision",
         help="branch, tag or commit of a Hub name; `--pipeline USER/NAME@REVISION` says the same",
@@ -146,7 +146,7 @@ def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_preset(args: argparse.Namespace) -> None:
-    """Puts the settings of `--preset` where no option says otherwise.
+    """Put the settings of `--preset` where no option says otherwise.
 
     Raises:
         ValueError: for `--scheduler ddpm`, which has none of them.
@@ -170,7 +170,7 @@ def apply_preset(args: argparse.Namespace) -> None:
 
 
 def refuse_solver(args: argparse.Namespace, why: str) -> None:
-    """Refuses options of the solver where every step has order 1.
+    """Refuse options of the solver where every step has order 1.
 
     Raises:
         ValueError: naming the option.
@@ -181,12 +181,12 @@ def refuse_solver(args: argparse.Namespace, why: str) -> None:
 
 
 def eta_of_call(args: argparse.Namespace) -> float | None:
-    """The eta to pass when sampling: with `--scheduler ddim` it stands in the config instead."""
+    """Return the eta to pass in sampling; with `--scheduler ddim` the config holds it instead."""
     return None if args.scheduler == "ddim" else args.eta
 
 
 def load(cls: type[P], args: argparse.Namespace) -> P:
-    """Loads the pipeline as `cls`, with the scheduler that was asked for, on the device.
+    """Load the pipeline as `cls`, with the scheduler that was asked for, on the device.
 
     Raises:
         ValueError: for a pipeline that cannot be read or does not fit, or options that the chosen
@@ -219,7 +219,7 @@ def read_saved(
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> "UnconditionalPipeline":
-    """Reads a pipeline or checkpoint whatever its scheduler, for that may be about to be replaced.
+    """Read a pipeline or checkpoint with any scheduler, which the options may replace.
 
     Args:
         place: a folder of a pipeline, a run or a checkpoint, or a name on the Hub.
@@ -278,7 +278,7 @@ def _check_parts(folder: Path, place: str) -> None:
 
 
 def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # noqa: ANN401
-    """Checks the options that go to the pipeline's own scheduler, and says what it leaves out.
+    """Check the options that go to the pipeline's own scheduler, and say what it leaves out.
 
     Raises:
         ValueError: for an option that it does not take, naming the option that helps.
@@ -302,7 +302,7 @@ def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # no
 
 
 def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]] | None:  # noqa: ANN401
-    """The class that a portable export stands in for, and its settings that are not applied."""
+    """Return the class that a portable export replaces, and its settings that are not applied."""
     import ddim_schedulers
     from ddim_schedulers.plugin import SETTINGS_KEY
 

@@ -13,7 +13,7 @@ HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     from ddim_schedulers.training.commands._model_options import add_repository_arguments
     from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `likelihood` has too."""
+    """Add the options that `likelihood` has too."""
     parser.add_argument("--batch_size", type=int, default=64, help="images in a call (64)")
     parser.add_argument("--seed", type=int, default=0, help="of images and noise (0)")
     parser.add_argument("--cpu", action="store_true", help="do not use an accelerator")
@@ -72,7 +72,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrates, and writes the statistics into the scheduler's config."""
+    """Calibrate, and write the statistics into the scheduler's config."""
     from ddim_schedulers.training.common.repositories import pinned
 
     args.pipeline = pinned(args.pipeline, args.revision)
@@ -196,13 +196,13 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
 
 
 def owned_folder(target: Path) -> Path:
-    """The folder to own while a scheduler's config changes: its pipeline's, where it has one."""
+    """Return the folder to own while a scheduler's config changes: its pipeline's, if any."""
     pipeline = target.parent.parent
     return pipeline if (pipeline / "model_index.json").is_file() else target.parent
 
 
 def config_file(output: str | None, pipeline: str) -> Path:
-    """The scheduler's config that is written into: an existing one, or a new one at `output`.
+    """Return the scheduler's config that is written: an existing one, or a new one at `output`.
 
     Raises:
         ValueError: if there is none, or it cannot be written.

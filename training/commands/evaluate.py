@@ -9,7 +9,7 @@ HELP = "Measure samples of any scheduler, eta and number of steps against real i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options; everything else stands in the file."""
+    """Add the options; the file holds everything else."""
     parser.add_argument("--config", required=True, help="YAML or JSON file: what is to be compared")
     parser.add_argument("--pipeline", help="folder or Hub name, in place of the file's")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, and prints the tables of the distances; 0 when it is done."""
+    """Evaluate, and print the tables of the distances; 0 when it is done."""
     from ddim_schedulers.training.common.repositories import pinned
     from ddim_schedulers.training.evaluation.config import load_evaluation
 

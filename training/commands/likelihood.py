@@ -13,7 +13,7 @@ HELP = "Compute a pipeline's bits per dimension, term by term."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     from ddim_schedulers.training.commands._model_options import add_repository_arguments
     from ddim_schedulers.training.commands.calibrate import add_run_arguments
     from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table, and writes likelihood.json, .md and .png."""
+    """Evaluate, print the table, and write likelihood.json, .md and .png."""
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 

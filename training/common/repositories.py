@@ -64,7 +64,7 @@ class Saved:
         )
 
     def finish(self, network: Any) -> None:
-        """Checks a network that was read, and notes in its config where it came from.
+        """Check a network that was read, and note in its config where it came from.
 
         Raises:
             ValueError: weights are missing.
@@ -75,7 +75,7 @@ class Saved:
 
 
 def fetch(name: str, option: str = "pipeline", *, allow_pickle: bool = False) -> Saved:
-    """The folder of a saved pipeline or network, downloaded where `name` is one on the Hub.
+    """Return the folder of a saved pipeline or network, downloaded where `name` is one on the Hub.
 
     Args:
         name: of a `Place`.

@@ -313,7 +313,7 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
 
 
 def commit_of(table: Any) -> str:
-    """The commit of a data set of the Hub, where its cache tells it; else ''."""
+    """Return the commit of a data set of the Hub, where its cache tells it; else ''."""
     told = list(getattr(table.info, "download_checksums", None) or ())
     told += [str(file.get("filename", "")) for file in getattr(table, "cache_files", ())]
     found = (re.search(r"[@/\\]([0-9a-f]{40})[/\\]", text) for text in told)

@@ -172,7 +172,7 @@ class Evaluation:
             raise ValueError(f"row {cell.row.name!r}, S = {cell.steps}: {error}") from error
 
     def _order(self) -> np.ndarray:
-        """Return the positions of the reference images: all, or some in a fixed random order, sorted."""
+        """Return the sorted positions of the reference images: all, or a fixed choice."""
         count = min(len(self.reference), self.config.reference_images or len(self.reference))
         fewest = min([count, *(table.n for table in self.config.tables)])
         if self.config.neighbours >= fewest:

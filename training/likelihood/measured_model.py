@@ -50,7 +50,7 @@ class Subject:
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The statistics of all timesteps in the config, if they were measured.
+        """Return the statistics of all timesteps in the config, if they were measured.
 
         A calibration for trajectories alone has none.
         """
@@ -58,7 +58,7 @@ class Subject:
         return found if found is not None and found.get("gamma") is not None else None
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU."""
+        """Return the network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU."""
         device = next(self.unet.parameters()).device
         with torch.no_grad():
             output = self.unet(x_t.to(device), t.to(device)).sample
@@ -80,7 +80,7 @@ class Subject:
 
 
 def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
-    """The subject of a network and a scheduler's config, stock or ours.
+    """Return the subject of a network and a scheduler's config, stock or ours.
 
     Raises:
         ValueError: for a class-conditional network, one whose channels fit neither a plain nor a
@@ -109,7 +109,7 @@ def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
 def load_subject(
     pipeline: str | Path, device: torch.device | str = "cpu", *, allow_pickle: bool = False
 ) -> Subject:
-    """The subject of a saved pipeline: its folder, a run's or a Hub name.
+    """Return the subject of a saved pipeline: its folder, a run's folder, or a name on the Hub.
 
     Args:
         pipeline: see `places`.
@@ -134,7 +134,7 @@ def load_subject(
 
 
 def clip_limit(subject: Subject, choice: str) -> float | None:
-    """The limit of |x0_hat|: the scheduler's own (`config`), its range (`on`), or none (`off`)."""
+    """Return the limit of |x0_hat|: the scheduler's (`config`), its range (`on`), none (`off`)."""
     if choice == "config":
         return subject.clip
     return float(subject.config["clip_sample_range"]) if choice == "on" else None

@@ -364,7 +364,7 @@ class Trainer:
         return True
 
     def one_step(self, loader: Iterator[Batch], window: Window) -> None:
-        """Go forward and backward over the parts of the batch, and update once; read nothing back."""
+        """Go forward and backward over the parts of a batch, update once; read nothing back."""
         if self.has_dropout:
             # Dropout masks too are a function of the step, so no generator state is ever saved.
             torch.manual_seed(
