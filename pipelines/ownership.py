@@ -118,10 +118,8 @@ class Owner:
             if (_read(self.record) or {}).get("token") == self.token:
                 self.record.unlink()
         for folder in self._made:  # those that stayed empty
-            try:
+            with contextlib.suppress(OSError):
                 folder.rmdir()
-            except OSError:
-                break
 
 
 _held: dict[Path, Owner] = {}
@@ -167,6 +165,9 @@ def own(
             owner._made += [place] if transient and place not in owner._made else []
             _held[place] = owner
         else:
+            made = [p for p in (place, *place.parents) if not p.exists()]
+            place.mkdir(parents=True, exist_ok=True)
+            owner._made = [*made, *owner._made]
             owner._uses += 1
         try:
             yield owner

@@ -342,3 +342,19 @@ def test_module_form(tmp_path):
     assert done.returncode == 2
     assert "invalid choice: 'nonsense'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_processes_that_work_together_part_before_the_program_ends(monkeypatch):
+    """Gloo's threads are aborted, and the process with them, where Python ends before they do."""
+    import torch.distributed as group
+
+    def verb(name, argv):
+        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+        if argv:
+            raise ValueError(argv[0])
+        return 0
+
+    monkeypatch.setattr(cli, "_run", verb)
+    for words, code in ((["demo"], 0), (["demo", "bad"], 2)):
+        assert cli.main(words) == code
+        assert not group.is_initialized()

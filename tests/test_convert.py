@@ -230,11 +230,12 @@ def test_a_wide_network_is_refused_before_it_is_built(state, tmp_path):
     """Numbers of no network, and shapes that fit no checkpoint: nothing is allocated for them."""
     first = torch.zeros(32 * 1000, 1, 1, 1)  # would ask for a network of 32,000 channels
     torch.save({**state, "down.2.block.0.conv1.weight": first}, tmp_path / "x.ckpt")
-    begun = time.perf_counter()
+    begun = time.process_time()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match="`block_out_channels` is .*32000"):
         convert.convert_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
-    assert time.perf_counter() - begun < 10
+    # building it would take minutes; of the processor, so that a busy machine changes nothing
+    assert time.process_time() - begun < 60
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert more < 500 * 1024  # KiB; the network would take tens of GiB
 

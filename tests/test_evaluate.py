@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines.ownership import FolderInUseError
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common import storage
@@ -301,6 +302,17 @@ def test_a_report_samples_nothing_and_leaves_out_what_is_not_measured(
     assert table["cells"] == [] and table["missing"] == [config.cells[0].label]
     with pytest.raises(AssertionError, match="sampled"):
         run(Evaluation(config))
+
+
+def test_a_folder_in_use_is_refused_to_the_library_too(pipeline, tmp_path):
+    tables = [{"name": "T", "n": 10, "grid": [{"steps": [2], "members": [0]}]}]
+    evaluation = Evaluation(_config(pipeline, tmp_path / "out", tables=tables))
+    (tmp_path / "out").mkdir(exist_ok=True)
+    other = {"verb": "evaluate", "host": "b", "pid": 7, "system": "b", "parts": None}
+    (tmp_path / "out" / ".owner-0.json").write_text(json.dumps(other))
+    with pytest.raises(FolderInUseError, match="in use by `evaluate` on host b, process 7"):
+        run(evaluation)
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_another_number_of_neighbours_is_measured_anew(pipeline, tmp_path, monkeypatch):

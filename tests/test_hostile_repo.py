@@ -19,6 +19,8 @@ from ddim_schedulers.pipelines import GenerationPipeline
 CLASSES = (GeneralizedDDIMScheduler, GeneralizedDDIMInverseScheduler, MarkovianDDPMScheduler)
 NAN = math.nan
 BILLION = 10**9
+# Of the processor, so that a busy machine changes nothing; what the harm asks for takes minutes.
+CPU_SECONDS = 30
 LONG = "x" * 10**7
 NO_NUMBERS = ("0.1", None, [0.1], {"a": 1}, 10**400, True)
 NO_FLAGS = ("false", None, 2, [True], {"a": 1})
@@ -105,18 +107,18 @@ def test_hostile_configs_are_refused(cls, key):
         if key == "calibration":
             config["timestep_spacing"] = "optimal"
         tracemalloc.start()
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             with pytest.raises(ValueError) as caught:
                 scheduler = cls.from_config(config)
                 scheduler.set_timesteps(None if key in ("sigma", "timesteps") else 10)
-            took, (_, most) = time.perf_counter() - begun, tracemalloc.get_traced_memory()
+            took, (_, most) = time.process_time() - begun, tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         said = str(caught.value)
         assert key.removeprefix("_") in said, said[:200]
         assert len(said) < 500
-        assert took < 5
+        assert took < CPU_SECONDS
         assert most < 50e6
 
 
@@ -139,14 +141,14 @@ def test_a_portable_config_that_stock_would_build_is_refused_by_ours(cls, tmp_pa
     }
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     tracemalloc.start()
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         with pytest.raises(ValueError, match="`num_train_timesteps` is 2000000000"):
             cls.from_pretrained(tmp_path)
-        took, (_, most) = time.perf_counter() - begun, tracemalloc.get_traced_memory()
+        took, (_, most) = time.process_time() - begun, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert took < 5
+    assert took < CPU_SECONDS
     assert most < 50e6
 
 
@@ -203,14 +205,14 @@ from diffusers.utils import logging
 logging.set_verbosity_error()
 seen = {}
 for repo in repos:
-    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         pipe = DiffusionPipeline.from_pretrained(repo)
         said = "loaded " + type(pipe.scheduler).__name__
     except Exception as error:
         said = type(error).__name__ + ": " + str(error)
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    seen[repo] = said, time.perf_counter() - begun, more
+    seen[repo] = said, time.process_time() - begun, more
 print("RESULT", repr(seen))
 """
 
@@ -282,5 +284,5 @@ def test_hostile_repositories_on_the_hub(tiny_ddpm, loopback_hub, fresh_python, 
     assert "`timesteps` has 1000000 values" in said["list"]
     for repo, (_, seconds, mebibytes) in seen.items():
         if repo != "evil/good":  # the first one imports torch and diffusers' models
-            assert seconds < 10, repo
+            assert seconds < CPU_SECONDS, repo
             assert mebibytes < 200, repo

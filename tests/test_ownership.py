@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,12 @@ from ddim_schedulers.pipelines import ownership
 from ddim_schedulers.pipelines.files import remove_leftovers, write_bytes
 from ddim_schedulers.pipelines.ownership import FolderInUseError, OwnershipLostError, own
 
+# The packages around the module are empty there: importing diffusers takes seconds.
 HOLD = """
-import sys, time
+import sys, time, types
+for name, folder in (("ddim_schedulers", None), ("ddim_schedulers.pipelines", sys.argv[2])):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
 from ddim_schedulers.pipelines.ownership import own
 with own(sys.argv[1], "train"):
     print("mine", flush=True)
@@ -26,7 +31,7 @@ with own(sys.argv[1], "train"):
 def holder(tmp_path):
     """Another process that owns `tmp_path / "run"`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        [sys.executable, "-c", HOLD, tmp_path / "run", Path(ownership.__file__).parent],
         cwd=tmp_path,  # not the repo's root, where a folder shadows an installed wheel
         stdout=subprocess.PIPE,
         text=True,
@@ -160,6 +165,7 @@ def test_one_process_enters_its_folder_again(tmp_path):
         own(tmp_path / "run" / "training", "train") as inner,
     ):
         assert inner is outer
+        assert (tmp_path / "run" / "training").is_dir()
         with own(tmp_path / "run", "sample"):
             pass
         inner.check()

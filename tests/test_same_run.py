@@ -229,7 +229,7 @@ import json, os, sys
 from pathlib import Path
 from ddim_schedulers.training.trainer import contents
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.trainer.engine import settle
+from ddim_schedulers.training.common.processes import settle
 from ddim_schedulers.training.trainer.trainer import Trainer
 real = contents.digest_of_images
 def counted(*arguments):

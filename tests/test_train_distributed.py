@@ -30,6 +30,7 @@ jobs = json.load(open(sys.argv[1]))
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == jobs["processes"], accelerator.num_processes
 
+from ddim_schedulers.training.common.processes import settle
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.trainer.result import NonFiniteError
 from ddim_schedulers.training.trainer.trainer import Trainer
@@ -63,6 +64,7 @@ for name, settings, poison in jobs["runs"]:
     if accelerator.is_main_process:
         json.dump(out, open(f"{settings['output_dir']}/{name}.json", "w"))
     accelerator.wait_for_everyone()
+settle()
 accelerator.end_training()
 '''
 

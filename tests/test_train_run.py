@@ -259,11 +259,13 @@ def test_workers_end_with_a_run_that_fails(settings, monkeypatch):
 
 
 def test_a_second_signal_acts_at_once_unless_it_is_the_first_again(monkeypatch):
+    # neither of the two limits is near, however slow the machine is
+    monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", 1e9)
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # as when torchrun hands it on
         assert signals.name == "SIGINT"
-        monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", 0.0)
+        monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", -1.0)
         os.kill(os.getpid(), signal.SIGINT)
     found = []
 
@@ -679,7 +681,7 @@ def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypat
     real = checkpoints.write_file
 
     def full(path, data):
-        if "8" in path.parts[-2] or "8" in path.parts[-3]:
+        if any(part.startswith(f"{checkpoints.TEMPORARY}8-") for part in path.parts):
             raise OSError(28, "No space left on device")
         real(path, data)
 
@@ -691,7 +693,7 @@ def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypat
     resumed = run(settings("a", checkpoint_every=4, max_train_steps=10, resume="latest"))
     assert len(resumed.losses) == 6
 
-    def no_room(self, *args, **kwargs):
+    def no_room(*args):
         raise OSError(28, "No space left on device")
 
     def none_for_weights(*args):
@@ -701,10 +703,40 @@ def test_a_full_disk_in_a_run_keeps_the_last_good_checkpoint(settings, monkeypat
         patch.setattr(saving, "save_pipeline", none_for_weights)
         with pytest.raises(CheckpointError, match="the disk is full; the last good .*10"):
             run(settings("a", checkpoint_every=4, max_train_steps=10, resume="latest"))
-    monkeypatch.setattr(Path, "write_text", no_room)
+    monkeypatch.setattr(trainer, "write_bytes", no_room)
     config = settings("a", checkpoint_every=4, max_train_steps=12, resume="latest")
     with pytest.raises(CheckpointError, match="the disk is full; the last good checkpoint is .*10"):
         run(config)
+
+
+def test_what_a_run_leaves_is_replaced_whole_or_not_at_all(settings, monkeypatch, tmp_path):
+    """An export that fails keeps the one before, and links that were planted are not followed."""
+    config = settings("a", max_train_steps=2)
+    run(config)
+    root, real = Path(config.output_dir), UNet2DModel.save_pretrained
+    kept = {p: p.read_bytes() for p in (root / "unet_raw").iterdir()}
+
+    def half(self, folder, *args, **kwargs):
+        if ".unet_raw" in str(folder):
+            Path(folder).mkdir()
+            (Path(folder) / "config.json").write_text("{")
+            raise OSError(28, "No space left on device")
+        return real(self, folder, *args, **kwargs)
+
+    (tmp_path / "precious").write_text("mine")
+    (root / "config.yaml").unlink()
+    (root / "config.yaml").symlink_to(tmp_path / "precious")
+    further = settings("a", max_train_steps=4, resume="latest")
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DModel, "save_pretrained", half)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            run(further)
+    assert {p: p.read_bytes() for p in (root / "unet_raw").iterdir()} == kept
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert "max_train_steps: 4" in (root / "config.yaml").read_text()
+    run(further)
+    assert {p.name for p in root.iterdir() if p.name.startswith(".")} == set()
+    assert any(p.read_bytes() != kept[p] for p in kept)
 
 
 @pytest.mark.parametrize(("steps", "said"), [(100, 1), (1000, 0)])

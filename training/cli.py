@@ -101,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(message, file=sys.stderr)
         return 2 if isinstance(error, ModuleNotFoundError | ValueError) else 1
+    finally:
+        if "torch.distributed" in sys.modules:
+            from ddim_schedulers.training.common.processes import leave_group
+
+            leave_group()
 
 
 def _parser() -> argparse.ArgumentParser:

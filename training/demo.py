@@ -24,6 +24,7 @@ from ddim_schedulers.pipelines import (
     SamplingPath,
 )
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.training.common.figures import panels_figure, rows_figure, save_figure, tiles
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.evaluation.tables import pivot
@@ -98,15 +99,23 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
     Raises:
         ValueError: for settings out of range, before anything is trained.
+        FolderInUseError: another process writes to `settings.output`.
     """
     _check(settings)
+    with own(settings.output, "demo") as owner:
+        return _run(settings, owner)
+
+
+def _run(settings: DemoSettings, owner: Owner) -> dict[str, Any]:
     started = time.perf_counter()
     data = _Digits()
     unet, process, training = _train(settings)
+    owner.check()
     pipe = DDPMPipeline(unet=unet, scheduler=process)  # type: ignore[arg-type]  # any will do
     notes = save_pipeline(pipe, settings.output / "pipeline", form="portable")
     judge = _Judge(data)
     cells, images = _fill_table(settings, unet, process, judge)
+    owner.check()
     pictures = _draw(settings, unet, process, images, data)
     results = {
         "data": "scikit-learn load_digits, 8x8, 17 grey levels, "
@@ -123,6 +132,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         ),
     }
     text = json.dumps(results, indent=2) + "\n"
+    owner.check()
     write_bytes(settings.output / "results.json", text.encode())
     write_bytes(settings.output / "results.md", render(results).encode())
     return results

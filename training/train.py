@@ -31,7 +31,7 @@ def train(config: TrainingConfig) -> "TrainingResult":
             applied.
         FolderInUseError: another process owns the folder.
     """
-    from ddim_schedulers.training.trainer.engine import settle
+    from ddim_schedulers.training.common.processes import settle
     from ddim_schedulers.training.trainer.saving import push
     from ddim_schedulers.training.trainer.trainer import open_trainer
 
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     from ddim_schedulers.training.parsing import parse_args
 
     config, dry_run = parse_args(sys.argv[1:] if argv is None else argv)
+    from ddim_schedulers.training.common.processes import settle
     from ddim_schedulers.training.networks.checkpoints import CheckpointError
-    from ddim_schedulers.training.trainer.engine import settle
     from ddim_schedulers.training.trainer.result import NonFiniteError
     from ddim_schedulers.training.trainer.saving import push
     from ddim_schedulers.training.trainer.trainer import open_trainer

@@ -24,7 +24,6 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     check_folders(output, "pipeline", "--output")
-    output.mkdir(parents=True, exist_ok=True)
     settings = demo.quick(output, args.seed) if args.quick else demo.DemoSettings(output, args.seed)
     results = demo.run_demo(settings)
     print(demo.render(results).split("![")[0])

@@ -1,6 +1,7 @@
 """The processes that were started together: what they share, and the folder they own."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -139,3 +140,22 @@ def own_together(
         if team.index > 0:
             owner = stack.enter_context(follow(folder, said))
         yield owner
+
+
+def settle() -> None:
+    """Let gloo put its last operation away: call it before a network in DDP or the process ends.
+
+    A thread of gloo needs Python's lock to free the tensors of an operation that is done. Where
+    Python gives up the network before that, it holds the lock and waits for the thread: neither
+    ends (seen with torch 2.13). Where Python itself ends before that, the process is aborted
+    ("terminate called without an active exception"). Sleeping hands over the lock.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.1)
+
+
+def leave_group() -> None:
+    """Leave the processes that work together; nothing is left to be said to them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        settle()
+        torch.distributed.destroy_process_group()

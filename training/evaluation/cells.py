@@ -30,6 +30,7 @@ from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.files import check_folders, write_bytes, write_json, write_npz
 from ddim_schedulers.pipelines.images import to_uint8
+from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.pipelines.sampling_job import (
     SamplingJob,
@@ -38,7 +39,7 @@ from ddim_schedulers.pipelines.sampling_job import (
     settings_of,
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
-from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed, read_sealed_json, sealed
 from ddim_schedulers.training.common.versions import versions
@@ -624,7 +625,15 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
     Args:
         evaluation: the model and the data.
         sample: else only the cells that are there are gathered.
+
+    Raises:
+        FolderInUseError: another process writes to the folder of the evaluation.
     """
+    with own_together(evaluation.folder, "evaluate", evaluation.team) as owner:
+        return _run(evaluation, sample, owner)
+
+
+def _run(evaluation: Evaluation, sample: bool, owner: Owner) -> dict[str, Any]:
     config, team = evaluation.config, evaluation.team
     done: dict[str, dict[str, Any]] = {}
     for number, cell in enumerate(config.cells):
@@ -649,6 +658,7 @@ def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
     made_with = _counted([cell.get("made_with", {}) for cell in done.values()])
     results = {**about(evaluation), "made_with": made_with, "tables": tables}
     if team.index == 0:
+        owner.check()
         write_json(evaluation.folder / "metrics.json", results)
     team.wait()
     return results

@@ -1,7 +1,6 @@
 """The Accelerate engine of a run: built once, refused where it would not do what it says."""
 
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -60,17 +59,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             "`mixed_precision` is 'fp16', which does nothing on the CPU; set it to 'bf16' or 'no'"
         )
     return accelerator
-
-
-def settle() -> None:
-    """Let gloo put its last operation away; call it before the network in DDP is given up.
-
-    A thread of gloo needs Python's lock to free the tensors of an operation that is done. Where
-    Python gives up the network before that, it holds the lock and waits for the thread: neither
-    ends (seen with torch 2.13). Sleeping hands over the lock.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        time.sleep(0.1)
 
 
 def _refusal(name: str) -> str:

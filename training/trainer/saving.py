@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,27 +120,36 @@ def export(trainer: "Trainer") -> Path:
 
 
 def _export(trainer: "Trainer") -> Path:
-    target = trainer.root / "pipeline"
+    config, target = trainer.config, trainer.root / "pipeline"
     if trainer.accelerator.is_main_process:
         pipeline = DDPMPipeline(
             unet=trainer.average.unet,
             scheduler=trainer.scheduler,  # type: ignore[arg-type]  # any scheduler will do
         )
-        trainer.owner.check()
-        partial = trainer.root / f".pipeline-{secrets.token_hex(6)}"
-        for leftover in trainer.root.glob(".pipeline-*"):  # of a run that was killed here
-            checkpoints.discard(leftover)
         # whoever lacks this package loads it too, unless no stock scheduler knows the prediction
-        stock_knows = trainer.config.prediction_type != "posterior_mean"
-        for note in save_pipeline(pipeline, partial, "portable" if stock_knows else "plug-in"):
-            logger.warning(note)
-        trainer.owner.check()
-        checkpoints.discard(target)
-        partial.rename(target)
-        trainer.unet.save_pretrained(trainer.root / "unet_raw")
+        form = "portable" if config.prediction_type != "posterior_mean" else "plug-in"
+
+        def write_pipeline(folder: Path) -> None:
+            for note in save_pipeline(pipeline, folder, form):
+                logger.warning(note)
+
+        _replace(trainer, target, write_pipeline)
+        _replace(trainer, trainer.root / "unet_raw", trainer.unet.save_pretrained)
         plot_losses(*trainer.records.curve(), trainer.root / "pictures" / "loss.png")
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def _replace(trainer: "Trainer", folder: Path, write: Callable[[Path], object]) -> None:
+    """Writes a folder beside its place; it takes the place of the one before when it is whole."""
+    trainer.owner.check()
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed here
+        checkpoints.discard(leftover)
+    partial = folder.with_name(f".{folder.name}-{secrets.token_hex(6)}")
+    write(partial)
+    trainer.owner.check()
+    checkpoints.discard(folder)
+    partial.rename(folder)
 
 
 def push(trainer: "Trainer", pipeline_dir: Path | None) -> None:

@@ -554,7 +554,7 @@ class Trainer:
 
     def _start_records(self) -> None:
         if self.accelerator.is_main_process:
-            (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            write_bytes(self.root / "config.yaml", to_yaml(self.config).encode())
             found = self.data.inventory.to_dict() | {"digest": self.contents["data"]}
             write_bytes(self.root / "data.json", to_json(found))
         self.records.rewind(self.step)
