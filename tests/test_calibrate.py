@@ -19,12 +19,14 @@ from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common import storage
 from ddim_schedulers.training.common.processes import Team
-from ddim_schedulers.training.likelihood import calibration
-from ddim_schedulers.training.likelihood import error_sweep as passes
+from ddim_schedulers.training.likelihood import calibration, error_sweep
 from ddim_schedulers.training.likelihood import table as library
 from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
-from ddim_schedulers.training.likelihood.error_sweep import run_pass
-from ddim_schedulers.training.likelihood.measured_model import load_subject, subject_of
+from ddim_schedulers.training.likelihood.error_sweep import run_error_sweep
+from ddim_schedulers.training.likelihood.measured_model import (
+    load_measured_model,
+    measured_model_of,
+)
 from ddim_schedulers.training.likelihood.table import LikelihoodSettings, evaluate
 
 STEPS = 12
@@ -67,15 +69,15 @@ class _Part(Team):
 
 
 def test_statistics_are_what_they_say(tmp_path):
-    subject = subject_of(_unet(), dict(_stock().config))
-    got, cost = calibrate(subject, _images(), clip=1.0, batch_size=6, work_dir=tmp_path / "w")
+    model = measured_model_of(_unet(), dict(_stock().config))
+    got, cost = calibrate(model, _images(), clip=1.0, batch_size=6, work_dir=tmp_path / "w")
     assert cost["network_calls"] == STEPS and got.num_images == 6
     t, x0 = 7, _images().double()
-    noise = torch.randn(x0.shape, generator=passes.generator(0, "pass", 0, t)).double()
-    a = subject.alpha_bar[t]
+    noise = torch.randn(x0.shape, generator=error_sweep.generator(0, "pass", 0, t)).double()
+    a = model.alpha_bar[t]
     x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).float()
     with torch.no_grad():
-        eps = subject.unet(x_t, torch.tensor([t])).sample.double()
+        eps = model.unet(x_t, torch.tensor([t])).sample.double()
     x0_hat = ((x_t.double() - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
     for name, square in (
         ("gamma", eps**2),
@@ -89,12 +91,12 @@ def test_statistics_are_what_they_say(tmp_path):
 
 
 def test_any_number_of_processes_and_any_interruption_give_the_same(tmp_path, monkeypatch):
-    subject, images = subject_of(_unet(), dict(_stock().config)), _images(5)
-    monkeypatch.setattr(passes, "TIMESTEPS_PER_PART", 5)
+    model, images = measured_model_of(_unet(), dict(_stock().config)), _images(5)
+    monkeypatch.setattr(error_sweep, "TIMESTEPS_PER_PART", 5)
 
     def go(folder, team=None, timesteps=range(STEPS), seed=0):
-        return run_pass(
-            subject,
+        return run_error_sweep(
+            model,
             images,
             timesteps,
             clip=1.0,
@@ -109,8 +111,8 @@ def test_any_number_of_processes_and_any_interruption_give_the_same(tmp_path, mo
     assert alone.calls == 3 * STEPS
     # two processes share the parts; the second one here comes after the first has done its own
     parts = []
-    real = passes.measure
-    monkeypatch.setattr(passes, "measure", lambda *a: parts.append(a[-1]) or real(*a))
+    real = error_sweep.measure
+    monkeypatch.setattr(error_sweep, "measure", lambda *a: parts.append(a[-1]) or real(*a))
     with pytest.raises(ValueError, match="all processes see"):  # the other's parts are not there
         go("two", _Part(0, 2))
     first = len(parts)
@@ -131,14 +133,14 @@ def test_any_number_of_processes_and_any_interruption_give_the_same(tmp_path, mo
 
 
 def test_nobody_may_delete_the_parts_before_all_have_read_them(tmp_path, monkeypatch):
-    events, real = [], passes.read_sealed
+    events, real = [], error_sweep.read_sealed
     monkeypatch.setattr(
-        passes, "read_sealed", lambda *a, **k: events.append("read") or real(*a, **k)
+        error_sweep, "read_sealed", lambda *a, **k: events.append("read") or real(*a, **k)
     )
     team = Team()
     monkeypatch.setattr(team, "wait", lambda: events.append("wait"))
-    run_pass(
-        subject_of(_unet(), dict(_stock().config)),
+    run_error_sweep(
+        measured_model_of(_unet(), dict(_stock().config)),
         _images(2),
         [0, 3],
         clip=1.0,
@@ -151,11 +153,11 @@ def test_nobody_may_delete_the_parts_before_all_have_read_them(tmp_path, monkeyp
 
 
 def test_a_part_that_was_changed_is_measured_anew(tmp_path, monkeypatch, caplog):
-    subject, images = subject_of(_unet(), dict(_stock().config)), _images(4)
+    model, images = measured_model_of(_unet(), dict(_stock().config)), _images(4)
 
     def go(work="work"):
-        return run_pass(
-            subject,
+        return run_error_sweep(
+            model,
             images,
             range(STEPS),
             clip=1.0,
@@ -229,8 +231,8 @@ def test_a_part_that_was_changed_is_measured_anew(tmp_path, monkeypatch, caplog)
 )
 def test_statistics_reach_our_schedulers_from_any_config(tmp_path, scheduler):
     scheduler.save_pretrained(tmp_path)
-    subject = subject_of(_unet(), dict(scheduler.config))
-    got, _ = calibrate(subject, _images(3), clip=1.0, work_dir=tmp_path / "work")
+    model = measured_model_of(_unet(), dict(scheduler.config))
+    got, _ = calibrate(model, _images(3), clip=1.0, work_dir=tmp_path / "work")
     file = tmp_path / "scheduler_config.json"
     save_calibration(got, file)
     save_calibration(got, file)
@@ -290,11 +292,11 @@ def test_commands_from_end_to_end(pipeline, tmp_path, capsys):
 
 
 def test_the_table_is_the_bound_of_each_chain(tmp_path, monkeypatch):
-    subject, images = subject_of(_unet(), dict(_stock().config)), _images(4)
+    model, images = measured_model_of(_unet(), dict(_stock().config)), _images(4)
     settings = LikelihoodSettings(
         steps=(4,), variances=("fixed_small", "fixed_large"), num_bins=17, batch_size=4
     )
-    report = evaluate(subject, images, settings, tmp_path / "a")
+    report = evaluate(model, images, settings, tmp_path / "a")
     tau = report["rows"][0]["timesteps"]
 
     seen = []
@@ -306,30 +308,30 @@ def test_the_table_is_the_bound_of_each_chain(tmp_path, monkeypatch):
 
         @staticmethod
         def randn(shape, generator=None):
-            value = real(shape, generator=passes.generator(0, "pass", 0, tau[len(seen)]))
+            value = real(shape, generator=error_sweep.generator(0, "pass", 0, tau[len(seen)]))
             seen.append(1)
             return value
 
     monkeypatch.setattr("ddim_schedulers.likelihood.torch", _Torch())
-    plan = make_plan(subject.alpha_bar, tau, "fixed_large")
-    terms = variational_bound(subject.predict_mean, images, plan, clip=1.0, num_bins=17)
+    plan = make_plan(model.alpha_bar, tau, "fixed_large")
+    terms = variational_bound(model.predict_mean, images, plan, clip=1.0, num_bins=17)
     want = float(terms.total.mean()) / 64 / math.log(2)
     assert report["rows"][1]["total"]["mean"] == pytest.approx(want, rel=1e-9)
 
 
 def test_learned_variance_and_subsets_of_t(tmp_path):
-    subject = subject_of(_unet(out=2), dict(_stock(variance_type="learned_range").config))
-    assert subject.learned
+    model = measured_model_of(_unet(out=2), dict(_stock(variance_type="learned_range").config))
+    assert model.learned
     settings = LikelihoodSettings(
         steps=(STEPS,), variances=("learned_range", "fixed_large"), num_bins=17, batch_size=2
     )
     images = _images(3)
-    full = evaluate(subject, images, settings, tmp_path)
+    full = evaluate(model, images, settings, tmp_path)
     assert [row["calls_per_image"] for row in full["rows"]] == [STEPS, STEPS]
     assert full["cost"]["network_calls"] == 2 * 2 * STEPS
     for estimator in ("stratified", "importance"):
         part = dataclasses.replace(settings, estimator=estimator, num_calls=5)
-        report = evaluate(subject, images, part, tmp_path)
+        report = evaluate(model, images, part, tmp_path)
         for row, whole in zip(report["rows"], full["rows"], strict=True):
             assert row["calls_per_image"] == 5 and "curve" not in row
             assert row["decoder"]["mean"] == pytest.approx(whole["decoder"]["mean"], abs=1e-3)
@@ -385,7 +387,7 @@ def test_the_fine_trajectory_is_the_ode_whatever_the_config_samples_with(member)
     settings = {"num_train_timesteps": STEPS, "beta_end": 0.5}
     plain, other = (
         calibration.measure_trajectory(
-            subject_of(_unet(), dict(GeneralizedDDIMScheduler(**settings, **own).config)),
+            measured_model_of(_unet(), dict(GeneralizedDDIMScheduler(**settings, **own).config)),
             num_samples=2,
             steps=6,
         )[0]
@@ -454,11 +456,11 @@ def test_a_trajectory_alone_leaves_the_likelihood_as_it_was(pipeline, tmp_path, 
     "make, message",
     [
         (
-            lambda: subject_of(_unet(class_embed_type="identity"), dict(_stock().config)),
+            lambda: measured_model_of(_unet(class_embed_type="identity"), dict(_stock().config)),
             "class-cond",
         ),
-        (lambda: subject_of(_unet(out=3), dict(_stock().config)), "channels"),
-        (lambda: load_subject("no/such/folder"), "pipeline"),
+        (lambda: measured_model_of(_unet(out=3), dict(_stock().config)), "channels"),
+        (lambda: load_measured_model("no/such/folder"), "pipeline"),
         (lambda: calibration.choose_images(5, 6, 0), "num_images"),
         (lambda: calibration.choose_images(5, 1, 0), "num_images"),
     ],

@@ -319,15 +319,16 @@ def test_a_stream_gives_the_same_batches_from_any_place_and_split(parquet):
     assert data.shape == (3, 8, 8) and len(held_out) == 4
     draws = Draws(0, 16, False, True, False)
 
-    def batches(start, stop, place, share):
+    def batches(start, stop, position, share):
         made = StreamBatches(stream, data, draws, share)
-        made.start, made.stop, made.place = start, stop, place
+        made.start, made.stop, made.stream_position = start, stop, position
         with open_loader(made, start, stop) as loader:
             return list(loader)
 
     whole = batches(0, 5, (0, 0), Share(16, 1, 0, 1))
-    assert whole[2]["place"].tolist() == [1, 12]  # 36 images an epoch: the third batch crosses it
-    again = batches(3, 5, tuple(whole[2]["place"].tolist()), Share(16, 1, 0, 1))
+    after = whole[2]["stream_position"].tolist()
+    assert after == [1, 12]  # 36 images an epoch: the third batch crosses it
+    again = batches(3, 5, tuple(after), Share(16, 1, 0, 1))
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(whole[3:], again, strict=True))
     parts = [batches(0, 5, (0, 0), Share(16, 2, rank, 1)) for rank in (0, 1)]
     for step in range(5):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.commands._model_options import read_saved
-from ddim_schedulers.training.likelihood.measured_model import load_subject
+from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 from ddim_schedulers.training.networks.models import PRESETS, make_unet
 
 BAD = {
@@ -51,13 +51,13 @@ def test_a_value_that_no_network_has_is_named(saved, key):
         tracemalloc.start()
         try:
             with pytest.raises(ValueError, match="config.json") as caught:
-                load_subject(saved)
+                load_measured_model(saved)
             assert tracemalloc.get_traced_memory()[1] < 16 << 20
         finally:
             tracemalloc.stop()
             path.write_text(whole)
         assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
-    load_subject(saved)
+    load_measured_model(saved)
 
 
 WIDEST = {
@@ -91,7 +91,7 @@ def test_the_whole_network_is_bounded_before_it_takes_memory(change, message, sa
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=message):
         make_unet(str(tmp_path / "unet.json"), channels=3, size=(32, 32))
-    for load in (load_subject, read_saved):
+    for load in (load_measured_model, read_saved):
         with pytest.raises(ValueError, match=message):
             load(str(tmp_path / "p"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
@@ -140,10 +140,10 @@ def test_weights_that_are_not_there_are_named(saved, tmp_path, capsys):
     del weights["conv_in.weight"]
     save_file(weights, path)
     with pytest.raises(ValueError, match="lack 1 tensors .* conv_in.weight"):
-        load_subject(tmp_path)
+        load_measured_model(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="model.safetensors' cannot be read: .* no whole"):
-        load_subject(tmp_path)
+        load_measured_model(tmp_path)
     arguments = ["--pipeline", str(tmp_path), "--num_images", "1", "--output", str(tmp_path / "o")]
     capsys.readouterr()
     assert main(["sample", *arguments]) == 2

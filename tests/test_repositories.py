@@ -19,7 +19,7 @@ from ddim_schedulers.training.common import repositories
 from ddim_schedulers.training.common.repositories import divided, pinned
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.data import sources
-from ddim_schedulers.training.likelihood.measured_model import load_subject
+from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 from ddim_schedulers.training.networks.models import load_unet
 from ddim_schedulers.training.train import train
 
@@ -91,17 +91,17 @@ def test_each_state_is_read_by_its_name(two_states, states, capsys):
         ("me/model@next", first, states[0]),
     ):
         wanted = load(files[WEIGHTS])["conv_out.bias"]
-        saved, subject = read_saved(name), load_subject(name)
+        saved, measured_model = read_saved(name), load_measured_model(name)
         unet = load_unet(name, channels=1, size=(8, 8), learned_variance=False)
-        for network in (saved.unet, subject.unet, unet):
+        for network in (saved.unet, measured_model.unet, unet):
             assert torch.equal(bias(network), wanted)
             assert network.config._name_or_path == f"me/model@{commit}"
-        assert subject.commit == f"me/model@{commit}"
+        assert measured_model.commit == f"me/model@{commit}"
         assert commit in capsys.readouterr().err
 
 
 def test_a_revision_that_is_not_there_is_said(two_states):
-    for load_it in (read_saved, load_subject):
+    for load_it in (read_saved, load_measured_model):
         with pytest.raises(ValueError, match="'me/model@gone' .*cannot be loaded: .*gone"):
             load_it("me/model@gone")
 
@@ -174,7 +174,7 @@ def test_configs_are_checked_before_the_weights_are_fetched(case, hub, states, t
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for load_it in (
         read_saved,
-        load_subject,
+        load_measured_model,
         lambda name: load_unet(name, channels=1, size=(8, 8), learned_variance=False),
     ):
         with pytest.raises(ValueError, match=message) as caught:
@@ -216,8 +216,8 @@ def test_a_pickle_is_read_only_where_that_is_asked_for(pickled, states, tmp_path
         with pytest.raises(ValueError, match="no weights as safetensors.*--allow_pickle"):
             load_unet(place, channels=1, size=(8, 8), learned_variance=False)
         with pytest.raises(ValueError, match="no weights as safetensors"):
-            load_subject(place)
-        assert torch.equal(bias(load_subject(place, allow_pickle=True).unet), wanted)
+            load_measured_model(place)
+        assert torch.equal(bias(load_measured_model(place, allow_pickle=True).unet), wanted)
         assert main(["export", *words, f"made{number}", "--allow_pickle"]) == 0
         assert not list((tmp_path / f"made{number}" / "unet").glob("*.bin"))
         assert torch.equal(bias(read_saved(f"made{number}").unet), wanted)

@@ -27,8 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler, to_portable
-from ddim_schedulers.pipelines import GenerationPipeline, files, records
-from ddim_schedulers.pipelines import sampling_job as bulk
+from ddim_schedulers.pipelines import GenerationPipeline, files, records, sampling_job
 from ddim_schedulers.pipelines.records import ClipCounter
 from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, sample_to_directory
 from ddim_schedulers.training import cli
@@ -121,7 +120,7 @@ def test_a_stopped_run_is_continued(tmp_path, monkeypatch):
         written.append(path)
         files.write_png(path, image, owner)
 
-    monkeypatch.setattr(bulk, "write_png", fails_at_the_sixth)
+    monkeypatch.setattr(sampling_job, "write_png", fails_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         sample_to_directory(pipeline(), stopped, job())
     monkeypatch.undo()
@@ -140,8 +139,8 @@ def test_finished_chunks_are_not_sampled_again(tmp_path, monkeypatch):
     sample_to_directory(pipeline(), tmp_path, job())
     (tmp_path / "images" / "000009.png").unlink()
     pipe, sampled = pipeline(), []
-    right = bulk._sample
-    monkeypatch.setattr(bulk, "_sample", lambda *a: sampled.append(a[2:4]) or right(*a))
+    right = sampling_job._sample
+    monkeypatch.setattr(sampling_job, "_sample", lambda *a: sampled.append(a[2:4]) or right(*a))
     sample_to_directory(pipe, tmp_path, job())
     assert sampled == [(8, 10)]
 

@@ -27,8 +27,7 @@ from ddim_schedulers.training import train
 from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoints import CheckpointError
-from ddim_schedulers.training.trainer import saving, trainer
-from ddim_schedulers.training.trainer import signals as stopping
+from ddim_schedulers.training.trainer import saving, signals, trainer
 from ddim_schedulers.training.trainer.compiling import (
     check_gradients,
     compile_for_training,
@@ -260,18 +259,18 @@ def test_workers_end_with_a_run_that_fails(settings, monkeypatch):
 
 def test_a_second_signal_acts_at_once_unless_it_is_the_first_again(monkeypatch):
     # neither of the two limits is near, however slow the machine is
-    monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", 1e9)
-    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 1e9)
+    with pytest.raises(KeyboardInterrupt), StopSignals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # as when torchrun hands it on
-        assert signals.name == "SIGINT"
-        monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", -1.0)
+        assert asked.name == "SIGINT"
+        monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1.0)
         os.kill(os.getpid(), signal.SIGINT)
     found = []
 
     def elsewhere():
-        with StopSignals() as signals:
-            found.append(signals.name)
+        with StopSignals() as asked:
+            found.append(asked.name)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

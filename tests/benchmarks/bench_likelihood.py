@@ -48,12 +48,12 @@ def planning():
 def runs():
     """Returns a calibration, a likelihood and their bare network calls, by name."""
     from ddim_schedulers.training.likelihood.calibration import calibrate
-    from ddim_schedulers.training.likelihood.measured_model import subject_of
+    from ddim_schedulers.training.likelihood.measured_model import measured_model_of
     from ddim_schedulers.training.likelihood.table import LikelihoodSettings, evaluate
 
     big_t, batch = 20, 16
     unet = network(None)
-    subject = subject_of(unet, dict(DDIMScheduler(num_train_timesteps=big_t).config))
+    measured_model = measured_model_of(unet, dict(DDIMScheduler(num_train_timesteps=big_t).config))
     images = torch.randint(0, 256, (batch, 1, 32, 32)) / 127.5 - 1
     settings = LikelihoodSettings(steps=(5, 10, big_t), batch_size=batch)
 
@@ -62,10 +62,10 @@ def runs():
             run(Path(folder) / "parts")
 
     def calibration(work):
-        calibrate(subject, images, clip=1.0, batch_size=batch, work_dir=work)
+        calibrate(measured_model, images, clip=1.0, batch_size=batch, work_dir=work)
 
     def likelihood(work):
-        evaluate(subject, images, settings, work)
+        evaluate(measured_model, images, settings, work)
 
     return {
         "calibration": lambda: in_new_folder(calibration),
@@ -88,31 +88,31 @@ def estimators(args):
     The terms of every image are measured once at all t; what is left to chance is the draw of t.
     """
     from ddim_schedulers.training.likelihood.calibration import choose_images
-    from ddim_schedulers.training.likelihood.error_sweep import run_pass
+    from ddim_schedulers.training.likelihood.error_sweep import run_error_sweep
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
-    from ddim_schedulers.training.likelihood.measured_model import load_subject
+    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
-    subject = load_subject(args.pipeline)
-    data = load_measured_data(args, subject)
+    measured_model = load_measured_model(args.pipeline)
+    data = load_measured_data(args, measured_model)
     images = data.batch(choose_images(len(data), args.num_images, args.seed))[0]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(args.work_dir) if args.work_dir else Path(folder) / "parts"
-        big_t = len(subject.alpha_bar)
-        result = run_pass(
-            subject,
+        big_t = len(measured_model.alpha_bar)
+        result = run_error_sweep(
+            measured_model,
             images,
             range(big_t),
-            clip=subject.clip,
+            clip=measured_model.clip,
             seed=args.seed,
             batch_size=args.batch_size,
             work_dir=work,
         )
-    plan = make_plan(subject.alpha_bar, list(range(big_t - 1, -1, -1)), "fixed_large")
+    plan = make_plan(measured_model.alpha_bar, list(range(big_t - 1, -1, -1)), "fixed_large")
     error = result.statistics[2].flip(1)
     terms = nats(
         plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], error[:, :-1]
     ) / math.log(2)
-    known = statistics_of(subject.calibration, subject.alpha_bar).x0_error.flip(0)
+    known = statistics_of(measured_model.calibration, measured_model.alpha_bar).x0_error.flip(0)
     proposal = default_proposal(plan, known)
     print(f"{len(images)} images; std of one image's estimate in bits/dim, over 1000 draws of t")
     print("| calls | uniform | stratified | importance |\n|---|---|---|---|")
@@ -141,10 +141,10 @@ def sampling(args):
     """Pixel Frechet distance with the member's own noise and with the optimal one."""
     from ddim_schedulers.pipelines import GenerationPipeline
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
-    from ddim_schedulers.training.likelihood.measured_model import load_subject
+    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
-    subject = load_subject(args.pipeline)
-    data = load_measured_data(args, subject).all().flatten(1)
+    measured_model = load_measured_model(args.pipeline)
+    data = load_measured_data(args, measured_model).all().flatten(1)
     half = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
     floor = frechet(data[half[: args.num_images]], data)
     print(f"{args.num_images} samples against {len(data)} images; as many of those: {floor:.3f}")
@@ -163,9 +163,9 @@ def sampling(args):
         cells = []
         for steps in args.steps:
             scheduler = GeneralizedDDIMScheduler.from_config(
-                subject.config, timestep_spacing=spacing, eta=eta, reverse_variance=noise
+                measured_model.config, timestep_spacing=spacing, eta=eta, reverse_variance=noise
             )
-            pipe = GenerationPipeline(unet=subject.unet, scheduler=scheduler)
+            pipe = GenerationPipeline(unet=measured_model.unet, scheduler=scheduler)
             pipe.set_progress_bar_config(disable=True)
             images = pipe(
                 seeds=list(range(args.num_images)),

@@ -31,14 +31,16 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler
-from ddim_schedulers.pipelines import GenerationPipeline
-from ddim_schedulers.pipelines import sampling_job as bulk
+from ddim_schedulers.pipelines import GenerationPipeline, sampling_job
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.evaluation.cells import Evaluation, run
 from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
-from ddim_schedulers.training.likelihood import error_sweep as passes
+from ddim_schedulers.training.likelihood import error_sweep
 from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
-from ddim_schedulers.training.likelihood.measured_model import load_subject, subject_of
+from ddim_schedulers.training.likelihood.measured_model import (
+    load_measured_model,
+    measured_model_of,
+)
 from ddim_schedulers.training.likelihood.table import LikelihoodSettings, make_rows
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.parsing import load_config
@@ -194,10 +196,20 @@ def checkpoints_of_a_run(count, root):
         if checkpoints.newest_whole(folder) != newest:
             return NOTICED
         saving.restore(trainer, newest)
-        own = (trainer.step, trainer.place, trainer.best, trainer.average.ema.optimization_step)
+        own = (
+            trainer.step,
+            trainer.stream_position,
+            trainer.best,
+            trainer.average.ema.optimization_step,
+        )
         return HARMLESS if own == good else PLAUSIBLE
 
-    good = (trainer.step, trainer.place, trainer.best, trainer.average.ema.optimization_step)
+    good = (
+        trainer.step,
+        trainer.stream_position,
+        trainer.best,
+        trainer.average.ema.optimization_step,
+    )
     manifest_bytes = manifest.read_bytes()
     count.try_all(
         "checkpoint: state, manifest fits",
@@ -217,12 +229,12 @@ def checkpoints_of_a_run(count, root):
 
 def parts_of_a_pass(count, root):
     scheduler = DDPMScheduler(num_train_timesteps=60, beta_end=0.3)
-    subject = subject_of(tiny(), dict(scheduler.config))
+    model = measured_model_of(tiny(), dict(scheduler.config))
     images = torch.rand(4, 1, 8, 8) * 2 - 1
 
     def go():
-        return passes.run_pass(
-            subject, images, range(60), clip=1.0, seed=0, batch_size=2, work_dir=root
+        return error_sweep.run_error_sweep(
+            model, images, range(60), clip=1.0, seed=0, batch_size=2, work_dir=root
         )
 
     before = go()
@@ -310,11 +322,11 @@ def samples(count, root):
     pipe = GenerationPipeline(unet=tiny(), scheduler=GeneralizedDDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     for file_format, name in (("png", "images/000001.png"), ("npz", "shards/000000-000003.npz")):
-        job = bulk.SamplingJob(6, 4, file_format=file_format, num_inference_steps=2)
+        job = sampling_job.SamplingJob(6, 4, file_format=file_format, num_inference_steps=2)
         folder = root / file_format
-        bulk.sample_to_directory(pipe, folder, job)
+        sampling_job.sample_to_directory(pipe, folder, job)
         path = folder / name
-        files = bulk._Files(folder, job, 0, pipe.image_shape)
+        files = sampling_job._Files(folder, job, 0, pipe.image_shape)
 
         def images():
             return np.stack([np.asarray(x) for x in files._load(path.name, 0, 4)])  # noqa: B023
@@ -328,13 +340,13 @@ def samples(count, root):
 
         count.try_all(f"samples: {file_format}", path, edited_bytes(path.read_bytes(), 200), use)
     settings = folder / "sample.json"
-    now = bulk.settings_of(pipe, job)
+    now = sampling_job.settings_of(pipe, job)
 
     def compared():
-        bulk._compare(settings, now)
+        sampling_job._compare(settings, now)
         # null and nothing are the same: a setting that an earlier version did not know
-        then = bulk._flat(json.loads(settings.read_text()))
-        own = bulk._flat(now)
+        then = sampling_job._flat(json.loads(settings.read_text()))
+        own = sampling_job._flat(now)
         same = all(then.get(key) == own.get(key) for key in then.keys() | own.keys())
         return HARMLESS if same else WRONG
 
@@ -344,13 +356,13 @@ def samples(count, root):
 
 def scheduler_config(count, root, pipeline):
     path = pipeline / "scheduler" / "scheduler_config.json"
-    subject = load_subject(pipeline)
-    result, _ = calibrate(subject, torch.zeros(2, 1, 8, 8), clip=1.0, work_dir=root / "parts")
+    model = load_measured_model(pipeline)
+    result, _ = calibrate(model, torch.zeros(2, 1, 8, 8), clip=1.0, work_dir=root / "parts")
     save_calibration(result, path)
     settings = LikelihoodSettings(steps=(5,), variances=("fixed_small", "optimal"))
 
     def use():
-        found = load_subject(pipeline)
+        found = load_measured_model(pipeline)
         make_rows(found, settings)
         return PLAUSIBLE
 

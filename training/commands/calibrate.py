@@ -100,17 +100,19 @@ def _run_pass(
     from ddim_schedulers.training.likelihood import calibration as library
     from ddim_schedulers.training.likelihood.error_sweep import discard
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
-    from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_subject
+    from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_measured_model
 
-    subject = load_subject(args.pipeline, team.state.device, allow_pickle=args.allow_pickle)
-    data = load_measured_data(args, subject)
+    measured_model = load_measured_model(
+        args.pipeline, team.state.device, allow_pickle=args.allow_pickle
+    )
+    data = load_measured_data(args, measured_model)
     num_images = 100 if args.num_images is None else args.num_images
     chosen = library.choose_images(len(data), num_images, args.seed)
     images, _ = data.batch(chosen)
     result, cost = library.calibrate(
-        subject,
+        measured_model,
         images,
-        clip=clip_limit(subject, args.clip),
+        clip=clip_limit(measured_model, args.clip),
         seed=args.seed,
         batch_size=args.batch_size,
         work_dir=work_dir,
@@ -119,9 +121,9 @@ def _run_pass(
     )
     if team.index == 0:
         owner.check()
-        library.save_calibration(result, target, subject.saved)
+        library.save_calibration(result, target, measured_model.saved)
         discard(work_dir)
-        last = len(subject.alpha_bar) - 1
+        last = len(measured_model.alpha_bar) - 1
         print(*library.summary(result, sorted({0, 1, last // 4, last // 2, last})), sep="\n")
         print(
             f"{num_images} images, {cost['network_calls']} network calls, "
@@ -165,12 +167,12 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
 
     from ddim_schedulers import GeneralizedDDIMScheduler
     from ddim_schedulers.training.likelihood import calibration as library
-    from ddim_schedulers.training.likelihood.measured_model import load_subject
+    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    subject = load_subject(args.pipeline, device, allow_pickle=args.allow_pickle)
+    measured_model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
     record, cost = library.measure_trajectory(
-        subject,
+        measured_model,
         num_samples=48 if args.num_images is None else args.num_images,
         steps=args.trajectory_steps,
         seed=args.seed,
@@ -178,9 +180,9 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     owner.check()
-    library.save_record(record, target, subject.saved)
+    library.save_record(record, target, measured_model.saved)
     scheduler = GeneralizedDDIMScheduler.from_config(
-        subject.config,
+        measured_model.config,
         calibration=record,
         timestep_spacing="calibrated",
         solver_order=2,

@@ -88,12 +88,12 @@ def _evaluate(
     from ddim_schedulers.training.likelihood.calibration import choose_images
     from ddim_schedulers.training.likelihood.error_sweep import discard
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
-    from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_subject
+    from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_measured_model
 
-    subject = load_subject(
+    measured_model = load_measured_model(
         pinned(args.pipeline, args.revision), team.state.device, allow_pickle=args.allow_pickle
     )
-    data = load_measured_data(args, subject)
+    data = load_measured_data(args, measured_model)
     bins = data.levels if args.bins is None else args.bins
     if bins is None:
         raise ValueError(
@@ -102,14 +102,14 @@ def _evaluate(
         )
     images, _ = data.batch(choose_images(len(data), args.num_images, args.seed))
     variances = args.variances or ["fixed_small", "fixed_large"] + (
-        ["optimal"] if subject.calibration is not None else []
+        ["optimal"] if measured_model.calibration is not None else []
     )
     settings = library.LikelihoodSettings(
         steps=tuple(args.steps),
         variances=tuple(variances),
         trajectories=tuple(args.trajectories),
         eta=args.eta,
-        clip=clip_limit(subject, args.clip),
+        clip=clip_limit(measured_model, args.clip),
         num_bins=bins,
         estimator=args.estimator,
         num_calls=args.num_calls,
@@ -117,7 +117,7 @@ def _evaluate(
         seed=args.seed,
     )
     report = library.evaluate(
-        subject,
+        measured_model,
         images,
         settings,
         work_dir,
@@ -128,7 +128,7 @@ def _evaluate(
         made_with = versions("ddim_schedulers", "diffusers", "torch")
         report |= {
             "data": args.data,
-            "pipeline": subject.commit or args.pipeline,
+            "pipeline": measured_model.commit or args.pipeline,
             "versions": made_with,
         }
         report["found"] = data.inventory.counts()

@@ -169,13 +169,13 @@ class Stream:
 
 
 class StreamBatches(IterableDataset[Batch]):
-    """The batches of a stream, from a place in it on; see `MapBatches` for what a batch is."""
+    """The batches of a stream, from a position in it on; see `MapBatches` for what a batch is."""
 
     def __init__(self, stream: Stream, data: ImageData, draws: Draws, share: Share) -> None:
         self.stream, self.data, self.draws, self.share = stream, data, draws, share
         self.dtype = data.source.header(int(data.ids[0])).dtype
         self.start, self.stop = 0, 0
-        self.place = (0, 0)  # epoch and image of it, where the first batch begins
+        self.stream_position = (0, 0)  # epoch and image of it, where the first batch begins
 
     def ids(self, step: int) -> np.ndarray:
         """Return the count of images seen before each, (G,): images of a stream have no numbers."""
@@ -186,7 +186,7 @@ class StreamBatches(IterableDataset[Batch]):
         return [f"{self.stream.config.data}, image {i} of the shuffled stream" for i in ids]
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = self.stream.rows(self.draws.seed, *self.place)
+        rows = self.stream.rows(self.draws.seed, *self.stream_position)
         for step in range(self.start, self.stop):
             taken = [next(rows) for _ in range(self.share.batch_size)]
             after = torch.tensor([taken[-1][0], taken[-1][1] + 1])
@@ -202,7 +202,7 @@ class StreamBatches(IterableDataset[Batch]):
                 batch = self.draws.make_batch(
                     step, positions, torch.stack(images), self.ids(step)[positions], replaced
                 )
-                yield batch | {"place": after}
+                yield batch | {"stream_position": after}
 
     def _prepare(self, array: np.ndarray, crop: np.ndarray | None, row: Any) -> torch.Tensor:
         if array.shape[0] != self.data.channels:

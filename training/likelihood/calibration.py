@@ -25,8 +25,8 @@ from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.common.storage import to_json
-from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, Pass, run_pass
-from ddim_schedulers.training.likelihood.measured_model import Subject
+from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, ErrorSweep, run_error_sweep
+from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
 
 CONFIG_NAME = "scheduler_config.json"
@@ -61,7 +61,7 @@ class Calibration:
     seed: int
 
 
-def calibration_of(result: Pass, clip: float | None, seed: int) -> Calibration:
+def calibration_of(result: ErrorSweep, clip: float | None, seed: int) -> Calibration:
     """Return means and standard errors of a pass over all timesteps, with two images or more."""
     n = result.statistics.shape[1]
     means = result.statistics.mean(1)
@@ -91,7 +91,7 @@ def choose_images(count: int, num_images: int, seed: int) -> list[int]:
 
 
 def calibrate(
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     *,
     clip: float | None,
@@ -107,13 +107,13 @@ def calibrate(
         The statistics, and the cost: `network_calls` (in batches), `seconds`, `processes`.
 
     Raises:
-        ValueError: as `run_pass`.
+        ValueError: as `run_error_sweep`.
     """
     begun = time.perf_counter()
-    result = run_pass(
-        subject,
+    result = run_error_sweep(
+        measured_model,
         images,
-        range(len(subject.alpha_bar)),
+        range(len(measured_model.alpha_bar)),
         clip=clip,
         seed=seed,
         batch_size=batch_size,
@@ -130,7 +130,7 @@ def calibrate(
 
 
 def measure_trajectory(
-    subject: Subject,
+    measured_model: MeasuredModel,
     *,
     num_samples: int = 48,
     steps: int = 100,
@@ -150,13 +150,13 @@ def measure_trajectory(
     Raises:
         ValueError: for a count out of range, or a chain that starts at alpha_bar = 0.
     """
-    big_t = len(subject.alpha_bar)
+    big_t = len(measured_model.alpha_bar)
     most = min(MAX_FINE_STEPS, big_t)
     if not 2 <= steps <= most:
         raise ValueError(f"`trajectory_steps` is {steps}; it must be 2 to {most}")
     if num_samples < 1:
         raise ValueError(f"`num_images` is {num_samples}; it must be at least 1")
-    if float(subject.alpha_bar[-1]) == 0:
+    if float(measured_model.alpha_bar[-1]) == 0:
         raise ValueError(
             "`objective` is 'trajectory', but the chain has zero terminal SNR, where the "
             "trajectory starts at an infinite rho; use timestep_spacing='trailing'"
@@ -166,7 +166,7 @@ def measure_trajectory(
     plan = make_timesteps("linspace", steps, big_t)
     # the member, the noise and the solver of sampling, which the config may hold, are not the ODE's
     scheduler = GeneralizedDDIMScheduler.from_config(
-        subject.config,
+        measured_model.config,
         timesteps=plan,
         timestep_spacing="leading",
         clip_sample=False,
@@ -180,19 +180,19 @@ def measure_trajectory(
         solver_corrector=False,
         lower_order_final=False,
     )
-    size = subject.unet.config.sample_size
-    shape = (subject.channels, *((size, size) if isinstance(size, int) else size))
+    size = measured_model.unet.config.sample_size
+    shape = (measured_model.channels, *((size, size) if isinstance(size, int) else size))
     noise = torch.randn((num_samples, *shape), generator=generator(seed, "trajectory"))
     gram = torch.zeros(steps, steps, dtype=torch.float64)
     calls = 0
     for part in noise.split(batch_size):
         scheduler.set_timesteps()
-        x, seen = part.to(subject.dtype), []
+        x, seen = part.to(measured_model.dtype), []
         for t in plan:
-            output = subject.predict_mean(x, torch.full((len(x),), t))
-            now, before = subject.alpha_bar[t], subject.alpha_bar[max(t - 1, 0)]
+            output = measured_model.predict_mean(x, torch.full((len(x),), t))
+            now, before = measured_model.alpha_bar[t], measured_model.alpha_bar[max(t - 1, 0)]
             before = before if t else torch.ones_like(now)
-            seen.append(eps_from(subject.prediction_type, output.double(), x, now, before))
+            seen.append(eps_from(measured_model.prediction_type, output.double(), x, now, before))
             x = scheduler.step(output, t, x, return_dict=False)[0]
         curve = torch.stack([eps.flatten() for eps in seen])
         gram += curve @ curve.T

@@ -26,7 +26,7 @@ from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.common.storage import to_json
-from ddim_schedulers.training.likelihood.measured_model import Subject
+from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,7 @@ SEALED = "sealed"  # in the claim: every part has a check sum
 
 
 @dataclass(frozen=True)
-class Pass:
+class ErrorSweep:
     """What one network call for each image and timestep says.
 
     Attributes:
@@ -55,7 +55,7 @@ class Pass:
 
 
 def measure(
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     timesteps: Sequence[int],
     clip: float | None,
@@ -63,21 +63,21 @@ def measure(
     chunk: int,
 ) -> dict[str, torch.Tensor]:
     """Measure one part: `statistics` (3, B, n) of images (B, C, H, W), `x0_hat` at timestep 0."""
-    x0, before = images.to(torch.float64), alpha_bar_before(subject.alpha_bar)
+    x0, before = images.to(torch.float64), alpha_bar_before(measured_model.alpha_bar)
     rows, first = [], torch.empty(0)
     for t in timesteps:
         noise = torch.randn(x0.shape, generator=generator(seed, "pass", chunk, t)).to(x0)
         steps = torch.full((len(x0),), t)
         x0_hat, eps_hat, _ = predict_x0(
-            subject.predict_mean,
+            measured_model.predict_mean,
             x0,
             steps,
-            subject.alpha_bar[steps],
+            measured_model.alpha_bar[steps],
             before[steps],
             noise,
-            subject.prediction_type,
+            measured_model.prediction_type,
             clip,
-            subject.dtype,
+            measured_model.dtype,
         )
         squares = (eps_hat**2, (noise - eps_hat) ** 2, (x0 - x0_hat) ** 2)
         rows.append(torch.stack([v.flatten(1).mean(1) for v in squares]))
@@ -86,8 +86,8 @@ def measure(
     return {"statistics": torch.stack(rows, 2), "x0_hat": first}
 
 
-def run_pass(
-    subject: Subject,
+def run_error_sweep(
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     timesteps: Sequence[int],
     *,
@@ -97,11 +97,11 @@ def run_pass(
     work_dir: Path,
     team: Team | None = None,
     progress: Any = None,
-) -> Pass:
+) -> ErrorSweep:
     """Measure all images at all timesteps, sharing the parts among processes.
 
     Args:
-        subject: network and process.
+        measured_model: network and process.
         images: (N, C, H, W) in [-1, 1], the same on every process.
         timesteps: which, any order.
         clip: limit of |x0_hat|, or None.
@@ -119,7 +119,7 @@ def run_pass(
     team = Team() if team is None else team
     with own_together(work_dir, "a pass", team, transient=True) as owner:
         return _run(
-            subject,
+            measured_model,
             images,
             sorted(timesteps),
             clip=clip,
@@ -133,7 +133,7 @@ def run_pass(
 
 
 def _run(
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     asked: list[int],
     *,
@@ -144,13 +144,13 @@ def _run(
     team: Team,
     progress: Any,
     owner: Owner,
-) -> Pass:
+) -> ErrorSweep:
     blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
     chunks = math.ceil(len(images) / batch_size)
     parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
     work_dir.mkdir(parents=True, exist_ok=True)  # on each machine: what is not shared is said below
     if team.index == 0:
-        _claim(work_dir, subject, images, asked, clip, seed, batch_size)
+        _claim(work_dir, measured_model, images, asked, clip, seed, batch_size)
     team.wait()
     kept = _Parts(work_dir, images.shape, blocks, batch_size)
     todo = [p for p in parts if not kept.is_whole(p, team.index == 0)]
@@ -158,7 +158,7 @@ def _run(
     team.wait()  # nobody writes before all have seen what is left
     for number, (c, b) in enumerate(mine):
         batch = images[c * batch_size : (c + 1) * batch_size]
-        values = measure(subject, batch, blocks[b], clip, seed, c)
+        values = measure(measured_model, batch, blocks[b], clip, seed, c)
         owner.check()
         write_bytes(_file(work_dir, (c, b)), pack_sealed(values, kept.about((c, b))))
         if progress is not None:
@@ -174,7 +174,7 @@ def _run(
     first = torch.cat([row[0]["x0_hat"] for row in read])
     team.wait()  # nobody deletes the parts before all have read them
     calls = sum(len(blocks[b]) for _, b in todo)
-    return Pass(asked, statistics, first, calls)
+    return ErrorSweep(asked, statistics, first, calls)
 
 
 def discard(work_dir: Path) -> None:
@@ -246,7 +246,7 @@ class _Parts:
 
 def _claim(
     work_dir: Path,
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     timesteps: list[int],
     clip: float | None,
@@ -256,7 +256,7 @@ def _claim(
     """Note what the parts in a folder belong to, or refuse those of something else."""
     data = hashlib.sha256(images.to(torch.float64).contiguous().numpy().tobytes()).hexdigest()
     own = {
-        "network": subject.fingerprint(),
+        "network": measured_model.fingerprint(),
         "images": [len(images), data],
         "timesteps": timesteps,
         "clip": clip,

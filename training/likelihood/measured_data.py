@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.training.data.images import ImageData
-    from ddim_schedulers.training.likelihood.measured_model import Subject
+    from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -58,7 +58,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
 
 
-def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
+def load_measured_data(args: argparse.Namespace, measured_model: MeasuredModel) -> ImageData:
     """Return the images that the flags name, checked against the network.
 
     Raises:
@@ -68,7 +68,7 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
     from ddim_schedulers.training.config import TrainingConfig
     from ddim_schedulers.training.data.images import digits, load_data
 
-    size = subject.unet.config.sample_size
+    size = measured_model.unet.config.sample_size
     own = args.image_size if args.image_size is not None else size if type(size) is int else None
     if args.data == "digits" and args.split != "train":
         raise ValueError(f"`--split` is {args.split!r}; the digits are divided by --part")
@@ -84,9 +84,9 @@ def load_measured_data(args: argparse.Namespace, subject: Subject) -> ImageData:
         data = load_data(config)[0]
     if process_of()[0] == 0:
         print(data.inventory.line(), file=sys.stderr)
-    if data.channels != subject.channels:
+    if data.channels != measured_model.channels:
         raise ValueError(
-            f"`data`: the images have {data.channels} channels, the network {subject.channels}; "
-            "see --image_mode"
+            f"`data`: the images have {data.channels} channels, the network "
+            f"{measured_model.channels}; see --image_mode"
         )
     return data

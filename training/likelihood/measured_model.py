@@ -15,7 +15,7 @@ from ddim_schedulers.training.networks.places import pipeline_folder
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredModel:
     """The network of a pipeline and the process it was trained for.
 
     Attributes:
@@ -79,8 +79,8 @@ class Subject:
         return digest.hexdigest()
 
 
-def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
-    """Return the subject of a network and a scheduler's config, stock or ours.
+def measured_model_of(unet: Any, config: dict[str, Any]) -> MeasuredModel:
+    """Return the measured model of a network and a scheduler's config, stock or ours.
 
     Raises:
         ValueError: for a class-conditional network, one whose channels fit neither a plain nor a
@@ -101,15 +101,15 @@ def subject_of(unet: Any, config: dict[str, Any]) -> Subject:
     scheduler = MarkovianDDPMScheduler.from_config(config, variance_type="fixed_small", **neutral)
     own = dict(scheduler.config)
     clip = float(own["clip_sample_range"]) if own["clip_sample"] else None
-    return Subject(
+    return MeasuredModel(
         unet.eval(), own, scheduler.alpha_bar, own["prediction_type"], clip, made == 2 * given
     )
 
 
-def load_subject(
+def load_measured_model(
     pipeline: str | Path, device: torch.device | str = "cpu", *, allow_pickle: bool = False
-) -> Subject:
-    """Return the subject of a saved pipeline: its folder, a run's folder, or a name on the Hub.
+) -> MeasuredModel:
+    """Return the measured model of a pipeline's folder, a run's folder, or a name on the Hub.
 
     Args:
         pipeline: see `places`.
@@ -117,7 +117,7 @@ def load_subject(
         allow_pickle: see `repositories.fetch`.
 
     Raises:
-        ValueError: nothing there, or as `subject_of`.
+        ValueError: nothing there, or as `measured_model_of`.
     """
     found = fetch(pipeline_folder(str(pipeline)), allow_pickle=allow_pickle)
     try:
@@ -129,12 +129,12 @@ def load_subject(
             f"(UNet2DModel) and scheduler: {error}"
         ) from error
     found.finish(unet)
-    subject = subject_of(unet.to(device), dict(config))
-    return dataclasses.replace(subject, saved=dict(config), commit=found.commit)
+    measured_model = measured_model_of(unet.to(device), dict(config))
+    return dataclasses.replace(measured_model, saved=dict(config), commit=found.commit)
 
 
-def clip_limit(subject: Subject, choice: str) -> float | None:
+def clip_limit(measured_model: MeasuredModel, choice: str) -> float | None:
     """Return the limit of |x0_hat|: the scheduler's (`config`), its range (`on`), none (`off`)."""
     if choice == "config":
-        return subject.clip
-    return float(subject.config["clip_sample_range"]) if choice == "on" else None
+        return measured_model.clip
+    return float(measured_model.config["clip_sample_range"]) if choice == "on" else None

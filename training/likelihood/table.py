@@ -35,8 +35,8 @@ from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.common.figures import save_figure
 from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.common.seeds import generator
-from ddim_schedulers.training.likelihood.error_sweep import run_pass
-from ddim_schedulers.training.likelihood.measured_model import Subject
+from ddim_schedulers.training.likelihood.error_sweep import run_error_sweep
+from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
 # "even" holds both ends, as a likelihood needs it; the other names are the samplers' spacings.
 SPACINGS = {"even": "linspace"}
@@ -81,7 +81,7 @@ class Row:
     plan: Plan
 
 
-def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
+def make_rows(measured_model: MeasuredModel, settings: LikelihoodSettings) -> list[Row]:
     """Return the chains of the table.
 
     Raises:
@@ -90,24 +90,24 @@ def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
     """
     statistics = None
     if "optimal" in (*settings.variances, *settings.trajectories):
-        if subject.calibration is None:
+        if measured_model.calibration is None:
             raise ValueError(
                 "the pipeline's scheduler holds no statistics of its timesteps (`gamma` in "
                 "`calibration`), which the optimal variance and trajectory need; run "
                 "`ddim-schedulers calibrate --data ...` first (its --objective trajectory measures "
                 "others)"
             )
-        statistics = statistics_of(subject.calibration, subject.alpha_bar)
-    if "learned_range" in settings.variances and not subject.learned:
+        statistics = statistics_of(measured_model.calibration, measured_model.alpha_bar)
+    if "learned_range" in settings.variances and not measured_model.learned:
         raise ValueError("`variance` is 'learned_range', but the network predicts no variance")
     limit = 1.0 if settings.clip is None else settings.clip
     rows = []
     for trajectory in settings.trajectories:
         for variance in settings.variances:
             for count in settings.steps:
-                tau = _trajectory(subject, statistics, settings, trajectory, variance, count)
+                tau = _trajectory(measured_model, statistics, settings, trajectory, variance, count)
                 plan = make_plan(
-                    subject.alpha_bar,
+                    measured_model.alpha_bar,
                     tau,
                     variance,
                     eta=settings.eta,
@@ -119,7 +119,7 @@ def make_rows(subject: Subject, settings: LikelihoodSettings) -> list[Row]:
 
 
 def _trajectory(
-    subject: Subject,
+    measured_model: MeasuredModel,
     statistics: Statistics | None,
     settings: LikelihoodSettings,
     name: str,
@@ -127,15 +127,15 @@ def _trajectory(
     count: int,
 ) -> list[int]:
     if name != "optimal":
-        return make_timesteps(SPACINGS.get(name, name), count, len(subject.alpha_bar))
+        return make_timesteps(SPACINGS.get(name, name), count, len(measured_model.alpha_bar))
     assert statistics is not None  # `make_rows` looked
     own = "optimal" if variance == "learned_range" else variance
     limit = 1.0 if settings.clip is None else settings.clip
-    return optimal_timesteps(subject.alpha_bar, statistics, count, own, settings.eta, limit)
+    return optimal_timesteps(measured_model.alpha_bar, statistics, count, own, settings.eta, limit)
 
 
 def evaluate(
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     settings: LikelihoodSettings,
     work_dir: Path,
@@ -150,7 +150,7 @@ def evaluate(
     progressive-coding `curve`.
 
     Args:
-        subject: network and process.
+        measured_model: network and process.
         images: (N, C, H, W) in [-1, 1], the same on every process.
         settings: what is computed.
         work_dir: where finished parts of a pass are kept, seen by all processes.
@@ -172,18 +172,18 @@ def evaluate(
         )
     if settings.num_bins is not None:
         grid_levels(images, settings.num_bins)
-    rows, begun = make_rows(subject, settings), time.perf_counter()
+    rows, begun = make_rows(measured_model, settings), time.perf_counter()
     learns = any(row.variance == "learned_range" for row in rows)
     if settings.estimator == "all" and not learns:
-        terms, calls = _one_pass(subject, images, rows, settings, work_dir, team, progress)
+        terms, calls = _one_pass(measured_model, images, rows, settings, work_dir, team, progress)
     else:
-        terms, calls = _row_by_row(subject, images, rows, settings, team, progress)
+        terms, calls = _row_by_row(measured_model, images, rows, settings, team, progress)
     chosen = asdict(settings)
     return {
         "settings": chosen,
         "num_images": len(images),
         "image_shape": list(images.shape[1:]),
-        "network": subject.fingerprint(),
+        "network": measured_model.fingerprint(),
         "rows": [_report(row, t, settings) for row, t in zip(rows, terms, strict=True)],
         "cost": {
             "network_calls": calls,
@@ -194,7 +194,7 @@ def evaluate(
 
 
 def _one_pass(
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     rows: Sequence[Row],
     settings: LikelihoodSettings,
@@ -203,8 +203,8 @@ def _one_pass(
     progress: Callable[[str], None] | None,
 ) -> tuple[list[Terms], int]:
     union = sorted({t for row in rows for t in row.plan.timesteps})
-    result = run_pass(
-        subject,
+    result = run_error_sweep(
+        measured_model,
         images,
         union,
         clip=settings.clip,
@@ -224,7 +224,7 @@ def _one_pass(
 
 
 def _row_by_row(
-    subject: Subject,
+    measured_model: MeasuredModel,
     images: torch.Tensor,
     rows: Sequence[Row],
     settings: LikelihoodSettings,
@@ -239,17 +239,17 @@ def _row_by_row(
         row = rows[r]
         learned = row.variance == "learned_range"
         terms = variational_bound(
-            subject.predict if learned else subject.predict_mean,
+            measured_model.predict if learned else measured_model.predict_mean,
             images[c * size : (c + 1) * size],
             row.plan,
-            prediction_type=subject.prediction_type,
+            prediction_type=measured_model.prediction_type,
             clip=settings.clip,
             num_bins=settings.num_bins,
             estimator=settings.estimator,
             num_calls=settings.num_calls,
-            proposal=_proposal(subject, row) if settings.estimator == "importance" else None,
+            proposal=_proposal(measured_model, row) if settings.estimator == "importance" else None,
             generator=generator(settings.seed, "bound", r, c),
-            dtype=subject.dtype,
+            dtype=measured_model.dtype,
         )
         done.append((r, c, terms))
         calls += terms.index.shape[1] + 1
@@ -260,10 +260,10 @@ def _row_by_row(
     return [_joined([gathered[r, c] for c in range(chunks)]) for r in range(len(rows))], calls
 
 
-def _proposal(subject: Subject, row: Row) -> torch.Tensor:
+def _proposal(measured_model: MeasuredModel, row: Row) -> torch.Tensor:
     error = None
-    if subject.calibration is not None:
-        table = statistics_of(subject.calibration, subject.alpha_bar).x0_error
+    if measured_model.calibration is not None:
+        table = statistics_of(measured_model.calibration, measured_model.alpha_bar).x0_error
         error = table[row.plan.timesteps]
     plan = row.plan
     if plan.log_variance_range is not None:  # what the fixed variances cost is a fair guess

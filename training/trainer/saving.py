@@ -52,7 +52,7 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
     state = {
         "step": trainer.step,
         "updates": trainer.updates,
-        "place": list(trainer.place),
+        "place": list(trainer.stream_position),
         "ema": trainer.average.state_dict(),
         "best": trainer.best,
         "config": trainer.config.to_dict(),
@@ -101,7 +101,7 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     failed = (folder / checkpoints.FAILED).exists()
     own = folder.resolve().parent == (trainer.root / "checkpoints").resolve()
     trainer.saved = trainer.step if own and not failed else None
-    trainer.place = tuple(state.get("place", (0, 0)))
+    trainer.stream_position = tuple(state.get("place", (0, 0)))
 
 
 def export(trainer: "Trainer") -> Path:

@@ -129,7 +129,7 @@ class Trainer:
         self.saved: int | None = None  # step of the newest checkpoint of the rotation
         self.saved_updates = 0
         self.between_steps = True  # weights and average belong to `step`
-        self.place = (0, 0)  # in a stream: epoch, and how many images of it were used
+        self.stream_position = (0, 0)  # in a stream: epoch, and how many images of it were used
         self.best: dict[str, Any] = {}
         self.evaluations: list[dict[str, Any]] = []
         if self.start_from is not None:
@@ -289,7 +289,7 @@ class Trainer:
         """Return the batches of the steps from the present one up to `stop`."""
         if isinstance(self.batches, StreamBatches):
             self.batches.start, self.batches.stop = self.step, stop
-            self.batches.place = self.place
+            self.batches.stream_position = self.stream_position
         pin = self.device.type == "cuda"
         return open_loader(self.batches, self.step, stop, self.config.num_workers, pin)
 
@@ -370,18 +370,18 @@ class Trainer:
             torch.manual_seed(
                 derive_seed(self.config.seed, "dropout", self.step, self.share.process_index)
             )
-        place = self.place
+        stream_position = self.stream_position
         for _ in range(self.share.parts):
             batch: Batch = next(loader)
-            if "place" in batch:
-                place = tuple(batch["place"].tolist())
+            if "stream_position" in batch:
+                stream_position = tuple(batch["stream_position"].tolist())
             with self.accelerator.accumulate(self.network):
                 loss = self._loss(batch, window)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._update(window)
         self._learn_from_losses(window)
-        self.place = place
+        self.stream_position = stream_position
 
     def _loss(self, batch: Batch, window: Window) -> Tensor:
         x0, noise, u = (
