@@ -14,6 +14,7 @@ import torch
 
 from .betas import alpha_bar_before, alpha_bar_from_betas
 from .config_types import check_numbers
+from .modes import outside_modes
 from .timesteps import check_timesteps
 
 # Three names of one process; the one assigned last is the process.
@@ -81,6 +82,7 @@ class FamilyAttributesMixin:
 
     # -- what is handed out may be edited in place
 
+    @outside_modes
     def _hand_out(self, name: str) -> Any:
         if name not in self._public:
             self._public[name] = torch.tensor(self.alpha_bar_end, device="cpu")
@@ -92,6 +94,7 @@ class FamilyAttributesMixin:
     def _is_edited(self, name: str) -> bool:
         return name in self._marks and mark_of(self._marks[name][0]) != self._marks[name][1]
 
+    @outside_modes
     def _take_edits(self) -> None:
         """Take over what was edited in place since it was handed out."""
         for name in [n for n in self._marks if self._is_edited(n)]:
@@ -137,6 +140,7 @@ class FamilyAttributesMixin:
         """
         return self._default_end if self._end_given is None else self._end_given
 
+    @outside_modes
     def _put_process(self, name: str, values: Any, edited: torch.Tensor | None = None) -> None:
         """Take assigned betas, alphas or alpha_bar: a copy as it is, new values as the process."""
         if edited is None:
@@ -183,6 +187,7 @@ class FamilyAttributesMixin:
             self._marks["alpha_bar"] = (exact, mark_of(exact))
         self._process_changed()  # type: ignore[attr-defined]
 
+    @outside_modes
     def _put_end(self, name: str, value: Any) -> None:
         """Take alpha_bar where the last step lands; a copy of an entry is that entry, exactly."""
         if value is self._public.get(name) and name in self._marks and not self._is_edited(name):
@@ -208,6 +213,7 @@ class FamilyAttributesMixin:
 
     # -- the trajectory
 
+    @outside_modes
     def _put_timesteps(self, values: Any) -> None:
         """Take an assigned trajectory, or a part of the planned one, which keeps its plan."""
         if values is self._public["timesteps"] and "timesteps" in self._marks:

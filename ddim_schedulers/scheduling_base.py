@@ -14,7 +14,7 @@ import numbers
 import operator
 import reprlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ from .family_config import (
     unsaid_noise,
     written,
 )
+from .modes import outside_modes
 from .optimal import (
     Statistics,
     late_noise_cap,
@@ -156,6 +157,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     _noise_key: str | None = None
     _settings: StepSettings
 
+    @outside_modes
     def _make_tables(self) -> None:
         """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
         check_types(self.config)
@@ -227,6 +229,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         }
         return {**self.__dict__, **anew, "_public": {**self._public}, "_past": past}
 
+    @outside_modes
     def _set_plan(self, timesteps: list[int], stride: int | None = None) -> None:
         """Fix the trajectory: where a step from each t lands, for planned and other timesteps.
 
@@ -279,7 +282,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     def _follow(self) -> None:
         """Make anew what was computed from attributes or settings that have changed since."""
         self._follow_config()
-        if not self._marks or torch.compiler.is_compiling():
+        if not self._marks or torch.compiler.is_dynamo_compiling():
             return
         for value, mark in self._marks.values():
             plain_tensor = type(value) is torch.Tensor and mark is not None
@@ -289,8 +292,11 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _follow_config(self) -> None:
         config = self._internal_dict  # not by the property: every step passes here
-        if config is self._planned_config and config.changes == self._planned_changes:
-            return
+        if config is not self._planned_config or config.changes != self._planned_changes:
+            self._take_settings()
+
+    @outside_modes
+    def _take_settings(self) -> None:
         check_types(self.config)
         self._check_config()
         if _beta_settings(self.config) != self._beta_settings:
@@ -525,7 +531,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         return t
 
     def _table(
-        self, sigma: torch.Tensor, std: torch.Tensor | None, rederive: bool, device: Any, dtype: Any
+        self, sigma: torch.Tensor, std: torch.Tensor | None, rederive: bool, dtype: torch.dtype
     ) -> Table:
         """Return the table of the reverse transitions with the given sigma and noise, both (T,).
 
@@ -550,17 +556,19 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             out = fold(x0, eps, row, self._clips())
         uses_sample = rederive or prediction != "epsilon"
         rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
-        return Table(rows.to(device=device, dtype=dtype), uses_sample, not rederive)
+        return Table(rows.to(dtype), uses_sample, not rederive)
 
-    def _keep(self, key: tuple, table: Table) -> Table:
-        """Store a table for the steps to come, and return it."""
+    def _keep(self, key: tuple, table: Table, device: Any) -> Table:
+        """Store a table on `device` for the steps to come, and return it."""
+        if table.rows.device != device:  # `to` would stand in a traced program
+            table = _each(table, lambda part: part.to(device))
         if torch.jit.is_tracing() or not holds_numbers(table.rows):
             return table
         if len(self._tables) >= MAX_TABLES:
             self._forget_tables()
         if not torch.compiler.is_compiling():
             with torch.inference_mode(False):  # a later step may be differentiated
-                table = _cloned(table) if table.rows.is_inference() else table
+                table = _each(table, torch.clone) if table.rows.is_inference() else table
                 self._newest = (table, self._planned_columns(table.rows))
         self._tables[key] = table
         return table
@@ -839,12 +847,16 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             self._publish("alphas_cumprod", moved)
         key = (sample.device, compute_dtype(sample))
         if key not in self._forward:
-            roots = torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()], dim=1)
-            made = roots.to(device=key[0], dtype=key[1])
+            made = self._make_roots(key[1]).to(key[0])
             if torch.jit.is_tracing() or not holds_numbers(made):
                 return self._picked(made, timesteps, sample.ndim)
             self._forward[key] = made
         return self._picked(self._forward[key], timesteps, sample.ndim)
+
+    @outside_modes
+    def _make_roots(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), (T, 2)."""
+        return torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()], dim=1).to(dtype)
 
     @staticmethod
     def _picked(
@@ -892,12 +904,12 @@ def _beta_settings(config: Any) -> str:
     return repr([config.get(name) for name in BETA_KEYS])
 
 
-def _cloned(table: Table) -> Table:
+def _each(table: Table, change: Callable[[torch.Tensor], torch.Tensor]) -> Table:
     multistep = table.multistep
     if multistep is not None:
-        copies: Any = (None if part is None else part.clone() for part in multistep)
-        multistep = Multistep(*copies)
-    return table._replace(rows=table.rows.clone(), multistep=multistep)
+        changed: Any = (None if part is None else change(part) for part in multistep)
+        multistep = Multistep(*changed)
+    return table._replace(rows=change(table.rows), multistep=multistep)
 
 
 def _alike(predictions: tuple[torch.Tensor, ...], e: torch.Tensor, count: int) -> bool:

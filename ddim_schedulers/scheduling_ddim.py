@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .attributes import is_part, watched
 from .betas import alpha_bar_before
 from .config_types import check_numbers
+from .modes import outside_modes
 from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
 from .parameterization import eps_coefficients
 from .scheduling_base import (
@@ -220,6 +221,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
     def _needs_calibration(self) -> bool:
         return self.config.reverse_variance == "optimal" or super()._needs_calibration()
 
+    @outside_modes
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -326,27 +328,29 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         key = (eta, rederive and clips, device, dtype)
         table = self._tables.get(key)
         if table is None:
-            noise = self._settings.noise
-            sigma = self._sigma if eta is None else self._checked_sigma(eta)
-            assert sigma is not None  # `_member` returns None only for an explicit sigma
-            if eta is None and not torch.compiler.is_compiling():  # alpha_bar may be new
-                check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan])
-            std: torch.Tensor | None = sigma
-            if noise == "sigma_hat":
-                std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-            elif noise == "learned_range":
-                std = None
-            elif noise == "optimal":
-                std = self._optimal_std(sigma)
-            made = self._table(sigma, std, rederive and clips, device, dtype)
-            if order > 1:
-                made = made._replace(multistep=self._multistep(sigma, clips, device, dtype))
-            table = self._keep(key, made)
+            table = self._keep(key, self._make_table(eta, rederive and clips, dtype), device)
         return table
 
-    def _multistep(
-        self, sigma: torch.Tensor, clips: bool, device: Any, dtype: torch.dtype
-    ) -> Multistep:
+    @outside_modes
+    def _make_table(self, eta: float | None, rederive: bool, dtype: torch.dtype) -> Table:
+        noise = self._settings.noise
+        sigma = self._sigma if eta is None else self._checked_sigma(eta)
+        assert sigma is not None  # `_member` returns None only for an explicit sigma
+        if eta is None and not torch.compiler.is_compiling():  # alpha_bar may be new
+            check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan])
+        std: torch.Tensor | None = sigma
+        if noise == "sigma_hat":
+            std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
+        elif noise == "learned_range":
+            std = None
+        elif noise == "optimal":
+            std = self._optimal_std(sigma)
+        made = self._table(sigma, std, rederive, dtype)
+        if self._settings.solver_order > 1:
+            made = made._replace(multistep=self._multistep(sigma, self._clips(), dtype))
+        return made
+
+    def _multistep(self, sigma: torch.Tensor, clips: bool, dtype: torch.dtype) -> Multistep:
         """Return what a step adds to the first-order one; rows that are not planned add nothing."""
         config, a_t, plan = self.config, self._alpha_bar, self._plan
         planned = multistep_weights(
@@ -369,8 +373,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             if not clips:
                 before_t = alpha_bar_before(a_t)
                 columns = (zero, *eps_coefficients(config.prediction_type, a_t, before_t))
-            estimate = torch.stack(columns, dim=1).to(device=device, dtype=dtype)
-        return Multistep(weights.to(device=device, dtype=dtype), before.to(device=device), estimate)
+            estimate = torch.stack(columns, dim=1).to(dtype)
+        return Multistep(weights.to(dtype), before, estimate)
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:
         sigma = self._sigma_of(eta)

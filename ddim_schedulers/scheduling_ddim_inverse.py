@@ -14,6 +14,7 @@ from .attributes import watched
 from .betas import alpha_bar_before
 from .config_types import check_types
 from .family_config import FAMILY_KEYS
+from .modes import outside_modes
 from .parameterization import Coefficients, eps_coefficients, x0_coefficients
 from .scheduling_base import FamilySchedulerMixin, Table, check_tensors, compute_dtype, fold
 from .transition import transition
@@ -146,6 +147,7 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         """Return the planned steps [(t, s), ...] in the order of encoding, each from s up to t."""
         return super().planned_pairs()[::-1]
 
+    @outside_modes
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -199,15 +201,17 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         key = (device, dtype)
         table = self._tables.get(key)
         if table is None:
-            prediction, clips = self.config.prediction_type, self._settings.clips
-            self._check_plan_snr()
-            x0, eps = self._coefficients()
-            none = torch.zeros_like(self._alpha_bar)
-            row = transition(self._alpha_bar, none)
-            rows = torch.stack([*x0, *fold(x0, eps, row, clips), none], dim=1)
-            made = Table(rows.to(device=device, dtype=dtype), prediction != "epsilon", True)
-            table = self._keep(key, made)
+            table = self._keep(key, self._make_table(dtype), device)
         return table
+
+    @outside_modes
+    def _make_table(self, dtype: torch.dtype) -> Table:
+        self._check_plan_snr()
+        x0, eps = self._coefficients()
+        none = torch.zeros_like(self._alpha_bar)
+        row = transition(self._alpha_bar, none)
+        rows = torch.stack([*x0, *fold(x0, eps, row, self._clips()), none], dim=1)
+        return Table(rows.to(dtype), self.config.prediction_type != "epsilon", True)
 
     def step(  # type: ignore[override]  # stock has a second class of this name
         self,

@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import checked_plan, watched
+from .modes import outside_modes
 from .scheduling_base import MIN_STD, FamilySchedulerMixin, Table, check_tensors, compute_dtype
 from .sigmas import sigma_eta, sigma_hat
 
@@ -172,6 +173,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         name = self.config.variance_type.removesuffix("_log")
         return (name if name.startswith("fixed") else "optimal"), 1.0
 
+    @outside_modes
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -203,19 +205,23 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         key = (device, dtype)
         table = self._tables.get(key)
         if table is None:
-            sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
-            name = self._check_variance_type()
-            std: torch.Tensor | None = sigma
-            if name.startswith("fixed_large"):
-                std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-            elif name.startswith("learned"):
-                std = None
-            elif name == "optimal":
-                std = self._optimal_std(sigma)
-            # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
-            # re-derived
-            table = self._keep(key, self._table(sigma, std, self._settings.clips, device, dtype))
+            table = self._keep(key, self._make_table(dtype), device)
         return table
+
+    @outside_modes
+    def _make_table(self, dtype: torch.dtype) -> Table:
+        sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
+        name = self._check_variance_type()
+        std: torch.Tensor | None = sigma
+        if name.startswith("fixed_large"):
+            std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
+        elif name.startswith("learned"):
+            std = None
+        elif name == "optimal":
+            std = self._optimal_std(sigma)
+        # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
+        # re-derived
+        return self._table(sigma, std, self._clips(), dtype)
 
     def _get_variance(
         self,

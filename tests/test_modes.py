@@ -109,6 +109,91 @@ def test_a_cold_scheduler_exports_as_a_warm_one():
     assert counts[0] == counts[1] < 31  # stock's program
 
 
+def _assign(scheduler):
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.9
+
+
+def _edit(scheduler):
+    scheduler.alphas_cumprod.mul_(0.9)
+
+
+def _set(scheduler):
+    scheduler.config.prediction_type = "v_prediction"
+
+
+@each_class
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", [None, _assign, _edit, _set])
+def test_what_has_changed_since_the_plan_is_exported(cls, dtype, change):
+    """As the next step computes it, and with no table made in the program."""
+    warm, cold = cls(), cls()
+    arguments = [{}]
+    if cls is GeneralizedDDIMScheduler:
+        noise = torch.zeros_like(X)
+        arguments += [{"eta": 0.5, "variance_noise": noise}, {"use_clipped_model_output": True}]
+    if cls is MarkovianDDPMScheduler:
+        arguments = [{"variance_noise": torch.zeros_like(X)}]
+    m, x = M.to(dtype), X.to(dtype)
+    for given in arguments:
+        programs = []
+        for scheduler in (warm, cold):
+            scheduler.set_timesteps(10)
+            if change is not None:
+                change(scheduler)
+            if scheduler is warm:
+                expected = scheduler.step(m, 500, x, **given).prev_sample
+            module = Step(scheduler)
+            module.forward = lambda m, x, s=scheduler, g=given: s.step(m, 500, x, **g).prev_sample
+            programs.append(torch.export.export(module, (m, x), strict=False))
+        assert len(programs[0].graph.nodes) == len(programs[1].graph.nodes)
+        for program, scheduler in zip(programs, (warm, cold), strict=True):
+            assert torch.equal(program.module()(m, x), expected)
+            assert torch.equal(scheduler.step(m, 500, x, **given).prev_sample, expected)
+
+
+@each_class
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("export", [False, True])
+def test_a_plan_that_is_made_in_a_mode_outlives_it(cls, made_inside, export):
+    """So do the scheduler itself, and what was assigned or first read there."""
+    held = [] if made_inside else [cls()]
+
+    def work(m, x):
+        if made_inside:
+            held[:] = [cls()]
+        scheduler = held[0]
+        scheduler.set_timesteps(7)
+        scheduler.config.prediction_type = "v_prediction"
+        scheduler.set_timesteps(10)
+        scheduler.num_inference_steps = 20
+        scheduler.set_timesteps(10)
+        end = "one" if cls is MarkovianDDPMScheduler else scheduler._end_name
+        assert type(getattr(scheduler, end)) is torch.Tensor
+        assert type(scheduler.betas) is type(scheduler.timesteps) is torch.Tensor
+        return scheduler.step(m, 500, scheduler.add_noise(x, m, T)).prev_sample
+
+    if export:
+        module = torch.nn.Module()
+        module.forward = work
+        torch.export.export(module, (M, X), strict=False)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            work(mode.from_tensor(M), mode.from_tensor(X))
+    fresh = cls(prediction_type="v_prediction")
+    fresh.set_timesteps(10)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    outputs = []
+    for scheduler, generator in zip((held[0], fresh), generators, strict=True):
+        noise = {}
+        if cls is MarkovianDDPMScheduler:
+            noise = {"generator": generator}
+        outputs.append(scheduler.step(M, 500, X, **noise).prev_sample)
+        outputs.append(scheduler.add_noise(X, M, T))
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert torch.equal(held[0].timesteps, fresh.timesteps)
+    assert held[0].planned_pairs() == fresh.planned_pairs()
+
+
 @pytest.mark.parametrize("plans_itself", [False, True])
 def test_two_threads_on_one_scheduler_of_order_2_are_told(plans_itself):
     scheduler = GeneralizedDDIMScheduler(solver_order=2, clip_sample=False)
