@@ -192,7 +192,7 @@ class FamilyAttributesMixin:
         """Take alpha_bar where the last step lands; a copy of an entry is that entry, exactly."""
         if value is self._public.get(name) and name in self._marks and not self._is_edited(name):
             return
-        if isinstance(value, torch.Tensor) and not _has_numbers(value):
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not _has_numbers(value):
             self._accept(name, value)
             return
         is_scalar = isinstance(value, torch.Tensor) and value.numel() == 1

@@ -76,6 +76,17 @@ def check_types(config: Mapping[str, Any]) -> None:
             _require(config, name, _is_number, "None or a number of at most 64 bits")
 
 
+def listed(name: str, values: Any) -> Any:
+    """Return an array or a tensor as a list, and anything else as it is.
+
+    Raises:
+        ValueError: for a tensor without values.
+    """
+    if getattr(values, "is_meta", False):
+        raise ValueError(f"`{name}` is on the device 'meta' and has no values; put it on the CPU.")
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
 def check_numbers(name: str, values: Any) -> None:
     """Check that `values`, unless `None`, is a list of numbers.
 
@@ -95,8 +106,7 @@ def _require(
 def _check_list(name: str, values: Any, test: Callable[[Any], bool], allowed: str) -> None:
     if values is None:
         return
-    if hasattr(values, "tolist"):  # an array or a tensor
-        values = values.tolist()
+    values = listed(name, values)
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise ValueError(f"`{name}` is {reprlib.repr(values)}; it must be a list of {allowed}.")
     if not 1 <= len(values) <= MAX_TRAIN_TIMESTEPS:

@@ -842,7 +842,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._follow()
         # as stock: training scripts index `alphas_cumprod` with timesteps of the device they train
         # on
-        if self._public["alphas_cumprod"].device != sample.device:
+        if self._public["alphas_cumprod"].device != sample.device and holds_numbers(sample):
             moved = self._public["alphas_cumprod"].to(device=sample.device)
             self._publish("alphas_cumprod", moved)
         key = (sample.device, compute_dtype(sample))
@@ -876,7 +876,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             noise: standard Gaussian, the same shape.
             timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
         """
-        check_tensors(original_samples=original_samples, noise=noise)
+        _check_pair(original_samples=original_samples, noise=noise)
         root, rest = self._forward_coefficients(original_samples, timesteps)
         dtype = torch.promote_types(original_samples.dtype, noise.dtype)
         return (root * original_samples + rest * noise).to(dtype)
@@ -891,7 +891,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             noise: standard Gaussian, the same shape.
             timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
         """
-        check_tensors(sample=sample, noise=noise)
+        _check_pair(sample=sample, noise=noise)
         root, rest = self._forward_coefficients(sample, timesteps)
         return (root * noise - rest * sample).to(torch.promote_types(sample.dtype, noise.dtype))
 
@@ -962,6 +962,24 @@ def check_tensors(**tensors: Any) -> None:
             raise ValueError(f"`{name}` is {reprlib.repr(value)}; it must be a tensor.")
 
 
+def _check_pair(**tensors: Any) -> None:
+    """Refuse two tensors that cannot be added: no tensors, of no floating dtype, on two devices.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    check_tensors(**tensors)
+    (first, data), (second, noise) = tensors.items()
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
+    if noise.device != data.device:
+        raise ValueError(
+            f"`{second}` is on the device {noise.device}; it must be on that of `{first}`, "
+            f"{data.device}."
+        )
+
+
 def _pick(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.Tensor:
     """Return the rows of a tensor of timesteps, one after the other.
 
@@ -1024,7 +1042,7 @@ def _noise_like(
         )
     if generator is not None:
         raise ValueError("`generator` and `variance_noise` are both given; pass one of them.")
-    check_tensors(variance_noise=variance_noise)
+    _check_pair(model_output=prediction, variance_noise=variance_noise)
     if variance_noise.shape != prediction.shape:
         raise ValueError(
             f"`variance_noise` has shape {tuple(variance_noise.shape)}; it must be "

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import is_part, watched
 from .betas import alpha_bar_before
-from .config_types import check_numbers
+from .config_types import check_numbers, listed
 from .modes import outside_modes
 from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
 from .parameterization import eps_coefficients
@@ -497,7 +497,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
 
 def _as_sigma(values: Iterable[float]) -> torch.Tensor:
-    plain = values.tolist() if hasattr(values, "tolist") else values
+    plain = listed("sigma", values)
     numbers = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else plain
     check_numbers("sigma", numbers)
     sigma = torch.tensor(numbers, dtype=torch.float64, device="cpu")

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .config_types import listed
+
 END = -1
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 
@@ -160,7 +162,7 @@ def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[
     Raises:
         ValueError: naming the first offending value.
     """
-    values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    values = listed("timesteps", timesteps)
     if not isinstance(values, Iterable):
         raise ValueError(f"`timesteps` is {values!r}; it must be a list of integers.")
     checked: list[int] = []

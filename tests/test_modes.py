@@ -251,10 +251,44 @@ def test_bools_and_tensors_without_values_are_refused(cls):
         (lambda: scheduler.step(meta, 500, X), "model_output"),
         (lambda: scheduler.step(M, 500, meta), "model_output"),
         (lambda: scheduler.add_noise(X, M, T.to("meta")), "timesteps"),
+        (lambda: scheduler.add_noise(X, meta, T), "noise"),
+        (lambda: scheduler.add_noise(meta, M, T), "noise"),
+        (lambda: scheduler.get_velocity(meta, M, T), "noise"),
         (lambda: scheduler.set_timesteps(True), "num_inference_steps"),
+        (lambda: scheduler.set_timesteps(timesteps=T.to("meta")), "timesteps"),
+        (lambda: cls(trained_betas=torch.zeros(1000, device="meta")), "trained_betas"),
     ):
         with pytest.raises(ValueError, match=f"`{name}` is"):
             call()
+    # shapes alone may be asked for; the tables stay where they are
+    assert scheduler.add_noise(meta, meta, T.to("meta")).is_meta
+    assert scheduler.alphas_cumprod.device == X.device
+    assert not scheduler.add_noise(X, M, T).is_meta
+
+
+@each_class
+def test_noise_is_a_floating_tensor_beside_the_sample(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    calls = [lambda bad: scheduler.add_noise(X, bad, T), lambda bad: scheduler.add_noise(bad, M, T)]
+    if cls is not GeneralizedDDIMInverseScheduler:
+        eta = {"eta": 1.0} if cls is GeneralizedDDIMScheduler else {}
+        calls.append(lambda bad: scheduler.step(M, 500, X, variance_noise=bad, **eta))
+    for call in calls:
+        for bad in (X.long(), X > 0, X.to(torch.complex64)):
+            with pytest.raises(ValueError, match=r"` has dtype torch\."):
+                call(bad)
+    if len(calls) == 3:
+        with pytest.raises(ValueError, match="`variance_noise` is on the device meta"):
+            calls[2](X.to("meta"))
+
+
+def test_a_sigma_without_values_is_refused():
+    scheduler = GeneralizedDDIMScheduler()
+    with pytest.raises(ValueError, match="`sigma` is on the device 'meta'"):
+        scheduler.set_timesteps(2, sigma=torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match="`final_alpha_cumprod` is"):
+        scheduler.final_alpha_cumprod = torch.zeros(2, device="meta")
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.5, 0.995, 1.0])
