@@ -842,7 +842,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._follow()
         # as stock: training scripts index `alphas_cumprod` with timesteps of the device they train
         # on
-        if self._public["alphas_cumprod"].device != sample.device and holds_numbers(sample):
+        elsewhere = self._public["alphas_cumprod"].device != sample.device
+        if elsewhere and not sample.is_meta and holds_numbers(sample):
             moved = self._public["alphas_cumprod"].to(device=sample.device)
             self._publish("alphas_cumprod", moved)
         key = (sample.device, compute_dtype(sample))
