@@ -179,8 +179,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         check_names(self.config, self._get_init_keys(type(self)))  # type: ignore[attr-defined]
         check_planned(self.config, big_t)
 
-    def _plan_of_config(self) -> None:
-        """Make the process that the config says, and plan its whole chain."""
+    def _process_of_config(self) -> None:
+        """Make the process that the config says."""
         config, big_t = self.config, self.config.num_train_timesteps
         if config.trained_betas is not None:
             betas = explicit_betas(config.trained_betas, big_t)
@@ -192,9 +192,13 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._beta_settings = _beta_settings(config)
         self._set_process(betas)
         self._warned_of_terminal = False
+
+    def _plan_of_config(self) -> None:
+        """Make the process that the config says, and plan its whole chain."""
+        self._process_of_config()
         self._num_inference_steps: int | None = None
         self._planned = False  # compiled code would recompile for each `num_inference_steps`
-        self._process_changed(list(range(big_t - 1, -1, -1)))
+        self._process_changed(list(range(len(self) - 1, -1, -1)))
         self._show()
 
     def _process_changed(self, plan: list[int] | None = None) -> None:
@@ -299,8 +303,13 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     def _take_settings(self) -> None:
         check_types(self.config)
         self._check_config()
-        if _beta_settings(self.config) != self._beta_settings:
+        if len(self) != len(self._alpha_bar):
             self._plan_of_config()
+        elif _beta_settings(self.config) != self._beta_settings:
+            timesteps = self._public["timesteps"]
+            self._process_of_config()
+            self._accept("timesteps", timesteps)
+            self._process_changed()
         self._set_plan(self._plan, self._stride)
 
     def _take_trajectory(self, listed: list[Any]) -> None:

@@ -347,6 +347,48 @@ def test_an_assigned_setting_counts_after_a_first_step(cls, changes):
 
 
 @each_class
+@pytest.mark.parametrize(
+    "changes",
+    [{"beta_end": 0.015}, {"beta_schedule": "scaled_linear"}, {"trained_betas": [0.01] * 1000}],
+)
+def test_other_betas_keep_the_plan(cls, changes):
+    """Another number of timesteps does not."""
+    scheduler, fresh = _made(cls), _made(cls, **changes)
+    _step(scheduler, 500)
+    for each in (scheduler, fresh):
+        each.set_timesteps(7)
+        each.timesteps = each.timesteps[2:]
+    for name, value in changes.items():
+        setattr(scheduler.config, name, value)
+    assert torch.equal(_step(scheduler, 568), _step(fresh, 568))
+    assert torch.equal(scheduler.timesteps, fresh.timesteps)
+    assert scheduler.planned_pairs() == fresh.planned_pairs()
+    scheduler.config.num_train_timesteps, scheduler.config.trained_betas = 500, None
+    assert scheduler.planned_pairs()[0] in ((499, 498), (0, -1))
+
+
+def test_compiled_code_takes_what_was_assigned():
+    scheduler, fresh = _made(GeneralizedDDIMScheduler), _made(GeneralizedDDIMScheduler)
+
+    def step(m, x, t):
+        return scheduler.step(m, t, x, return_dict=False)[0]
+
+    compiled, t = torch.compile(step, backend="eager"), torch.tensor(500)
+    before = compiled(M, X, t)
+    assert torch.equal(before, _step(fresh, 500))
+    for each in (scheduler, fresh):
+        each.alphas_cumprod = each.alphas_cumprod * 0.9
+        each.config.clip_sample = False
+    before = compiled(M, X, t)
+    assert torch.equal(before, _step(fresh, 500))
+    for each in (scheduler, fresh):
+        each.alphas_cumprod.mul_(0.9)
+    assert torch.equal(compiled(M, X, t), before)
+    scheduler.set_timesteps(10)
+    assert torch.equal(compiled(M, X, t), _step(fresh, 500))
+
+
+@each_class
 def test_a_bad_setting_is_refused_when_it_is_used(cls):
     for name, value in (
         ("prediction_type", "nonsense"),
