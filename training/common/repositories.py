@@ -20,13 +20,13 @@ _STEM = "diffusion_pytorch_model"
 
 
 def divided(name: str) -> tuple[str, str | None]:
-    """The name of a repository and its revision, of NAME@REVISION; None for the newest one."""
+    """Return name and revision of NAME@REVISION; the revision of the newest state is None."""
     found = HUB_NAME.fullmatch(name)
     return (found["name"], found["revision"]) if found else (name, None)
 
 
 def pinned(place: str, revision: str | None, option: str = "--pipeline") -> str:
-    """`place` with the revision of a flag of its own.
+    """Return `place` with the revision that a flag of its own gives.
 
     Raises:
         ValueError: it is a folder, or names a revision itself.
@@ -58,7 +58,7 @@ class Saved:
     allow_pickle: bool = False
 
     def read(self, network: Any, **where: Any) -> Any:
-        """`from_pretrained` of a class on the folder: safetensors alone, unless asked otherwise."""
+        """Call `from_pretrained` of a class on the folder: safetensors alone, unless asked otherwise."""
         return network.from_pretrained(
             self.folder, use_safetensors=None if self.allow_pickle else True, **where
         )

@@ -435,11 +435,13 @@ def _known(values: Mapping[str, Any], names: Any, where: str) -> None:
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} is {value!r}; it must be a mapping of names to values")
+        raise ValueError(
+            f"{where}: the value is {value!r}; it must be a mapping of names to values"
+        )
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {value!r}; it must be a list")
+        raise ValueError(f"{where}: the value is {value!r}; it must be a list")
     return value

@@ -220,7 +220,7 @@ def _dinov2(model: str) -> torch.nn.Module:
 
 
 def commit_of(network: torch.nn.Module) -> str | None:
-    """The commit of the repository that a feature space came from, where transformers tells it."""
+    """Return the commit of a feature space's repository, if transformers knows it."""
     config = getattr(getattr(network, "network", None), "config", None)
     return getattr(config, "_commit_hash", None)
 

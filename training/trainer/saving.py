@@ -141,7 +141,7 @@ def _export(trainer: "Trainer") -> Path:
 
 
 def _replace(trainer: "Trainer", folder: Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder beside its place; it takes the place of the one before when it is whole."""
+    """Write a folder beside its place; it takes the place of the one before when it is whole."""
     trainer.owner.check()
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed here
         checkpoints.discard(leftover)
