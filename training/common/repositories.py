@@ -58,7 +58,7 @@ class Saved:
     allow_pickle: bool = False
 
     def read(self, network: Any, **where: Any) -> Any:
-        """Call `from_pretrained` of a class on the folder: safetensors alone, unless asked otherwise."""
+        """Call `from_pretrained` on the folder: safetensors alone, unless pickles are allowed."""
         return network.from_pretrained(
             self.folder, use_safetensors=None if self.allow_pickle else True, **where
         )
