@@ -78,6 +78,7 @@ CELLS = [
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
     "ignore::DeprecationWarning",
+    "ignore::FutureWarning:torch.jit",  # torch 2.14 says of each trace that it will go
     "ignore:There is a performance drop",
 )
 def test_a_mode_leaves_the_scheduler_as_new(cls, settings, mode, dtype):
