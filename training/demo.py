@@ -111,7 +111,7 @@ def _run(settings: DemoSettings, owner: Owner) -> dict[str, Any]:
     data = _Digits()
     unet, process, training = _train(settings)
     owner.check()
-    pipe = DDPMPipeline(unet=unet, scheduler=process)  # type: ignore[arg-type]  # any will do
+    pipe = DDPMPipeline(unet=unet, scheduler=process)
     notes = save_pipeline(pipe, settings.output / "pipeline", form="portable")
     judge = _Judge(data)
     cells, images = _fill_table(settings, unet, process, judge)

@@ -252,7 +252,7 @@ def read_saved(
         unet, scheduler, said = load_checkpoint(found.checkpoint, weights)
         if process_of()[0] == 0:
             print(f"--pipeline: {said}", file=sys.stderr)
-        return Saved(unet, scheduler)  # type: ignore[arg-type]  # registered for diffusers' loader
+        return Saved(unet, scheduler)
     try:
         there = repositories.fetch(found.name, "--pipeline", allow_pickle=allow_pickle)
         _check_parts(there.folder, place)

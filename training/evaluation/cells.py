@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddim_schedulers.family_config import PROCESS_KEYS
+from ddim_schedulers.config_reading import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.files import check_folders, write_bytes, write_json, write_npz

@@ -273,7 +273,7 @@ def undo(config_file: Path) -> Path:
 
 def _kept(config_file: Path) -> list[Path]:
     """Return the configs that calibrations replaced, oldest first: `NAME.1.bak`, ..."""
-    found = []
+    found: list[Path] = []
     while (path := config_file.with_name(f"{config_file.name}.{len(found) + 1}{KEPT}")).is_file():
         found.append(path)
     return found

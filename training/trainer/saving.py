@@ -124,7 +124,7 @@ def _export(trainer: "Trainer") -> Path:
     if trainer.accelerator.is_main_process:
         pipeline = DDPMPipeline(
             unet=trainer.average.unet,
-            scheduler=trainer.scheduler,  # type: ignore[arg-type]  # any scheduler will do
+            scheduler=trainer.scheduler,
         )
         # whoever lacks this package loads it too, unless no stock scheduler knows the prediction
         form = "portable" if config.prediction_type != "posterior_mean" else "plug-in"
