@@ -181,7 +181,7 @@ class GenerationPipeline(UnconditionalPipeline):
         )
         self.maybe_free_model_hooks()
         if self._warns_of_clipping:
-            warn_of_clipping(share, self.scheduler.config)
+            warn_of_clipping(share, self.scheduler.config, self.image_shape[0])
         if not return_dict:
             return (output.result(),)  # type: ignore[return-value]
         kept = None if noise.seeds is None else list(noise.seeds)

@@ -214,7 +214,8 @@ def _sample_share(
             bar.update(0 if missing else steps)
     if clipped and pipe._warns_of_clipping:  # every image counts as many values
         total = sum(count for _, count in clipped)
-        warn_of_clipping(sum(s * count for s, count in clipped) / total, pipe.scheduler.config)
+        share = sum(s * count for s, count in clipped) / total
+        warn_of_clipping(share, pipe.scheduler.config, pipe.image_shape[0])
     files.tell_of_damage()
     # the whole ones of this process are known; others look at theirs
     complete = all((files.folder / n).is_file() for c in files.chunks for n in files.names(*c))

@@ -474,7 +474,9 @@ def test_what_cannot_be_measured_is_refused(make, message):
     "command, message",
     [
         (["calibrate", "--num_images", "9999"], "num_images"),
-        (["calibrate", "--undo"], "--undo measures nothing"),
+        (["calibrate", "--undo"], "`--data` is 'digits'; it does nothing with --undo"),
+        (["calibrate", "--objective", "trajectory"], "nothing with --objective trajectory"),
+        (["calibrate", "--trajectory_steps", "6"], "`--trajectory_steps` is 6; it does nothing"),
         (["likelihood", "--output_dir", "o", "--eta", "0"], "infinite"),
         (["likelihood", "--output_dir", "o", "--bins", "256"], "equally spaced"),
         (["likelihood", "--output_dir", "o", "--trajectories", "optimal"], "calibrat"),
@@ -494,6 +496,17 @@ def test_bad_flags_are_told_in_one_line(pipeline, tmp_path, capsys, monkeypatch,
     assert main([verb, *arguments, *rest, *steps]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "idle",
+    ["--clip on", "--work_dir w", "--fit pad", "--value_range 0 1", "--part all"],
+)
+@pytest.mark.parametrize("kind", ["--undo", "--objective trajectory"])
+def test_a_flag_that_would_do_nothing_is_refused(pipeline, capsys, kind, idle):
+    words = [*kind.split(), *idle.split()]
+    assert main(["calibrate", "--pipeline", str(pipeline), *words]) == 2
+    assert f"does nothing with {kind}, leave it out" in capsys.readouterr().err
 
 
 def test_images_of_another_kind_are_refused(pipeline, tmp_path, capsys):

@@ -629,8 +629,20 @@ def test_the_bar_counts_steps(tmp_path, capsys, found):
     assert "10 images, steps: 100%" in err and "9/9 " in err
 
 
+def test_clipping_of_a_network_that_was_trained_little_is_not_reported(tmp_path, monkeypatch):
+    """A grey one clips a tenth of its values; in colour the same share may be that of latents."""
+    monkeypatch.setattr(ClipCounter, "share", lambda self: 0.1)
+    said = []
+    monkeypatch.setattr(records.logger, "warning", said.append)
+    sample_to_directory(pipeline(1), tmp_path / "grey", job())
+    pipeline(1)(seeds=[0], num_inference_steps=1)
+    assert said == []
+    sample_to_directory(pipeline(3), tmp_path / "colour", job())
+    assert len(said) == 1
+
+
 def test_clipping_is_reported_once_for_all_chunks(tmp_path, monkeypatch):
-    pipe, shares = pipeline(), iter([0.0, 0.03, 0.3])
+    pipe, shares = pipeline(3), iter([0.0, 0.03, 0.3])
     monkeypatch.setattr(ClipCounter, "share", lambda self: next(shares))
     said = []
     monkeypatch.setattr(records.logger, "warning", said.append)

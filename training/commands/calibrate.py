@@ -12,6 +12,15 @@ if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
 HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
 
 
+# What acts in each kind of call; the rest is refused rather than ignored.
+_WHERE = {"pipeline", "revision", "allow_pickle", "output"}
+_RUN = {"objective", "num_images", "batch_size", "seed", "cpu"}
+_ACTS = {
+    "--undo": _WHERE | {"undo", "cpu"},
+    "--objective trajectory": _WHERE | _RUN | {"trajectory_steps"},
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     from ddim_schedulers.training.commands._model_options import add_repository_arguments
@@ -75,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, and write the statistics into the scheduler's config."""
     from ddim_schedulers.training.common.repositories import pinned
 
+    _refuse_idle(args)
     args.pipeline = pinned(args.pipeline, args.revision)
     if args.undo:
         return _undo(args)
@@ -92,6 +102,17 @@ def run(args: argparse.Namespace) -> int:
         own_together(work_dir, "calibrate", team, transient=True),
     ):
         return _run_pass(args, target, team, work_dir, owner)
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    every = {action.dest for action in parser._actions}
+    kind = "--undo" if args.undo else f"--objective {args.objective}"
+    acts = _ACTS.get(kind, every - {"trajectory_steps"})
+    for name, value in vars(args).items():
+        if name in every - acts and value != parser.get_default(name):
+            raise ValueError(f"`--{name}` is {value!r}; it does nothing with {kind}, leave it out")
 
 
 def _run_pass(
@@ -137,8 +158,6 @@ def _undo(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.training.likelihood.calibration import undo
 
-    if args.data is not None:
-        raise ValueError(f"--data is {args.data!r}; --undo measures nothing")
     target = config_file(args.output, args.pipeline)
     with own(owned_folder(target), "calibrate"):
         print(f"{target} is again what {undo(target)} kept")
@@ -149,8 +168,6 @@ def _run_trajectory(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.pipelines.sampling_job import process_of
 
-    if args.data is not None:
-        raise ValueError(f"--data is {args.data!r}; --objective trajectory starts from noise alone")
     _, processes = process_of()
     if processes > 1:
         raise ValueError(
