@@ -14,7 +14,6 @@ writes its files under a temporary name and renames them.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -25,35 +24,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging
-from PIL import Image, UnidentifiedImageError
 
-from ddim_schedulers.pipelines.base import check_batch_size, chunks
-from ddim_schedulers.pipelines.files import (
-    check_folders,
-    remove_leftovers,
-    write_json,
-    write_npz,
-    write_png,
-)
+from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_json, write_png
 from ddim_schedulers.pipelines.generation import GenerationPipeline
-from ddim_schedulers.pipelines.images import PIL_MODES, check_pil_channels, to_pil, to_uint8
+from ddim_schedulers.pipelines.images import check_pil_channels, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.pipelines.pictures import make_grid
 from ddim_schedulers.pipelines.records import warn_of_clipping
 from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
-from ddim_schedulers.reading import DamagedFileError, opened, read_bytes, read_json, read_npz
+from ddim_schedulers.pipelines.sampling_files import FOLDERS, FORMATS, SamplingFiles, is_whole_png
+from ddim_schedulers.pipelines.workdir import differences, flat
+from ddim_schedulers.reading import DamagedFileError, read_json
 
-logger = logging.get_logger(__name__)
-
-FORMATS = ("png", "npz")
-FOLDERS = {"png": "images", "npz": "shards"}
 SETTINGS = "sample.json"
 GRID = "grid.png"
 ORIGIN = "pipeline"
 GRID_IMAGES = 64
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -186,12 +174,12 @@ def _sample_share(
     world_size: int,
     owner: Owner,
 ) -> SamplingReport:
-    files = _Files(folder, job, rank, pipe.image_shape)
+    files = SamplingFiles(folder, job, rank, pipe.image_shape)
     files.folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.folder):
         remove_leftovers(place, rank, world_size)
     settings = settings_of(pipe, job)
-    _check_origin(folder, files)
+    files.check_origin(folder / SETTINGS)
     _compare(folder / SETTINGS, settings)
     steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
     written = present = sampled = 0
@@ -221,7 +209,7 @@ def _sample_share(
     complete = all((files.folder / n).is_file() for c in files.chunks for n in files.names(*c))
     if complete:
         files.drop_short_shards()
-    if complete and not _is_whole_png(folder / GRID):
+    if complete and not is_whole_png(folder / GRID):
         try:
             first = files.read(min(job.num_images, GRID_IMAGES))
         except DamagedFileError:
@@ -232,142 +220,6 @@ def _sample_share(
             owner.check()
             write_png(folder / GRID, make_grid(first), rank)
     return SamplingReport(written, present, complete, sampled)
-
-
-class _Files:
-    """Names, presence, writing and reading of a job's files."""
-
-    def __init__(
-        self, folder: Path, job: SamplingJob, rank: int, shape: tuple[int, int, int]
-    ) -> None:
-        self.job, self.chunks, self.rank = job, chunks(job.num_images, job.batch_size), rank
-        self.folder, self.shape = folder / FOLDERS[job.file_format], shape
-        self.damaged: list[DamagedFileError] = []
-
-    def names(self, start: int, stop: int) -> list[str]:
-        """Return the names of the files of a chunk, in order."""
-        if self.job.file_format == "png":
-            return [f"{i:06d}.png" for i in range(start, stop)]
-        return [f"{start:06d}-{stop - 1:06d}.npz"]
-
-    def missing(self, start: int, stop: int) -> list[str]:
-        """Return the names of the files of a chunk that are missing or not whole."""
-        return [name for name in self.names(start, stop) if not self._is_whole(name, start, stop)]
-
-    def _is_whole(self, name: str, start: int, stop: int) -> bool:
-        if not (self.folder / name).exists():
-            return False
-        try:
-            self._load(name, start, stop)
-        except DamagedFileError as error:
-            self.damaged.append(error)
-            return False
-        return True
-
-    def tell_of_damage(self) -> None:
-        """Warn once of all files that were made anew."""
-        if self.damaged:
-            more = f" So are {len(self.damaged) - 1} more." if len(self.damaged) > 1 else ""
-            logger.warning(f"{self.damaged[0]} It was made anew.{more}")
-
-    def write(self, start: int, images: np.ndarray, missing: list[str]) -> None:
-        """Write the missing files of a chunk; what is there stays untouched."""
-        stop = start + len(images)
-        if self.job.file_format == "npz":
-            arrays = {"images": images, "seeds": self._seeds(start, stop)}
-            write_npz(self.folder / missing[0], arrays, self.rank)
-            return
-        for name, image in zip(self.names(start, stop), to_pil(images), strict=True):
-            if name in missing:
-                write_png(self.folder / name, image, self.rank)
-
-    def drop_short_shards(self) -> None:
-        """Delete the last shard of a job that was extended: a longer one holds its images."""
-        if self.job.file_format == "npz":
-            own = {name for chunk in self.chunks for name in self.names(*chunk)}
-            for path in self.folder.glob("*.npz"):
-                if path.name not in own:
-                    path.unlink(missing_ok=True)
-
-    def _seeds(self, start: int, stop: int) -> np.ndarray:
-        return np.arange(self.job.seed + start, self.job.seed + stop, dtype=np.int64)
-
-    def read(self, count: int) -> list[Image.Image]:
-        """Read the first images back, for the grid."""
-        images: list[Image.Image] = []
-        for start, stop in self.chunks:
-            for name in self.names(start, stop)[: count - len(images)]:
-                images.extend(self._load(name, start, stop))
-            if len(images) >= count:
-                break
-        return images[:count]
-
-    def _load(self, name: str, start: int, stop: int) -> list[Image.Image]:
-        """Read a file of the chunk.
-
-        Raises:
-            DamagedFileError: it is not whole, or not of the job's size, mode or seeds.
-        """
-        channels, height, width = self.shape
-        path = self.folder / name
-        if self.job.file_format == "png":
-            return [read_png(path, (width, height), PIL_MODES[channels])]
-        shape, seeds = (stop - start, height, width, channels), self._seeds(start, stop)
-        images = read_shard(path, shape, seeds)
-        # a grid of data that has no colours shows its first channel
-        return to_pil(images if channels in PIL_MODES else images[..., :1])
-
-
-def read_shard(path: Path, shape: tuple[int, ...], seeds: np.ndarray) -> np.ndarray:
-    """Return the images of a shard, uint8 `shape`.
-
-    Raises:
-        DamagedFileError: it is not whole, or of other images than those of the seeds.
-    """
-    found = read_npz(path, ("images", "seeds"), limit=int(np.prod(shape)) + seeds.nbytes)
-    images = found["images"]
-    if images.shape != shape or images.dtype != np.uint8:
-        raise DamagedFileError(
-            path, f"its images are {images.shape} of {images.dtype}, not {shape} of uint8"
-        )
-    if not np.array_equal(found["seeds"], seeds):
-        raise DamagedFileError(path, f"its seeds are not {seeds[0]} .. {seeds[-1]}")
-    return images
-
-
-def read_png(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
-    """Return the image of a PNG; the check sums of all its parts are compared.
-
-    Raises:
-        DamagedFileError: it is not whole, or not of that size (width, height) and mode.
-    """
-    # what a PNG of that many values can take, stored, with room for what other programs add
-    data = read_bytes(path, 16 * size[0] * size[1] + (1 << 20))
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if (image.size, image.mode) != (size, mode):
-                raise DamagedFileError(
-                    path, f"it is {image.size} of mode {image.mode}, not {size} of {mode}"
-                )
-            image.verify()  # leaves it unusable
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            image.load()
-            return image
-    except DamagedFileError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DamagedFileError(path, "it is no PNG") from error
-    except Exception as error:  # PIL has many, and struct's and zlib's beside its own
-        raise DamagedFileError(path, f"it is no whole PNG ({error})") from error
-
-
-def _is_whole_png(path: Path) -> bool:
-    try:
-        with opened(path) as file, Image.open(file, formats=("PNG",)) as image:
-            image.verify()
-    except Exception:
-        return False
-    return True
 
 
 def _sample(
@@ -441,35 +293,6 @@ def fingerprint(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_origin(folder: Path, files: _Files) -> None:
-    """Refuse images of which nothing says how they were made, or that are not of this job.
-
-    Raises:
-        ValueError: naming one of them.
-    """
-    # images first: who starts at the same time writes the settings before the first image
-    found = [p for place in (files.folder, folder) for p in place.glob("*") if _is_picture(p)]
-    if not (folder / SETTINGS).exists():
-        if found:
-            raise ValueError(
-                f"`output` {str(folder)!r} holds images (e.g. {found[0].relative_to(folder)}) but "
-                f"no {SETTINGS}, which would say how they were made; choose another folder, or "
-                "delete them."
-            )
-        return
-    own = re.compile(r"\d{6,}\.png" if files.job.file_format == "png" else r"\d{6,}-\d{6,}\.npz")
-    others = [p for p in found if p.parent == files.folder and not own.fullmatch(p.name)]
-    if others:
-        raise ValueError(
-            f"`output` {str(folder)!r} holds images that are not of its samples ({len(others)}, "
-            f"e.g. {others[0].relative_to(folder)}); choose another folder, or take them away."
-        )
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-
-
 def _origin(pipe: GenerationPipeline) -> dict[str, Any]:
     """Return the name on the Hub that the network came from; nothing of a folder."""
     name = pipe.unet.config.get("_name_or_path")
@@ -508,34 +331,20 @@ def _compare(path: Path, settings: dict[str, Any]) -> int | None:
     if not path.exists():
         return None
     try:
-        before = read_json(path)
+        before = flat(read_json(path))
     except DamagedFileError as error:
         raise ValueError(
             f"{str(path)!r} is damaged ({error.reason}), so nothing says how the images beside it "
             "were made; choose another folder, or delete them and it."
         ) from error
-    old, new = _flat(before), _flat(settings)
-    old.pop(ORIGIN, None)
-    count = old.get("job.num_images")
-    if type(count) is int and 1 <= count < new["job.num_images"]:
-        old["job.num_images"] = new["job.num_images"]
-    differing = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differing:
+    before.pop(ORIGIN, None)
+    count, asked = before.get("job.num_images"), settings["job"]["num_images"]
+    if type(count) is int and 1 <= count < asked:
+        before["job.num_images"] = asked
+    if differing := differences(before, flat(settings)):
         raise ValueError(
             f"`output` {str(path.parent)!r} holds samples made with other settings "
             f"({'; '.join(differing)}); choose another folder, or the settings of the run to "
             "continue."
         )
     return count
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        inner = value if isinstance(value, dict) else {}
-        flat.update({f"{key}.{name}": x for name, x in inner.items()} if inner else {key: value})
-    return flat

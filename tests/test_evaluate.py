@@ -24,9 +24,11 @@ from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common import storage
 from ddim_schedulers.training.evaluation import cells as library
-from ddim_schedulers.training.evaluation.cells import Evaluation, run
+from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
+from ddim_schedulers.training.evaluation.references import RealImages, to_uint8
 from ddim_schedulers.training.evaluation.report import markdown, short
+from ddim_schedulers.training.evaluation.results import run
 from ddim_schedulers.training.evaluation.tables import pivot, unsaid_lines
 from ddim_schedulers.training.metrics import features as spaces
 from ddim_schedulers.training.metrics.distances import frechet_distance
@@ -168,7 +170,8 @@ def test_a_classifier_that_was_trained_in_another_way_is_not_taken_for_the_one_a
         with pytest.raises(ValueError, match=said):
             Evaluation(parse_evaluation({**settings, **changes}))
     named = {"classifier": str(output / "classifier.safetensors"), "classifier_epochs": 2}
-    assert Evaluation(parse_evaluation({**settings, **named})).real["classifier"].fingerprint
+    real = Evaluation(parse_evaluation({**settings, **named})).real
+    assert real.features["classifier"].fingerprint
 
 
 def test_a_figure_is_that_of_the_stored_images_and_the_training_images(whole):
@@ -446,27 +449,27 @@ def test_features_of_real_images_are_kept_under_what_they_depend_on(
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluation, "_shared", never)
+        patch.setattr(RealImages, "_shared", never)
         again = Evaluation(_config(pipeline, tmp_path, tables=tables))
-        assert torch.equal(again.real["pixels"].train, first.real["pixels"].train)
+        assert torch.equal(again.real.features["pixels"].train, first.real.features["pixels"].train)
         with pytest.raises(AssertionError, match="computed again"):  # other images
             Evaluation(_config(pipeline, tmp_path, tables=tables, reference_images=50))
     fewer = Evaluation(_config(pipeline, tmp_path, tables=tables, reference_images=50))
-    assert fewer.real["pixels"].train.shape == (50, 64)
+    assert fewer.real.features["pixels"].train.shape == (50, 64)
     assert len(list(tmp_path.glob("reference-*.safetensors"))) == 2
 
 
 def test_copies_of_training_images_are_noticed(pipeline, tmp_path, monkeypatch):
     tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
     evaluation = Evaluation(_config(pipeline, tmp_path, tables=tables))
-    copied = library.to_uint8(evaluation.reference.batch([7, 100, 5, 1200])[0])
-    monkeypatch.setattr(evaluation, "preview", lambda cell: copied)
+    copied = to_uint8(evaluation.real.train.batch([7, 100, 5, 1200])[0])
+    monkeypatch.setattr(evaluation.files, "preview", lambda cell: copied)
     found = evaluation.memorisation(evaluation.config.cells[0])
     assert found["nearest"] == [7, 100, 5, 1200]
     assert found["samples_median"] < 0.01 < found["held_out_min"]
-    own = evaluation.held_out.batch([0])[0]
-    gap = (evaluation.reference.all() - own).square().mean((1, 2, 3)).sqrt().min() / 2
-    distance = evaluation._nearest(own)[0] / 2 / 8
+    own = evaluation.real.held_out.batch([0])[0]
+    gap = (evaluation.real.train.all() - own).square().mean((1, 2, 3)).sqrt().min() / 2
+    distance = evaluation.real.nearest(own)[0] / 2 / 8
     assert float(distance) == pytest.approx(float(gap), rel=1e-5)
 
 

@@ -27,7 +27,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler, to_portable
-from ddim_schedulers.pipelines import GenerationPipeline, files, records, sampling_job
+from ddim_schedulers.pipelines import (
+    GenerationPipeline,
+    files,
+    records,
+    sampling_files,
+    sampling_job,
+)
 from ddim_schedulers.pipelines.records import ClipCounter
 from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, sample_to_directory
 from ddim_schedulers.training import cli
@@ -120,7 +126,7 @@ def test_a_stopped_run_is_continued(tmp_path, monkeypatch):
         written.append(path)
         files.write_png(path, image, owner)
 
-    monkeypatch.setattr(sampling_job, "write_png", fails_at_the_sixth)
+    monkeypatch.setattr(sampling_files, "write_png", fails_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         sample_to_directory(pipeline(), stopped, job())
     monkeypatch.undo()

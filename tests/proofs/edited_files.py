@@ -32,9 +32,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, sampling_job
+from ddim_schedulers.pipelines.sampling_files import SamplingFiles
+from ddim_schedulers.pipelines.workdir import flat
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.evaluation.cells import Evaluation, run
+from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
+from ddim_schedulers.training.evaluation.results import run
 from ddim_schedulers.training.likelihood import error_sweep
 from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
 from ddim_schedulers.training.likelihood.measured_model import (
@@ -269,28 +272,28 @@ def evaluation(count, root, pipeline):
     made = Evaluation(config)
     run(made)
     (cell,) = config.cells
-    path = made.path_of(cell)
-    kept, preview = made._kept(cell), made.preview(cell)
+    path = made.files.path_of(cell)
+    kept, preview = made.files.kept(cell), made.files.preview(cell)
 
     def figures():
-        found = made._kept(cell)
+        found = made.files.kept(cell)
         return HARMLESS if found == kept else WRONG if found else NOTICED
 
     def pictures():
         missing = made.missing(cell)
         if missing:
             return NOTICED
-        return HARMLESS if np.array_equal(made.preview(cell), preview) else WRONG
+        return HARMLESS if np.array_equal(made.files.preview(cell), preview) else WRONG
 
     content = json.loads(path.read_text())
     count.try_all("evaluation: a cell", path, edited_bytes(path.read_bytes()), figures)
     count.try_all("evaluation: a cell", path, edited_values(content), figures)
     old = {k: v for k, v in content.items() if k not in ("sha256", "preview")}
     path.write_text(json.dumps(old))
-    kept_now = made._kept(cell)
+    kept_now = made.files.kept(cell)
 
     def old_figures():
-        found = made._kept(cell)
+        found = made.files.kept(cell)
         return HARMLESS if found == kept_now else PLAUSIBLE if found else NOTICED
 
     count.try_all("evaluation: a cell without seal", path, edited_values(old), old_figures)
@@ -298,11 +301,11 @@ def evaluation(count, root, pipeline):
     npz = path.with_suffix(".npz")
     count.try_all("evaluation: first images", npz, edited_bytes(npz.read_bytes()), pictures)
     (reference,) = root.glob("reference-*")
-    real = made.real["classifier"]
+    real = made.real.features["classifier"]
     rows = {"train": len(real.train), "held_out": len(real.held_out)}
 
     def features():
-        found = made._kept_features(reference, real.fingerprint, rows)
+        found = made.real._kept_features(reference, real.fingerprint, rows)
         if found is None:
             return NOTICED
         return HARMLESS if torch.equal(found["train"], real.train) else WRONG
@@ -311,7 +314,7 @@ def evaluation(count, root, pipeline):
     classifier = root / "classifier.safetensors"
 
     def usable():
-        return HARMLESS if made._is_own(classifier) else NOTICED
+        return HARMLESS if made.real._is_own(classifier) else NOTICED
 
     count.try_all(
         "evaluation: classifier", classifier, edited_bytes(classifier.read_bytes()), usable
@@ -326,7 +329,7 @@ def samples(count, root):
         folder = root / file_format
         sampling_job.sample_to_directory(pipe, folder, job)
         path = folder / name
-        files = sampling_job._Files(folder, job, 0, pipe.image_shape)
+        files = SamplingFiles(folder, job, 0, pipe.image_shape)
 
         def images():
             return np.stack([np.asarray(x) for x in files._load(path.name, 0, 4)])  # noqa: B023
@@ -345,8 +348,8 @@ def samples(count, root):
     def compared():
         sampling_job._compare(settings, now)
         # null and nothing are the same: a setting that an earlier version did not know
-        then = sampling_job._flat(json.loads(settings.read_text()))
-        own = sampling_job._flat(now)
+        then = flat(json.loads(settings.read_text()))
+        own = flat(now)
         same = all(then.get(key) == own.get(key) for key in then.keys() | own.keys())
         return HARMLESS if same else WRONG
 

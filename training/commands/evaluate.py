@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
     from ddim_schedulers.training.evaluation.cells import Evaluation
-    from ddim_schedulers.training.evaluation.cells import run as evaluate
     from ddim_schedulers.training.evaluation.report import short, write_report
+    from ddim_schedulers.training.evaluation.results import run as evaluate
 
     team = AccelerateTeam(args.cpu)
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ddim_schedulers.training.common.figures import panels_figure, rows_figure, tiles
-from ddim_schedulers.training.evaluation.cells import Evaluation, from_uint8
+from ddim_schedulers.training.evaluation.cells import Evaluation
+from ddim_schedulers.training.evaluation.references import from_uint8
 
 SHOWN_ROWS, SHOWN_IMAGES, SHOWN_STEPS = 8, 8, 3
 
@@ -79,19 +80,19 @@ def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
         for t in evaluation.config.tables
         if t.name == table["name"]
         for c in t.cells
-        if c.repeat == 0 and evaluation.path_of(c).exists()
+        if c.repeat == 0 and evaluation.files.path_of(c).exists()
     }
     rows = [r for r in dict.fromkeys(row for row, _ in cells)]
     asked = evaluation.config.pictured
     rows = [r for r in rows if r in asked] if asked else rows[:SHOWN_ROWS]
     rows = rows or [next(iter(cells))[0]]
     steps = sorted({s for row, s in cells if row in rows})[:SHOWN_STEPS]
-    blank = torch.ones(SHOWN_IMAGES, *evaluation.reference.shape)
+    blank = torch.ones(SHOWN_IMAGES, *evaluation.real.train.shape)
     panels = []
     for row in rows:
         for s in steps:
             cell = cells.get((row, s))
-            images = from_uint8(evaluation.preview(cell)) if cell is not None else blank
+            images = from_uint8(evaluation.files.preview(cell)) if cell is not None else blank
             title = f"{row}, S = {s}" if cell is not None else ""
             panels.append((title, tiles(images[:SHOWN_IMAGES], min(SHOWN_IMAGES, len(images)))))
     return panels_figure(panels, len(steps), 4.0)
@@ -105,6 +106,6 @@ def nearest_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
         for c in evaluation.config.cells
         if (c.row.name, c.steps, c.n, c.repeat) == (found["row"], found["steps"], table["n"], 0)
     )
-    samples = from_uint8(evaluation.preview(cell))[: found["n"]]
-    nearest = evaluation.reference.batch(np.array(found["nearest"]))[0]
+    samples = from_uint8(evaluation.files.preview(cell))[: found["n"]]
+    nearest = evaluation.real.train.batch(np.array(found["nearest"]))[0]
     return rows_figure([("samples", samples), ("nearest training images", nearest)])

@@ -21,6 +21,7 @@ from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.ownership import Owner
+from ddim_schedulers.pipelines.workdir import whole
 from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
@@ -233,15 +234,12 @@ class _Parts:
 
     def is_whole(self, part: tuple[int, int], tell: bool) -> bool:
         """Return whether a part exists and is whole; a damaged one is told and measured anew."""
-        if not _file(self.work_dir, part).exists():
-            return False
-        try:
-            self.read(part)
-        except DamagedFileError as error:
+
+        def damaged(error: DamagedFileError) -> None:
             if tell:
                 logger.warning(f"{error} It is measured anew.")
-            return False
-        return True
+
+        return whole(_file(self.work_dir, part), lambda: self.read(part), damaged) is not None
 
 
 def _claim(

@@ -1,0 +1,346 @@
+"""The real images of an evaluation: read, taken through the feature spaces, compared with samples.
+
+Their features are kept in a file with their fingerprint, and so is the classifier. Processes share
+the work; the features are then put in the order of the images.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddim_schedulers.pipelines.base import chunks
+from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.images import to_uint8
+from ddim_schedulers.pipelines.workdir import whole
+from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
+from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.data.images import ImageData, load_data
+from ddim_schedulers.training.evaluation.config import CLASSIFIER, EvaluationConfig
+from ddim_schedulers.training.metrics import features as spaces
+from ddim_schedulers.training.metrics.distances import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    neighbour_metrics,
+)
+
+READ_BATCH = 500
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images of one feature space.
+
+    Attributes:
+        train: features of the training part, (m, F).
+        held_out: features of the held-out part, (k, F).
+        fingerprint: of the images, as they went in, and of the feature space.
+    """
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    fingerprint: str
+
+
+class RealImages:
+    """The real images that samples are compared with, and the feature spaces.
+
+    Args:
+        config: what is asked for.
+        team: the processes that share the work.
+        device: of the feature spaces.
+        shape: (C, H, W) of the network.
+        progress: called with a line of text now and then.
+
+    Raises:
+        ValueError: images that do not fit the network, are not 8-bit or too few.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        team: Team,
+        device: torch.device,
+        shape: tuple[int, int, int],
+        progress: Progress,
+    ) -> None:
+        self.config, self.team, self.progress, self.device = config, team, progress, device
+        self.folder = Path(config.output_dir)
+        self.train, self.held_out = self._load_data(shape)
+
+    def prepare(self) -> None:
+        """Make the feature spaces and the features of the real images.
+
+        Raises:
+            ValueError: too few images, or a feature space that gives something else than features.
+        """
+        config = self.config
+        self.networks = {name: self._network(name) for name in config.features}
+        self.order = self._order()
+        self.features = {name: self._real(name) for name in config.features}
+        # the self-check: what a perfect sampler would get, by the n of the tables
+        self.self_check: dict[int, dict[str, Any]] = {}
+        if self.team.index == 0:
+            self.self_check = {n: self.held_out_figures(n) for n in {t.n for t in config.tables}}
+
+    def _load_data(self, shape: tuple[int, int, int]) -> tuple[ImageData, ImageData]:
+        reference, held_out = load_data(self.config.data)
+        if reference.shape != shape:
+            raise ValueError(
+                f"`data`: the images are {reference.shape}, the network's {shape} (C, H, W)"
+            )
+        if reference.levels is None or reference.levels > 256:
+            raise ValueError(
+                "`data`: the images are not 8-bit, as both sides of a comparison must be"
+            )
+        if self.config.held_out is not None:
+            held_out = load_data(self.config.held_out)[0]
+        if self.team.index == 0:
+            self.progress(reference.inventory.line())
+            if self.config.held_out is not None and held_out is not None:
+                self.progress(f"held out: {held_out.inventory.line()}")
+        if held_out is None or len(held_out) < 2 or held_out.shape != reference.shape:
+            found = "none" if held_out is None else f"{len(held_out)} of {held_out.shape}"
+            raise ValueError(
+                f"held-out images: {found}; real images are measured like samples, so there must "
+                f"be at least 2 of {reference.shape}: set validation_fraction or held_out"
+            )
+        return reference, held_out
+
+    def _order(self) -> np.ndarray:
+        """Return the sorted positions of the reference images: all, or a fixed choice."""
+        count = min(len(self.train), self.config.reference_images or len(self.train))
+        fewest = min([count, *(table.n for table in self.config.tables)])
+        if self.config.neighbours >= fewest:
+            raise ValueError(
+                f"`neighbours` is {self.config.neighbours}; it must be below the number of samples "
+                f"and of reference images, here {fewest}"
+            )
+        return np.sort(np.random.default_rng(self.config.seed).permutation(len(self.train))[:count])
+
+    def _network(self, name: str) -> torch.nn.Module:
+        if name == CLASSIFIER:
+            name = str(self._classifier())
+        return spaces.make_feature_space(name, self.train.shape).to(self.device)
+
+    def classifier_path(self) -> Path:
+        """Return where the classifier is, or will be."""
+        return Path(self.config.classifier or self.folder / "classifier.safetensors")
+
+    def _classifier(self) -> Path:
+        path = self.classifier_path()
+        self.team.wait()  # nobody looks after one has begun to write
+        there = path.exists() if self.config.classifier is not None else self._is_own(path)
+        self.team.wait()  # nobody writes before all have looked
+        if not there and self.team.index == 0:
+            labels = labels_of(self.train, self.config)
+            network, record = spaces.train_classifier(
+                lambda rows: as_uint8_sees(self.train.batch(rows)[0]),
+                labels,
+                self.train.shape,
+                epochs=self.config.classifier_epochs,
+                seed=self.config.seed,
+                progress=self.progress,
+            )
+            spaces.save_classifier(network, record, path)
+        self.team.wait()
+        return path
+
+    def _is_own(self, path: Path) -> bool:
+        """Return whether the folder's own classifier is whole; it is trained anew if not.
+
+        Raises:
+            ValueError: it was trained in another way than is asked for.
+        """
+        record = whole(
+            path,
+            lambda: spaces.classifier_record(path),
+            lambda error: self.progress(f"{error} It is trained anew."),
+        )
+        if record is None:
+            return False
+        wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
+        wanted["images"] = len(self.train)
+        found = {**record, "images": record["train_n"] + record["held_out_n"]}
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise ValueError(
+                    f"`output_dir`: {path} was trained with {name} = {found[name]}, but {value} is "
+                    "asked for; delete it, and the cells are measured anew with another, or say "
+                    "`classifier` to use this one"
+                )
+        return True
+
+    def _real(self, name: str) -> Reference:
+        """Return features of the real images, from the cache where they are in it."""
+        parts = {"train": (self.train, self.order)}
+        parts["held_out"] = (self.held_out, np.arange(len(self.held_out)))
+        digest = hashlib.sha256(spaces.fingerprint(name, self.networks[name]).encode())
+        for part, (data, rows) in parts.items():
+            digest.update(f"{part} {len(rows)} {data.shape}".encode())
+            for images in _batches(data, rows):
+                digest.update(to_uint8(images).tobytes())
+        fingerprint = digest.hexdigest()
+        path = (
+            Path(self.config.cache_dir or self.folder) / f"reference-{fingerprint[:16]}.safetensors"
+        )
+        self.team.wait()
+        kept = self._kept_features(path, fingerprint, {p: len(r) for p, (_, r) in parts.items()})
+        if kept is None:
+            self.progress(f"features of the real images: {name}")
+            kept = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
+            for part, value in kept.items():
+                if not bool(value.isfinite().all()):
+                    raise ValueError(
+                        f"`features` name {name!r}, which gives values that are not finite for "
+                        f"real images ({part})"
+                    )
+            if self.team.index == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, pack_sealed(kept, fingerprint))
+            self.team.wait()
+        return Reference(kept["train"], kept["held_out"], fingerprint)
+
+    def _kept_features(
+        self, path: Path, fingerprint: str, rows: dict[str, int]
+    ) -> dict[str, torch.Tensor] | None:
+        """Return the features in a file of the cache; None if it is missing or damaged."""
+
+        def read() -> dict[str, torch.Tensor]:
+            kept = read_sealed(path, fingerprint, unsealed=True)
+            found = {part: len(value) if value.ndim == 2 else -1 for part, value in kept.items()}
+            if found != rows or len({value.shape[1] for value in kept.values()}) != 1:
+                raise DamagedFileError(path, f"it does not hold features of {rows} images")
+            return kept
+
+        return whole(path, read, lambda error: self.progress(f"{error} It is made anew."))
+
+    def _shared(self, name: str, data: ImageData, rows: np.ndarray) -> torch.Tensor:
+        parts = chunks(len(rows), READ_BATCH)
+        mine = [
+            (start, self.features_of(name, to_uint8(data.batch(rows[start:stop])[0])))
+            for start, stop in parts[self.team.index :: self.team.count]
+        ]
+        return self.joined(mine)
+
+    def features_of(self, name: str, images: np.ndarray) -> torch.Tensor:
+        """Return features of uint8 images (B, H, W, C)."""
+        return spaces.extract(self.networks[name], from_uint8(images))
+
+    def joined(self, mine: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """Return the rows of all processes, in the order of their positions."""
+        found = self.team.gather([(start, value.numpy()) for start, value in mine])
+        return torch.cat(
+            [torch.from_numpy(value) for _, value in sorted(found, key=lambda f: f[0])]
+        )
+
+    def note(self, name: str) -> dict[str, Any]:
+        """Return what a cell's figures in a feature space are compared with."""
+        real = self.features[name]
+        return {"fingerprint": real.fingerprint, "n": len(real.train)}
+
+    def figures(self, name: str, fake: torch.Tensor) -> dict[str, Any]:
+        """Return all figures of features (n, F), each with what it was compared to."""
+        real = self.features[name]
+        k = min(self.config.neighbours, len(fake) - 1)
+        shuffled = np.random.default_rng(self.config.seed).permutation(len(real.train))
+        equal = real.train[
+            shuffled[: len(fake)]
+        ]  # as many as samples: neither side's balls are larger
+        kernel, spread = kernel_distance(real.train, fake, seed=self.config.seed)
+        found: dict[str, Any] = {
+            "n": len(fake),
+            "reference": self.note(name),
+            "frechet": frechet_distance(real.train, fake),
+            "kernel": kernel,
+            "kernel_std": spread,
+            **neighbour_metrics(equal, fake, k),
+            "k": k,
+            "neighbour_reference_n": len(equal),
+        }
+        network: Any = self.networks[name]
+        if hasattr(network, "head"):
+            with torch.no_grad():
+                found["inception_score"] = inception_score(network.head(fake.to(self.device)).cpu())
+        return found
+
+    def held_out_figures(self, n: int) -> dict[str, Any]:
+        """Measure n held-out images in each feature space, as if a perfect sampler had made them.
+
+        If fewer are held out, all of them; their figures then have an n of their own.
+        """
+        rows = np.random.default_rng(self.config.seed).permutation(len(self.held_out))[:n]
+        return {
+            name: self.figures(name, self.features[name].held_out[rows]) for name in self.features
+        }
+
+    def nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the distance (n,) to the nearest of all training images, and its position."""
+        best = torch.full((len(images),), torch.inf)
+        where = torch.zeros(len(images), dtype=torch.int64)
+        start = 0
+        flat = images.flatten(1).double()
+        for batch in _batches(self.train, np.arange(len(self.train))):
+            value, index = torch.cdist(flat, batch.flatten(1).double()).min(1)
+            closer = value.float() < best
+            best, where = (
+                torch.where(closer, value.float(), best),
+                torch.where(closer, index + start, where),
+            )
+            start += len(batch)
+        return best, where
+
+
+def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
+    """Return class numbers (n,) of the images of `data`, from the place `config.labels`.
+
+    Raises:
+        ValueError: nothing is said, or nothing there.
+    """
+    own = config.data
+    if own.data == "digits":
+        from sklearn.datasets import load_digits
+
+        values = load_digits().target
+    elif config.labels is None:
+        raise ValueError("`labels`: a classifier needs them; say where they are, or leave it out")
+    elif config.labels == "folders":
+        values = np.array([Path(data.source.name(i)).parent.name for i in range(len(data.source))])
+    elif Path(own.data).suffix == ".npz":
+        if config.labels not in (names := npz_names(own.data)):
+            raise ValueError(f"`labels` is {config.labels!r}; {own.data} holds {names}")
+        values = read_npz(own.data, [config.labels])[config.labels]
+    else:
+        from ddim_schedulers.training.data.sources import load_table
+
+        table = load_table(own, streaming=False)
+        if config.labels not in table.column_names:
+            raise ValueError(f"`labels` is {config.labels!r}; the columns are {table.column_names}")
+        values = np.asarray(table[config.labels])
+    if len(values) <= (last := int(data.ids.max())):
+        raise ValueError(
+            f"`labels`: there are {len(values)}, but the images go on to number {last}"
+        )
+    return spaces.class_names(values[data.ids])[1]
+
+
+def from_uint8(images: np.ndarray) -> torch.Tensor:
+    """Return images uint8 (B, H, W, C) as (B, C, H, W) in [-1, 1], float32."""
+    return torch.from_numpy(images).movedim(-1, 1).float().div(127.5).sub(1)
+
+
+def as_uint8_sees(images: torch.Tensor) -> torch.Tensor:
+    """Return images in [-1, 1] after a round trip through uint8."""
+    return from_uint8(to_uint8(images))
+
+
+def _batches(data: ImageData, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    for start, stop in chunks(len(rows), READ_BATCH):
+        yield data.batch(rows[start:stop])[0]
