@@ -59,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], owner: in
     Args:
         path: where the file shall be.
         write: is given the open file.
-        owner: number of the writing process; it stands in the temporary name, so that
+        owner: number of the writing process; it is part of the temporary name, so that
             `remove_leftovers` knows whose file it is.
     """
     temporary = path.with_name(f".{path.name}.{owner}-{secrets.token_hex(6)}.tmp")

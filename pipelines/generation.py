@@ -132,7 +132,7 @@ class GenerationPipeline(UnconditionalPipeline):
                 keeps one, else 50.
             timesteps: explicit trajectory instead, strictly decreasing.
             start_timestep: a timestep of the trajectory to start at: `latents` is then x_t at it.
-                Not for stock multistep schedulers; a `solver_order` of ours begins anew there.
+                Not for stock multistep schedulers; a `solver_order` of ours has no history there.
             eta: DDIM's eta, passed to schedulers that take one; None leaves theirs.
             use_clipped_model_output: passed to schedulers that take it; None leaves theirs.
             return_path: also return x_t and x0_hat along tau: (2 S + 1) times the memory of the

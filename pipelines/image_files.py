@@ -4,10 +4,10 @@ An image is taken as every viewer shows it: turned as its EXIF orientation says,
 several, and what is transparent in the colour of the background. Nothing else is converted except
 what the user asked for (`image_mode`) and palettes, which have no other meaning.
 
-Pixels of an image of up to `LARGE` pixels are those that Pillow decodes. A larger one that is going
-to be resized is made smaller in bands of rows, so that beside the decoded image only a few
-megabytes are needed; a JPEG is decoded at a fraction of its size. The result is rounded to the
-levels of the file.
+Pixels of an image of up to `LARGE` pixels are those that Pillow decodes. A larger image that is to
+be resized is made smaller in bands of rows, so that it needs only a few megabytes more than the
+decoded image; a JPEG is decoded at a fraction of its size. The result is rounded to the levels of
+the file.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Fit:
 
     @property
     def resizes(self) -> bool:
-        """Return whether pixels are made anew, and not only cut off or added."""
+        """Return whether pixels are computed, and not only cut off or added."""
         return self.how in ("squash", "resize_crop")
 
     def resized(self, have: tuple[int, int]) -> tuple[int, int]:
@@ -454,5 +454,5 @@ def _load(image: Image.Image, name: str) -> None:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # over foreign bytes Pillow raises whatever comes
+    except Exception as error:  # Pillow raises anything over foreign bytes
         raise BadImageError(name, _reason(error)) from error

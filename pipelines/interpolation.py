@@ -92,7 +92,7 @@ class InterpolationPipeline(UnconditionalPipeline):
             output_type: pil, np, pt or latent.
 
         Returns:
-            (K - 1) (num_points - 1) + 1 images; each end stands once.
+            (K - 1) (num_points - 1) + 1 images; each end appears once.
 
         Raises:
             ValueError: for a scheduler that draws noise in its steps, fewer than two ends, or

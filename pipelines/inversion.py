@@ -82,7 +82,7 @@ class InversionPipeline(UnconditionalPipeline):
     The scheduler gives its config: noise schedule, prediction type and trajectory. Encoding runs
     `GeneralizedDDIMInverseScheduler` and decoding `GeneralizedDDIMScheduler` at eta = 0, both built
     from it with clipping and thresholding **off**, because a clipped step has no inverse (a warning
-    says so when the config has them on), and of order 1 whatever its `solver_order`, because a step
+    says so when the config has them on), and of order 1 for every `solver_order`, because a step
     that depends on the steps before it has no inverse of its own. The component itself is neither
     used to step nor changed.
     """

@@ -1,6 +1,6 @@
 """Noise that belongs to an image: the k-th image's draws depend on its seed alone.
 
-Each image has its own `torch.Generator` **on the CPU**, whatever the device of the network, and
+Each image has its own `torch.Generator` **on the CPU**, for every device of the network, and
 draws x_T and the noise of each stochastic step from it in the order of sampling. So an image
 depends on its seed (and the settings), not on batch size, chunking, order, device or number of
 processes. Draws are made in the dtype of the sample: float64 for a float64 network, else float32.

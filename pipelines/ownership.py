@@ -12,8 +12,8 @@ systems keep it to one machine or have none. The record says which process owns 
 - Elsewhere (another machine or container) the owner counts as gone after `SILENCE_SECONDS` without
   a sign of life. Times are those of the file system, so clocks need not agree.
 
-An owner that was replaced, because its machine slept, finds out by `Owner.check`, which stands
-before everything that writes or deletes. Readers take no lock.
+An owner that was replaced, because its machine slept, finds out by `Owner.check`, which is called
+before every write and every deletion. Readers take no lock.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def own(
     read_only: bool = False,
     transient: bool = False,
 ) -> Iterator[Owner]:
-    """Own a folder meanwhile; what this process owns already, around it too, is entered again.
+    """Own a folder inside the `with`; a process enters again what it owns, and what is inside it.
 
     The folder is made where missing, and removed at the end if it was made here and stayed empty.
     SIGTERM and SIGHUP release the folder and then act as they would have.
@@ -388,7 +388,7 @@ def _is_gone(path: Path, record: Mapping[str, Any]) -> bool:
 def _silence(path: Path, place: Path) -> float:
     """Return the seconds since the last sign of life, by the file system's clock, in the mutex.
 
-    A record that vanished meanwhile counts as alive: what is there now is looked at again.
+    A record that vanished in between counts as alive: the caller reads the records again.
     """
     try:
         os.utime(place / MUTEX)

@@ -93,7 +93,7 @@ def test_bad_values_and_keys_in_files_are_named(tmp_path, values, message):
         (["--batch", "8"], "unknown flag --batch; did you mean --batch_size?"),  # no abbreviations
         (["--resolution", "8"], "unknown flag --resolution; did you mean --image_size?"),
         (["--loss", "x"], "invalid choice: 'x'"),
-        (["stray"], "'stray' stands where a flag is expected"),
+        (["stray"], "'stray' is no flag; a flag must come here"),
         (["--config"], "expected one argument"),
     ],
 )

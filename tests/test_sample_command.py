@@ -298,7 +298,7 @@ def test_damage_is_told_once(tmp_path, caplog):
     caplog.clear()
     sample_to_directory(pipeline(), tmp_path, job())
     said = caplog.text
-    assert said.count("made anew") == 1 and "000001.png' cannot be read" in said
+    assert said.count("made again") == 1 and "000001.png' cannot be read" in said
     assert "So are 2 more." in said
 
 

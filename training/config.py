@@ -241,7 +241,7 @@ class CheckpointConfig:
 
     output_dir: str = option("runs/train", "folder of the run")
     checkpoint_every: int = option(1000, "steps between checkpoints; 0: only at the end")
-    keep_last: int = option(2, "checkpoints kept beside the best one")
+    keep_last: int = option(2, "checkpoints kept, the best one not counted")
     resume: str = option(
         "never", "'latest' continues the run in output_dir (or starts it), or a checkpoint folder"
     )

@@ -64,7 +64,7 @@ def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[Tr
         parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"{unknown[0]!r} stands where a flag is expected")
+        raise ValueError(f"{unknown[0]!r} is no flag; a flag must come here")
     values = {name: getattr(namespace, name) for name in _names()}
     values = {name: None if value == [None] else value for name, value in values.items()}
     return TrainingConfig(**values), namespace.dry_run

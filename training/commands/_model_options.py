@@ -158,7 +158,7 @@ def apply_preset(args: argparse.Namespace) -> None:
     if args.scheduler == "ddpm":
         raise ValueError("--preset few does not belong to --scheduler ddpm, but to ddim.")
     args.scheduler = "ddim"
-    # a solver of higher order follows the ODE, whatever noise the saved scheduler adds
+    # a solver of higher order follows the ODE, even if the saved scheduler adds noise
     few = {**FEW_STEPS, "eta": 0.0, "reverse_variance": "sigma"}
     if args.solver_order == 1:
         del few["solver_corrector"]

@@ -49,7 +49,7 @@ def read(paths: Sequence[Path]) -> "list[Image.Image]":
 
 
 def check_output(folder: Path, names: Sequence[str]) -> None:
-    """Refuse an output folder that cannot be written, or whose images would stand beside ours.
+    """Refuse an output folder that cannot be written, or that holds images of another run.
 
     Args:
         folder: the output; may be missing.

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--images do not fit {type(pipe.scheduler).__name__}, whose steps depend on those "
                 "before them; use --scheduler ddim."
             )
-        if not encoded:  # those go through DDIM, whatever the scheduler
+        if not encoded:  # images are encoded by DDIM, with every scheduler
             _model_options.check_own_scheduler(pipe.scheduler, args)
             if args.seeds is not None and not is_deterministic(pipe.scheduler):
                 raise ValueError(

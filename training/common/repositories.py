@@ -117,7 +117,7 @@ def _download(name: str, option: str, allow_pickle: bool) -> Path:
         for kind in (".safetensors", ".bin") if allow_pickle else (".safetensors",):
             files = [f"{start}{_STEM}{part}{kind}" for part in ("", "-?????-of-?????")]
             files.append(f"{start}{_STEM}{kind}.index.json")
-            # the commit of the configs, whatever was pushed since
+            # the commit of the configs, even after another push
             snapshot_download(repository, revision=folder.name, allow_patterns=files)
             if any((folder / start).glob(f"*{kind}")):
                 break

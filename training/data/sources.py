@@ -1,7 +1,7 @@
 """Where images come from: arrays, a folder of files, Parquet, or the `datasets` library.
 
 A source hands out single images as arrays (C, H, W) in the dtype they are stored in. What image
-files become is said in `image_files.py`, what is taken from a folder in `folders.py`.
+files become is in `image_files.py`; what is taken from a folder is in `folders.py`.
 """
 
 import io
@@ -255,7 +255,7 @@ def open_source(config: DataConfig) -> ImageSource:
 
 
 def check_place(path: Path) -> None:
-    """Refuse what is there and cannot be data: a pipe, an archive, a single image, another file.
+    """Refuse a path that cannot be data: a pipe, an archive, a single image, another file.
 
     Raises:
         ValueError: saying what it is and what to give instead.

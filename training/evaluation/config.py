@@ -415,7 +415,7 @@ def scheduler_class(name: str) -> type | None:
 
 
 def _unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Return the cells, each once; raises `ValueError` if one name stands for two schedulers."""
+    """Return the cells, each once; raises `ValueError` if two schedulers have one name."""
     kept: dict[str, Cell] = {}
     for cell in cells:
         first = kept.setdefault(cell.label, cell)

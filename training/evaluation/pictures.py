@@ -18,7 +18,7 @@ def curves(
 ) -> Any:
     """Plot the Frechet distance against network calls, and against seconds for an image.
 
-    With `named`, the other rows are grey and stand as one in the legend: twenty colours tell
+    With `named`, the other rows are grey, with one entry in the legend: twenty colours tell
     nothing apart.
     """
     from matplotlib import colormaps

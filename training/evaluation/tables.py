@@ -123,7 +123,7 @@ def everything(table: dict[str, Any], name: str) -> list[str]:
     head = ["", "S", "seeds", *(c[0] for c in columns), "network calls", "seconds", "images/s"]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
-    if real["n"] == table["n"]:  # figures of another n stand in no table with these
+    if real["n"] == table["n"]:  # a table holds figures of one n
         own = [_value({"mean": real[key], "std": None}, form, key) for _, key, form in columns]
         lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
     for cell in table["cells"]:
@@ -199,7 +199,7 @@ def pivot(
 
     Args:
         cells: with the keys `row` and `steps`.
-        text: what stands in a cell.
+        text: the text of a cell.
         rank: a number by which the smallest of a column is set in bold, or None.
         row: the key that says which line a cell belongs to.
     """

@@ -215,7 +215,7 @@ def save_record(
 ) -> None:
     """Put values into `calibration` of a scheduler's config file, atomically; the rest stays.
 
-    The config as it was is kept beside it, see `undo`.
+    The former config is kept next to it, see `undo`.
 
     Args:
         values: what is added.

@@ -85,7 +85,7 @@ def make_rows(measured_model: MeasuredModel, settings: LikelihoodSettings) -> li
     """Return the chains of the table.
 
     Raises:
-        ValueError: before any work, for whatever `make_plan` refuses, a learned variance without a
+        ValueError: before any work, for all that `make_plan` refuses, a learned variance without a
             network that has one, or optimal choices without a calibration.
     """
     statistics = None

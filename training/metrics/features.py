@@ -237,7 +237,7 @@ def fingerprint(name: str, network: torch.nn.Module) -> str:
     """Hash of a feature space: its name and class, every weight, and an imported one's code."""
     from ddim_schedulers.pipelines.sampling_job import fingerprint as of_weights
 
-    # a classifier is its weights, wherever its file lies
+    # the weights identify a classifier, not the place of its file
     label = "" if isinstance(network, SmallClassifier) else name
     module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
     if source := getattr(module, "__file__", None):  # what a module without weights consists of

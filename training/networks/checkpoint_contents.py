@@ -1,4 +1,4 @@
-"""What a checkpoint must hold so that a run can go on from it, whatever its manifest lists."""
+"""What a checkpoint must hold so that a run can continue from it, even if its manifest is right."""
 
 import math
 import re

@@ -8,7 +8,7 @@ The choices of w_t, each written for the error in which its source defines it an
 error of the prediction m by the linear maps of `ddim_schedulers.parameterization` (eps_hat - eps =
 k (m_hat - m)):
 
-- `simple`: w_t = 1 whatever m is (DDPM, arXiv:2006.11239, Eq. 14).
+- `simple`: w_t = 1 for every m (DDPM, arXiv:2006.11239, Eq. 14).
 - `gamma`: sum_t gamma_t E||eps_hat - eps||^2 for any vector gamma (DDIM, arXiv:2010.02502, Eq. 5).
 - `min_snr`: min(SNR_t, snr_gamma) on the error of x_0 (arXiv:2303.09556, Eq. 8), SNR = a / b.
 - `vlb`: the variational bound itself in bits per dimension, DDPM Eq. 5: KL terms for t > 0, the
@@ -344,7 +344,7 @@ def _bound_rows(
         k_x, k_m = k_x0 * x0_x + k_xt, k_x0 * x0_m
     betas = 1 - alpha_bar / before
     small = betas * (1 - before) / (1 - alpha_bar)
-    # The posterior of the first step has no variance; its neighbour's stands in (DDPM's code).
+    # The posterior of the first step has no variance; DDPM's code takes its neighbour's.
     small[0] = first_posterior_variance(alpha_bar)
     log_small, log_beta = small.log(), betas.log()
     if variance_type == "fixed_large":

@@ -116,7 +116,7 @@ def _push_owned(
         return push.run(export, private, revision, message)
     except PushError:
         raise
-    except Exception as error:  # whatever the client raises, in the words of one sentence
+    except Exception as error:  # all that the client raises becomes one sentence
         raise PushError(_scrub(_sentence(error, repo_id, push.endpoint), token)) from None
 
 
@@ -220,7 +220,7 @@ class _Push:
             )
 
         def commit() -> str:
-            # Made anew for every attempt: the client marks operations as it goes. What arrived in
+            # Made again for every attempt: the client marks operations as it goes. What arrived in
             # an attempt whose answer was lost is recognised by its hash, or no longer listed.
             there = self.api.list_repo_files(self.repo_id, revision=revision)
             delete = [CommitOperationDelete(path) for path in self._stale(export, there)]
@@ -268,7 +268,7 @@ class _Push:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """Bound the time without an answer of the Hub client's shared session, meanwhile."""
+    """Bound the time without an answer of the Hub client's shared session."""
     from huggingface_hub.utils import get_session
 
     session = get_session()

@@ -265,7 +265,7 @@ class Trainer:
                 stopped_by = "stop_after"
             if not stopped_by and self.updates == 0:
                 raise NonFiniteError(
-                    f"none of the {self.step} steps was finite and applied: the weights are those "
+                    f"no step of {self.step} was finite and applied: the weights are those "
                     "of the start, and no pipeline is exported; lower lr, or look at the data"
                 )
             pipeline_dir = None if stopped_by else saving.export(self)
