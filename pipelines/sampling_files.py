@@ -61,13 +61,13 @@ class SamplingFiles:
         return whole(path, read, self.damaged.append) is not None
 
     def tell_of_damage(self) -> None:
-        """Warn once of all files that were made anew."""
+        """Warn once of all files that were made again."""
         if self.damaged:
             more = f" So are {len(self.damaged) - 1} more." if len(self.damaged) > 1 else ""
-            logger.warning(f"{self.damaged[0]} It was made anew.{more}")
+            logger.warning(f"{self.damaged[0]} It was made again.{more}")
 
     def write(self, start: int, images: np.ndarray, missing: list[str]) -> None:
-        """Write the missing files of a chunk; what is there stays untouched."""
+        """Write the missing files of a chunk; existing files stay untouched."""
         stop = start + len(images)
         if self.job.file_format == "npz":
             arrays = {"images": images, "seeds": self._seeds(start, stop)}

@@ -137,9 +137,9 @@ def sample_to_directory(
     rank: int = 0,
     world_size: int = 1,
 ) -> SamplingReport:
-    """Sample this process's share of a job into a folder, leaving out what is there and whole.
+    """Sample this process's share of a job into a folder, without the files that are whole.
 
-    A file that is damaged, or not of the size and mode of the job, is made anew and warned about.
+    A file that is damaged, or not of the job's size and mode, is made again, with a warning.
 
     Args:
         pipe: the pipeline, on its device.
@@ -215,7 +215,7 @@ def _sample_share(
         except DamagedFileError:
             if world_size == 1:
                 raise
-            complete = False  # another process is about to make it anew
+            complete = False  # another process is about to make it again
         else:
             owner.check()
             write_png(folder / GRID, make_grid(first), rank)
@@ -334,7 +334,7 @@ def _compare(path: Path, settings: dict[str, Any]) -> int | None:
         before = flat(read_json(path))
     except DamagedFileError as error:
         raise ValueError(
-            f"{str(path)!r} is damaged ({error.reason}), so nothing says how the images beside it "
+            f"{str(path)!r} is damaged ({error.reason}), so nothing tells how its images "
             "were made; choose another folder, or delete them and it."
         ) from error
     before.pop(ORIGIN, None)

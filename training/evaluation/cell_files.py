@@ -93,7 +93,7 @@ class CellFiles:
         write_json(path, sealed({**figures, "preview": digest_of_images(first)}))
 
     def _tell(self, error: DamagedFileError) -> None:
-        line = f"{error} The cell is measured anew."
+        line = f"{error} The cell is measured again."
         if line not in self._told:
             self._told.add(line)
             self._say(line)

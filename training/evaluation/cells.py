@@ -52,7 +52,7 @@ class Evaluation:
         progress: called with a line of text now and then.
 
     Raises:
-        ValueError: whatever does not fit together: channels, sizes, pixels that are not 8-bit, too
+        ValueError: for what does not fit together: channels, sizes, pixels that are not 8-bit, too
             few images, a scheduler that refuses its settings or steps, a feature space that gives
             something else than features. Nothing was sampled then.
     """

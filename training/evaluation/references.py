@@ -154,7 +154,7 @@ class RealImages:
         return path
 
     def _is_own(self, path: Path) -> bool:
-        """Return whether the folder's own classifier is whole; it is trained anew if not.
+        """Return whether the folder's own classifier is whole; if not, it is trained again.
 
         Raises:
             ValueError: it was trained in another way than is asked for.
@@ -162,7 +162,7 @@ class RealImages:
         record = whole(
             path,
             lambda: spaces.classifier_record(path),
-            lambda error: self.progress(f"{error} It is trained anew."),
+            lambda error: self.progress(f"{error} It is trained again."),
         )
         if record is None:
             return False
@@ -173,7 +173,7 @@ class RealImages:
             if found[name] != value:
                 raise ValueError(
                     f"`output_dir`: {path} was trained with {name} = {found[name]}, but {value} is "
-                    "asked for; delete it, and the cells are measured anew with another, or say "
+                    "asked for; delete it, and the cells are measured again with another, or write "
                     "`classifier` to use this one"
                 )
         return True
@@ -220,7 +220,7 @@ class RealImages:
                 raise DamagedFileError(path, f"it does not hold features of {rows} images")
             return kept
 
-        return whole(path, read, lambda error: self.progress(f"{error} It is made anew."))
+        return whole(path, read, lambda error: self.progress(f"{error} It is made again."))
 
     def _shared(self, name: str, data: ImageData, rows: np.ndarray) -> torch.Tensor:
         parts = chunks(len(rows), READ_BATCH)

@@ -149,7 +149,7 @@ def _run(
     blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
     chunks = math.ceil(len(images) / batch_size)
     parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
-    work_dir.mkdir(parents=True, exist_ok=True)  # on each machine: what is not shared is said below
+    work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
     if team.index == 0:
         _claim(work_dir, measured_model, images, asked, clip, seed, batch_size)
     team.wait()
@@ -233,11 +233,11 @@ class _Parts:
         return found
 
     def is_whole(self, part: tuple[int, int], tell: bool) -> bool:
-        """Return whether a part exists and is whole; a damaged one is told and measured anew."""
+        """Return whether a part exists and is whole; a damaged one is measured again."""
 
         def damaged(error: DamagedFileError) -> None:
             if tell:
-                logger.warning(f"{error} It is measured anew.")
+                logger.warning(f"{error} It is measured again.")
 
         return whole(_file(self.work_dir, part), lambda: self.read(part), damaged) is not None
 
@@ -267,7 +267,7 @@ def _claim(
             kept = read_json(path, finite=True)
         except DamagedFileError as error:
             # the parts that were sealed for this very pass are still recognised
-            logger.warning(f"{error} It is made anew, and parts of this pass are used.")
+            logger.warning(f"{error} It is made again, and parts of this pass are used.")
         else:
             if other := [name for name, value in own.items() if kept.get(name) != value]:
                 raise ValueError(
