@@ -13,7 +13,6 @@ the file.
 import contextlib
 import io
 import math
-import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
-from PIL.Image import Resampling, Transpose
+from PIL.Image import Resampling
+
+from ddim_schedulers.pipelines.orientation import orientation_of, shown_size, turn_of, turned
 
 # Of images with more pixels than this, what is going to be thrown away is never converted.
 LARGE = 2**22
@@ -37,7 +38,6 @@ _CHANNELS |= {"I;16": 1, "I;16B": 1, "I;16L": 1, "I;16N": 1}
 _CONVERTED = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 )
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def header_of(file: io.BytesIO | Path | None, name: str, reading: Reading) -> He
         kept = mode in ("RGBA", "LA")
         return Header(
             _CHANNELS[mode],
-            _shown_size(image),
+            shown_size(image),
             _dtype(mode),
             image.mode,
-            _orientation(image) > 1,
+            orientation_of(image) > 1,
             _frames(image),
             ("kept" if kept else "composed") if _has_alpha(image) else "",
         )
@@ -165,7 +165,7 @@ def decode(
     """
     with opened(file, name, reading) as image:
         mode = _mode_of(image, name, reading)
-        turn, have = _turn(image), _shown_size(image)
+        turn, have = turn_of(image), shown_size(image)
         large = have[0] * have[1] > LARGE
         shrink = fit is not None and fit.resizes and large
         to, box = (1, 1), None
@@ -186,7 +186,7 @@ def decode(
             picture = convert(image.crop(_window(image, fit, have, crop, turn)))
         else:
             picture = convert(image)
-        pixels = _array(_turned(picture, turn), mode, image if shrink else None)
+        pixels = _array(turned(picture, turn), mode, image if shrink else None)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise BadImageError(name, "it holds values that are not finite")
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -295,65 +295,6 @@ def _frames(image: Image.Image) -> int:
         return int(getattr(image, "n_frames", 1))
     except Exception:  # a later frame is broken; the first one is what is used
         return 1
-
-
-def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Return height and width of the turned image, from what its header tells."""
-    width, height = image.size
-    if image.format == "TIFF":  # some Pillows open it with the size that it will have
-        tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        width, height = int(tags[256]), int(tags[257])
-    return (width, height) if _orientation(image) >= 5 else (height, width)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 where it is missing or has no meaning."""
-    try:
-        # The method of a PNG decodes the pixels to see what follows them.
-        value: Any = Image.Image.getexif(image).get(_ORIENTATION)
-        if value is None and image.format == "PNG":
-            value = _exif_after_pixels(image.fp).get(_ORIENTATION)  # type: ignore[attr-defined]
-    except MemoryError:
-        raise
-    except Exception:  # viewers too take a picture as it is where its EXIF data are broken
-        return 1
-    return int(value) if value in range(1, 9) else 1
-
-
-def _exif_after_pixels(file: Any) -> Any:
-    exif, place = Image.Exif(), file.tell()
-    try:
-        file.seek(8)
-        for _ in range(2**16):  # pixels come in chunks of 8 KiB or more
-            head = file.read(8)
-            if len(head) < 8 or head[4:] == b"IEND":
-                break
-            length = struct.unpack(">I", head[:4])[0]
-            if head[4:] == b"eXIf" and length < 2**20:
-                exif.load(b"Exif\0\0" + file.read(length))
-                break
-            file.seek(length + 4, io.SEEK_CUR)
-    finally:
-        file.seek(place)
-    return exif
-
-
-def _turn(image: Image.Image) -> int:
-    """Return the orientation that is left to be applied once the pixels are loaded."""
-    return 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
-
-
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image if orientation == 1 else image.transpose(turns[orientation])
 
 
 def _stored_box(

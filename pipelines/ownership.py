@@ -21,10 +21,7 @@ import errno
 import json
 import os
 import secrets
-import signal
-import socket
 import stat
-import sys
 import threading
 import time
 import warnings
@@ -32,10 +29,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from ddim_schedulers.pipelines.alive import identity, is_gone
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.unwinding import signals_unwind
 
 PREFIX = ".owner"
 MUTEX = f"{PREFIX}.lock"
@@ -158,7 +156,7 @@ def own(
         OSError: nothing can be written to the folder.
     """
     place = Path(folder).resolve()
-    with _signals_release():
+    with signals_unwind():
         owner = _holder_of(place)
         if owner is None:
             owner = _claim(place, verb, rank, world_size, parts, read_only)
@@ -221,7 +219,7 @@ def _claim(
     read_only: bool,
 ) -> Owner:
     own_record = {
-        **_identity(),
+        **identity(),
         "verb": verb,
         "token": secrets.token_hex(8),
         "rank": rank,
@@ -239,7 +237,7 @@ def _claim(
     except OSError as error:
         if not read_only or error.errno not in _READ_ONLY:
             raise
-        _refuse([found for found in _others(place, own_record) if not _is_gone(*found)])
+        _refuse([found for found in _others(place, own_record) if not is_gone(*found)])
         return Owner(place, parts=parts)
     threading.Thread(target=owner._keep_alive, name="folder-owner", daemon=True).start()
     return owner
@@ -252,7 +250,7 @@ def _take(place: Path, record: Path, own_record: dict[str, Any]) -> None:
         with _mutex(place):
             living, silent = [], {}
             for path, found in _others(place, own_record):
-                if _is_gone(path, found):
+                if is_gone(path, found):
                     if path.parent == place:
                         path.unlink(missing_ok=True)
                 elif _silence(path, place) <= SILENCE_SECONDS:
@@ -270,7 +268,7 @@ def _take(place: Path, record: Path, own_record: dict[str, Any]) -> None:
         time.sleep(1.5 * HEARTBEAT_SECONDS)
     # who claims a folder around this one, or in it, holds another mutex
     around = [(p, r) for p, r in _others(place, own_record) if p.parent != place]
-    around = [(p, r) for p, r in around if not _is_gone(p, r) and p not in watched]
+    around = [(p, r) for p, r in around if not is_gone(p, r) and p not in watched]
     if around:
         record.unlink(missing_ok=True)
         _refuse(around)
@@ -333,56 +331,6 @@ def _describe(record: Mapping[str, Any]) -> str:
         f"`{record.get('verb', 'an unknown verb')}` on host {record.get('host', 'unknown')}, "
         f"process {record.get('pid', 'unknown')}"
     )
-
-
-# -- who is alive ---------------------------------------------------------------------------------
-
-
-def _identity() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "system": _system(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
-
-
-def _system() -> str | None:
-    """Return what processes that know each other by number have in common; None if unknown."""
-    if sys.platform != "linux":
-        # no containers there that share a host's name and folders
-        return f"{sys.platform} {socket.gethostname()}" if os.name == "posix" else None
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):  # /proc of another namespace
-            return None
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process began, in ticks since the boot; "" for one that has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return "" if fields[0] in ("Z", "X") else fields[19]
-
-
-def _is_gone(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether the owner is known to have ended: it ran on this system and runs no more."""
-    pid, started = record.get("pid"), record.get("started")
-    if record.get("system") is None or record["system"] != _system() or type(pid) is not int:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # of another user, but there
-        pass
-    now = _started(pid)
-    return now is not None and now != started
 
 
 def _silence(path: Path, place: Path) -> float:
@@ -454,43 +402,3 @@ def _mutex(place: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lock.release()
-
-
-# -- signals --------------------------------------------------------------------------------------
-
-
-class _Ended(SystemExit):
-    """A signal that ends the process, on its way through the blocks that release folders."""
-
-
-@contextlib.contextmanager
-def _signals_release() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack where they would end the process without a word."""
-    numbers = [n for n in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n is not None]
-    if threading.current_thread() is threading.main_thread():
-        numbers = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL]
-    else:
-        numbers = []
-    pid = os.getpid()
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != pid:  # a forked child
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        raise _Ended(number)
-
-    for number in numbers:
-        signal.signal(number, unwind)
-    try:
-        yield
-    except _Ended as ended:
-        if not numbers:
-            raise
-        code = int(str(ended.code))
-        signal.signal(code, signal.SIG_DFL)
-        signal.raise_signal(code)
-        raise
-    finally:
-        for number in numbers:
-            if signal.getsignal(number) is unwind:
-                signal.signal(number, signal.SIG_DFL)

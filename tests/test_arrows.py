@@ -23,7 +23,7 @@ FLOORS = [
     {"training.trainer", "training.evaluation", "training.likelihood"},
     {"training.data", "training.objectives", "training.metrics"},
     {"training.networks"},
-    {"training.config", "training.parsing"},
+    {"training.config", "training.config_checks", "training.parsing"},
     {"training.common", "training.sharing"},
     {"pipelines"},
     {"", "model_cards"},  # the schedulers, and what is beside them

@@ -83,7 +83,7 @@ def test_settings_out_of_range_are_refused_before_training(tmp_path, change, mes
 
 def test_its_folder_has_one_owner(tmp_path, monkeypatch):
     """A `sample` into the folder is refused meanwhile, and a second demo while it samples."""
-    from ddim_schedulers.pipelines import ownership
+    from ddim_schedulers.pipelines import alive, ownership
 
     with monkeypatch.context() as patch:
         patch.setattr(demo, "_train", lambda settings: record(settings.output))
@@ -96,7 +96,7 @@ def test_its_folder_has_one_owner(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             demo.run_demo(demo.DemoSettings(tmp_path))
     assert found == ["demo"] and not list(tmp_path.iterdir())
-    other = ownership._identity() | {"verb": "sample", "token": "x", "rank": 0, "host": "b"}
+    other = alive.identity() | {"verb": "sample", "token": "x", "rank": 0, "host": "b"}
     (tmp_path / ".owner-0.json").write_text(json.dumps(other | {"system": "b", "parts": None}))
     with pytest.raises(ownership.FolderInUseError, match="in use by `sample` on host b"):
         demo.run_demo(demo.DemoSettings(tmp_path))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ddim_schedulers.pipelines import ownership
+from ddim_schedulers.pipelines import alive, ownership
 from ddim_schedulers.pipelines.files import remove_leftovers, write_bytes
 from ddim_schedulers.pipelines.ownership import FolderInUseError, OwnershipLostError, own
 
@@ -50,7 +51,7 @@ def record_of(folder, rank=0):
 def plant(folder, **changes):
     """Leaves the record of an owner that is none of this process's, as a dead one would."""
     folder.mkdir(exist_ok=True)
-    values = ownership._identity() | {"verb": "train", "token": "other", "rank": 0}
+    values = alive.identity() | {"verb": "train", "token": "other", "rank": 0}
     values |= {"world_size": 1, "launch": "x", "parts": None} | changes
     record_of(folder).write_text(json.dumps(values))
     return record_of(folder)
@@ -64,7 +65,7 @@ def test_a_second_process_is_refused_and_told_who_and_when(tmp_path, holder):
     with pytest.raises(FolderInUseError) as caught, own(folder, "sample"):
         pass
     text = str(caught.value)
-    assert f"`train` on host {ownership.socket.gethostname()}, process {holder.pid}" in text
+    assert f"`train` on host {socket.gethostname()}, process {holder.pid}" in text
     assert "last sign of life 20" in text
     assert sorted(p.name for p in folder.iterdir()) == before
     # around it and in it too, but not beside it
@@ -104,7 +105,7 @@ def test_a_number_that_went_to_another_process_is_not_the_owner(tmp_path):
     [
         {"host": "other", "system": "another boot pid:[1]"},
         # containers: the same name of the host, other process numbers
-        {"system": f"{str(ownership._system()).partition(' ')[0]} pid:[1]", "pid": 1},
+        {"system": f"{str(alive.system()).partition(' ')[0]} pid:[1]", "pid": 1},
         {"system": None},
     ],
 )
@@ -177,7 +178,7 @@ def test_shares_of_one_launch_go_together_and_no_others(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     record = plant(folder, launch=ownership._launch(), rank=1, world_size=2, pid=os.getppid())
     record.rename(record_of(folder, 1))
-    monkeypatch.setattr(ownership, "_is_gone", lambda *_: False)
+    monkeypatch.setattr(ownership, "is_gone", lambda *_: False)
     with own(folder, "sample", rank=0, world_size=2):
         pass
     for rank, size, port in ((1, 2, "1"), (0, 3, "1"), (0, 2, "2"), (0, 1, "1")):
@@ -190,7 +191,7 @@ def test_parts_leave_the_rest_to_others(tmp_path):
     plant(tmp_path / "run", parts=["pipeline"], pid=os.getppid(), started=None)
     record = record_of(tmp_path / "run")
     values = json.loads(record.read_text())
-    values["started"] = ownership._started(os.getppid())
+    values["started"] = alive.started_at(os.getppid())
     record.write_text(json.dumps(values))
     with own(tmp_path / "run" / "samples", "sample"):
         pass
