@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.pipelines.ownership import OwnershipError
 from ddim_schedulers.training.common.storage import pack, to_json, unpack
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.config import TrainingConfig
@@ -75,6 +76,54 @@ def state_files(trainer: "Trainer") -> dict[str, bytes]:
     if tables := trainer.sampler.state_dict():
         files["sampler.safetensors"] = pack(tables)
     return files
+
+
+def save(trainer: "Trainer", failed: str | None = None) -> None:
+    """Write a checkpoint from the main process; an error there ends all of them.
+
+    Args:
+        trainer: the run.
+        failed: why the session fails, which puts the checkpoint outside the rotation.
+
+    Raises:
+        CheckpointError: on every process, if the checkpoint cannot be written.
+        OwnershipLostError: on every process, if the folder was taken over.
+    """
+    found: list[Exception | None] = [None]
+    if trainer.accelerator.is_main_process:
+        try:
+            write_checkpoint(trainer, failed)
+        except (checkpoints.CheckpointError, OwnershipError) as error:
+            found[0] = error
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[0] is not None:
+        raise found[0]
+    if failed is None:
+        trainer.saved, trainer.saved_updates = trainer.step, trainer.updates
+
+
+def write_checkpoint(trainer: "Trainer", failed: str | None) -> None:
+    """Write a checkpoint on this process alone, and delete those that it replaces; see `save`."""
+    root, best = trainer.root / "checkpoints", trainer.best.get("step")
+    files = state_files(trainer)
+    target = checkpoints.folder_of(root, trainer.step)
+    if failed is not None:
+        if target in checkpoints.listed(root):
+            return  # a good one of this step stays
+        files[checkpoints.FAILED] = to_json({"why": failed})
+    checkpoints.write(root, trainer.step, files, trainer.owner.check)
+    trainer.known.add(target.name)
+    if failed is not None:
+        for folder in checkpoints.failed_in(root):  # one is enough
+            if folder != target and folder.name in trainer.known:
+                checkpoints.discard(folder)
+        return
+    if trainer.updates == trainer.saved_updates and trainer.saved not in (None, trainer.step, best):
+        # The weights are the same as there: a row of skipped steps pushes no other one out.
+        assert trainer.saved is not None
+        checkpoints.discard(checkpoints.folder_of(root, trainer.saved))
+    checkpoints.prune(root, trainer.step, trainer.config.keep_last, best, trainer.known)
 
 
 def restore(trainer: "Trainer", folder: Path) -> None:

@@ -1,11 +1,10 @@
-"""One run of training: what is built once, what a step does, and what is read back when.
+"""One run of training: what a step does, and what is read back when.
 
 On the hot path nothing is read from the device. A step that is not finite is skipped by the
 optimiser's kernel itself; losses and flags of `log_every` steps are read together.
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,8 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DModel
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -26,29 +23,14 @@ from ddim_schedulers.training.common.processes import AccelerateTeam, from_main,
 from ddim_schedulers.training.common.seeds import derive_seed
 from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data.batches import (
-    Batch,
-    Draws,
-    MapBatches,
-    Share,
-    open_loader,
-)
-from ddim_schedulers.training.data.images import ImageData, load_data
-from ddim_schedulers.training.data.streams import Stream, StreamBatches, open_stream
+from ddim_schedulers.training.data.batches import Batch, open_loader
+from ddim_schedulers.training.data.streams import StreamBatches
 from ddim_schedulers.training.networks import checkpoints
-from ddim_schedulers.training.networks.models import load_unet, make_scheduler, make_unet
-from ddim_schedulers.training.objectives.losses import make_objective
-from ddim_schedulers.training.objectives.timestep_sampling import make_timestep_sampler
 from ddim_schedulers.training.parsing import to_yaml
 from ddim_schedulers.training.trainer import saving
-from ddim_schedulers.training.trainer.compiling import (
-    check_gradients,
-    compile_for_training,
-    loses_gradients,
-)
 from ddim_schedulers.training.trainer.contents import contents_of
-from ddim_schedulers.training.trainer.ema import AveragedUNet
-from ddim_schedulers.training.trainer.engine import LearningRate, make_accelerator, make_optimizer
+from ddim_schedulers.training.trainer.engine import make_accelerator
+from ddim_schedulers.training.trainer.parts import Parts
 from ddim_schedulers.training.trainer.records import Records, Window
 from ddim_schedulers.training.trainer.result import (
     NonFiniteError,
@@ -56,7 +38,6 @@ from ddim_schedulers.training.trainer.result import (
     describe_left_out,
 )
 from ddim_schedulers.training.trainer.signals import StopSignals
-from ddim_schedulers.training.trainer.validation import Watcher
 
 logger = logging.get_logger(__name__)
 
@@ -88,8 +69,8 @@ def open_trainer(config: TrainingConfig, owns: bool = True) -> Iterator["Trainer
         yield Trainer(config, accelerator, owner)
 
 
-class Trainer:
-    """Everything a run needs, built from its settings.
+class Trainer(Parts):
+    """A run: its parts, where it stands, and the loop.
 
     Raises:
         ValueError: bad settings or data.
@@ -101,26 +82,12 @@ class Trainer:
         accelerator: Accelerator | None = None,
         owner: Owner | None = None,
     ) -> None:
-        self.config = config
-        self.accelerator = make_accelerator(config) if accelerator is None else accelerator
-        self.device = self.accelerator.device
-        self.dtype = torch.float64 if config.weights_dtype == "float64" else torch.float32
-        self.share = Share(
-            config.batch_size,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            self.accelerator.gradient_accumulation_steps,
-        )
+        accelerator = make_accelerator(config) if accelerator is None else accelerator
         self.root = Path(config.output_dir)
         self.owner = Owner(self.root) if owner is None else owner
         self.known = checkpoints.names_in(self.root / "checkpoints")
-        self.start_from = saving.choose_checkpoint(config, self.accelerator)
-        # The main process first: what it downloads or caches, the others find.
-        with self.accelerator.main_process_first():
-            self.data, self.held_out = self._load_data()
-        if self.accelerator.is_main_process:
-            print(self.data.inventory.line(), file=sys.stderr)
-        self._build()
+        self.start_from = saving.choose_checkpoint(config, accelerator)
+        super().__init__(config, accelerator)
         self.contents = from_main(self.accelerator, lambda: contents_of(self))
         self.records = Records(self.root, self.accelerator.is_main_process)
         self.step = 0
@@ -149,99 +116,6 @@ class Trainer:
                 f"lr_warmup_steps is {warmup}, more than a third of the {steps} steps "
                 "(max_train_steps): much of the run has a learning rate below the one asked for"
             )
-
-    def _build(self) -> None:
-        config = self.config
-        self.objective = make_objective(config, self.data.levels)
-        self.objective.to(self.device, self.dtype)
-        self.scheduler = make_scheduler(config)
-        self.sampler = make_timestep_sampler(
-            config.timestep_sampling,
-            config.num_train_timesteps,
-            config.sampling_history,
-            config.sampling_uniform,
-            self.device,
-        )
-        self.unet = self._make_unet()
-        self.average = AveragedUNet(self.unet, config)
-        self.parameters = list(self.unet.parameters())
-        self.has_dropout = any(
-            isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules()
-        )
-        optimizer = make_optimizer(self.parameters, config)
-        network: Any = self.unet
-        if config.compile:
-            network = compile_for_training(self.unet, config.compile_mode, config.compile_backend)
-        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
-        if config.compile and loses_gradients(self.device):
-            self._check_compiled()
-        self.learning_rate = LearningRate(config)
-        draws = Draws(
-            config.seed,
-            config.batch_size,
-            config.timestep_sampling == "stratified",
-            config.random_flip,
-            config.random_crop,
-        )
-        self.batches: MapBatches | StreamBatches = (
-            MapBatches(self.data, draws, self.share)
-            if self.stream is None
-            else StreamBatches(self.stream, self.data, draws, self.share)
-        )
-        self.watcher = Watcher(
-            self.accelerator,
-            config,
-            self.data,
-            self.held_out,
-            self.objective,
-            self.scheduler,
-            self.root / "pictures",
-        )
-
-    def _check_compiled(self) -> None:
-        """Refuse a compiler that loses gradients, by a batch of noise of the size of a real one."""
-        if self.has_dropout:
-            raise ValueError(
-                "`compile` is true on the CPU with torch below 2.14, where gradients are compared "
-                "with those without it, and the network has dropout, whose masks would differ; "
-                "set dropout to 0"
-            )
-        source = torch.Generator().manual_seed(self.config.seed)
-        x = torch.randn(self.share.rows, *self.data.shape, generator=source, dtype=self.dtype)
-        if self.config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        t = torch.randint(self.config.num_train_timesteps, (len(x),), generator=source)
-        autocast = None if self.accelerator.mixed_precision == "no" else self.accelerator.autocast
-        check_gradients(self.network, self.unet, x, t, autocast)
-
-    def _load_data(self) -> tuple[ImageData, ImageData | None]:
-        self.stream: Stream | None = None
-        if not self.config.streaming:
-            return load_data(self.config)
-        self.stream, data, held_out = open_stream(self.config)
-        return data, held_out
-
-    def _make_unet(self) -> UNet2DModel:
-        config = self.config
-        learned = config.variance_type == "learned_range"
-        fits: dict[str, Any] = {
-            "channels": self.data.channels,
-            "size": self.data.size,
-            "learned_variance": learned,
-        }
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        if config.from_pretrained is not None:
-            unet = load_unet(config.from_pretrained, **fits)
-        else:
-            unet = make_unet(config.model, dropout=config.dropout, **fits)
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        unet = unet.to(self.device)
-        if self.dtype == torch.float64:
-            unet = unet.double()
-        if config.channels_last:
-            unet = unet.to(memory_format=torch.channels_last)
-        return unet.train()
 
     def run(self) -> TrainingResult:
         """Train to the end, or until a signal or `stop_after`; push nothing. See `train`."""
@@ -320,12 +194,12 @@ class Trainer:
             if stopped_by or due or look or self._due(config.log_every) or self.step == stop:
                 stopped_by = self._read(window, signals)
             if look and self._look() or due:
-                self._save()
+                saving.save(self)
             if look or due:
                 self.records.restart_clock(self.step)
         if self.saved != self.step:
             nothing = self.updates == 0 and self.step >= config.max_train_steps
-            self._save("no step was finite and applied" if nothing else None)
+            saving.save(self, "no step was finite and applied" if nothing else None)
         return stopped_by
 
     def _due(self, every: int) -> bool:
@@ -471,7 +345,7 @@ class Trainer:
 
     def _failure(self, why: str) -> NonFiniteError:
         """Save the state outside the rotation; return the error that ends the run."""
-        self._save(why)
+        saving.save(self, why)
         folder = checkpoints.folder_of(self.root / "checkpoints", self.step)
         return NonFiniteError(
             f"{why} The state is kept in {folder}, which 'latest' passes over and no checkpoint "
@@ -492,49 +366,6 @@ class Trainer:
             f"is not finite: {', '.join(bad) or 'none'}. Batch: {rows}"
         )
 
-    def _save(self, failed: str | None = None) -> None:
-        """Write a checkpoint from the main process; an error there ends all of them.
-
-        Args:
-            failed: why the session fails, which puts the checkpoint outside the rotation.
-        """
-        found: list[Exception | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                self._write_checkpoint(failed)
-            except (checkpoints.CheckpointError, OwnershipError) as error:
-                found[0] = error
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is not None:
-            raise found[0]
-        if failed is None:
-            self.saved, self.saved_updates = self.step, self.updates
-
-    def _write_checkpoint(self, failed: str | None) -> None:
-        root, best, files = (
-            self.root / "checkpoints",
-            self.best.get("step"),
-            saving.state_files(self),
-        )
-        target = checkpoints.folder_of(root, self.step)
-        if failed is not None:
-            if target in checkpoints.listed(root):
-                return  # a good one of this step stays
-            files[checkpoints.FAILED] = to_json({"why": failed})
-        checkpoints.write(root, self.step, files, self.owner.check)
-        self.known.add(target.name)
-        if failed is not None:
-            for folder in checkpoints.failed_in(root):  # one is enough
-                if folder != target and folder.name in self.known:
-                    checkpoints.discard(folder)
-            return
-        if self.updates == self.saved_updates and self.saved not in (None, self.step, best):
-            # The weights are the same as there: a row of skipped steps pushes no other one out.
-            assert self.saved is not None
-            checkpoints.discard(checkpoints.folder_of(root, self.saved))
-        checkpoints.prune(root, self.step, self.config.keep_last, best, self.known)
-
     def _save_what_was_done(self, window: Window, error: Exception) -> None:
         """Keep the finished steps after an error of the data or of another process.
 
@@ -547,7 +378,7 @@ class Trainer:
             self._count(norms)
             finite = self.accelerator.scaler is not None or bool(torch.isfinite(norms).all())
             stop = self.config.on_nonfinite == "stop" and not finite
-            self._write_checkpoint("a step was not finite" if stop else None)
+            saving.write_checkpoint(self, "a step was not finite" if stop else None)
             logger.warning(f"The run ends with an error; {self.step} finished steps are saved.")
         except Exception as second:  # the first error is the one to tell
             logger.warning(f"The {self.step} finished steps could not be saved: {second}")

@@ -1,0 +1,149 @@
+"""What a run is built of: data, networks, objective, optimiser and batches, from its settings."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+
+from ddim_schedulers.training.common.seeds import derive_seed
+from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.data.batches import Draws, MapBatches, Share
+from ddim_schedulers.training.data.images import ImageData, load_data
+from ddim_schedulers.training.data.streams import Stream, StreamBatches, open_stream
+from ddim_schedulers.training.networks.models import load_unet, make_scheduler, make_unet
+from ddim_schedulers.training.objectives.losses import make_objective
+from ddim_schedulers.training.objectives.timestep_sampling import make_timestep_sampler
+from ddim_schedulers.training.trainer.compiling import (
+    check_gradients,
+    compile_for_training,
+    loses_gradients,
+)
+from ddim_schedulers.training.trainer.ema import AveragedUNet
+from ddim_schedulers.training.trainer.engine import LearningRate, make_optimizer
+from ddim_schedulers.training.trainer.validation import Watcher
+
+
+class Parts:
+    """The parts of a run.
+
+    Args:
+        config: the settings.
+        accelerator: the devices and processes.
+
+    Raises:
+        ValueError: bad settings or data.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.device = self.accelerator.device
+        self.dtype = torch.float64 if config.weights_dtype == "float64" else torch.float32
+        self.share = Share(
+            config.batch_size,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            self.accelerator.gradient_accumulation_steps,
+        )
+        # The main process first: what it downloads or caches, the others find.
+        with self.accelerator.main_process_first():
+            self.data, self.held_out = self._load_data()
+        if self.accelerator.is_main_process:
+            print(self.data.inventory.line(), file=sys.stderr)
+        self._build()
+
+    def _build(self) -> None:
+        config = self.config
+        self.objective = make_objective(config, self.data.levels)
+        self.objective.to(self.device, self.dtype)
+        self.scheduler = make_scheduler(config)
+        self.sampler = make_timestep_sampler(
+            config.timestep_sampling,
+            config.num_train_timesteps,
+            config.sampling_history,
+            config.sampling_uniform,
+            self.device,
+        )
+        self.unet = self._make_unet()
+        self.average = AveragedUNet(self.unet, config)
+        self.parameters = list(self.unet.parameters())
+        self.has_dropout = any(
+            isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules()
+        )
+        optimizer = make_optimizer(self.parameters, config)
+        network: Any = self.unet
+        if config.compile:
+            network = compile_for_training(self.unet, config.compile_mode, config.compile_backend)
+        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        if config.compile and loses_gradients(self.device):
+            self._check_compiled()
+        self.learning_rate = LearningRate(config)
+        draws = Draws(
+            config.seed,
+            config.batch_size,
+            config.timestep_sampling == "stratified",
+            config.random_flip,
+            config.random_crop,
+        )
+        self.batches: MapBatches | StreamBatches = (
+            MapBatches(self.data, draws, self.share)
+            if self.stream is None
+            else StreamBatches(self.stream, self.data, draws, self.share)
+        )
+        self.watcher = Watcher(
+            self.accelerator,
+            config,
+            self.data,
+            self.held_out,
+            self.objective,
+            self.scheduler,
+            Path(config.output_dir) / "pictures",
+        )
+
+    def _check_compiled(self) -> None:
+        """Refuse a compiler that loses gradients, by a batch of noise of the size of a real one."""
+        if self.has_dropout:
+            raise ValueError(
+                "`compile` is true on the CPU with torch below 2.14, where gradients are compared "
+                "with those without it, and the network has dropout, whose masks would differ; "
+                "set dropout to 0"
+            )
+        source = torch.Generator().manual_seed(self.config.seed)
+        x = torch.randn(self.share.rows, *self.data.shape, generator=source, dtype=self.dtype)
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        t = torch.randint(self.config.num_train_timesteps, (len(x),), generator=source)
+        autocast = None if self.accelerator.mixed_precision == "no" else self.accelerator.autocast
+        check_gradients(self.network, self.unet, x, t, autocast)
+
+    def _load_data(self) -> tuple[ImageData, ImageData | None]:
+        self.stream: Stream | None = None
+        if not self.config.streaming:
+            return load_data(self.config)
+        self.stream, data, held_out = open_stream(self.config)
+        return data, held_out
+
+    def _make_unet(self) -> UNet2DModel:
+        config = self.config
+        learned = config.variance_type == "learned_range"
+        fits: dict[str, Any] = {
+            "channels": self.data.channels,
+            "size": self.data.size,
+            "learned_variance": learned,
+        }
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        if config.from_pretrained is not None:
+            unet = load_unet(config.from_pretrained, **fits)
+        else:
+            unet = make_unet(config.model, dropout=config.dropout, **fits)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet = unet.to(self.device)
+        if self.dtype == torch.float64:
+            unet = unet.double()
+        if config.channels_last:
+            unet = unet.to(memory_format=torch.channels_last)
+        return unet.train()
