@@ -29,6 +29,7 @@ FLOORS = [
     {"", "model_cards"},  # the schedulers, and what is beside them
     {
         "betas",
+        "config_types",  # what a value may be; torch only
         "likelihood",
         "multistep",
         "optimal",
