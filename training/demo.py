@@ -386,21 +386,17 @@ def render(results: dict[str, Any]) -> str:
         "# Digits: one model, every member of the family",
         "",
         f"Data: {results['data']}. Network: {training['parameters']:,} parameters, "
-        f"{training['steps']} steps of "
-        f"{training['batch_size']}, {training['weights'].upper()} weights, "
-        f"seed {training['seed']}.",
+        f"{training['steps']} steps of {training['batch_size']}, "
+        f"{training['weights'].upper()} weights, seed {training['seed']}.",
         "",
-        f"Frechet distance in pixel space against the {real['n_held_out']} held-out digits (lower "
-        f"is better), "
-        f"n = {', '.join(map(str, counts))} samples in every cell, the same seeds in every cell, "
-        f"trailing "
-        f"trajectory; {perfect['n']} training images get {perfect['frechet']}.",
+        f"Frechet distance in pixel space against the {real['n_held_out']} held-out digits "
+        f"(lower is better), n = {', '.join(map(str, counts))} samples in every cell, "
+        f"the same seeds in every cell, trailing trajectory; {perfect['n']} training images get {perfect['frechet']}.",
         "",
         *_pivot(cells, "frechet", ".2f"),
         "",
         f"Share of samples of which a logistic regression on pixels is sure (p >= {SURE}); on real "
-        f"held-out "
-        f"digits its accuracy is {real['held_out_accuracy']:.3f} and it is sure of "
+        f"held-out digits its accuracy is {real['held_out_accuracy']:.3f} and it is sure of "
         f"{real['sure_share']:.2f}.",
         "",
         *_pivot(cells, "sure_share", ".2f"),
@@ -413,8 +409,7 @@ def render(results: dict[str, Any]) -> str:
         f"{max(cell['classes'] for cell in cells)} of 10, depending on the cell.",
         "",
         f"Reconstruction of {results['reconstruction']['n']} held-out digits (encode, decode), "
-        f"mean squared "
-        "error on [0, 1]: "
+        "mean squared error on [0, 1]: "
         + ", ".join(f"S = {s}: {e:.1e}" for s, e in results["reconstruction"]["mse_on_0_1"].items())
         + ".",
         "",
