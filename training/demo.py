@@ -391,7 +391,8 @@ def render(results: dict[str, Any]) -> str:
         "",
         f"Frechet distance in pixel space against the {real['n_held_out']} held-out digits "
         f"(lower is better), n = {', '.join(map(str, counts))} samples in every cell, "
-        f"the same seeds in every cell, trailing trajectory; {perfect['n']} training images get {perfect['frechet']}.",
+        f"the same seeds in every cell, trailing trajectory; {perfect['n']} training images get "
+        f"{perfect['frechet']}.",
         "",
         *_pivot(cells, "frechet", ".2f"),
         "",
