@@ -312,7 +312,7 @@ def test_the_table_is_the_bound_of_each_chain(tmp_path, monkeypatch):
             seen.append(1)
             return value
 
-    monkeypatch.setattr("ddim_schedulers.likelihood.torch", _Torch())
+    monkeypatch.setattr("ddim_schedulers.likelihood.bound.torch", _Torch())
     plan = make_plan(model.alpha_bar, tau, "fixed_large")
     terms = variational_bound(model.predict_mean, images, plan, clip=1.0, num_bins=17)
     want = float(terms.total.mean()) / 64 / math.log(2)

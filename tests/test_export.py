@@ -13,6 +13,7 @@ from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
+    bundle,
     export,
     pipelines,
 )
@@ -304,9 +305,9 @@ def test_saving_over_another_form_leaves_no_code_behind(tiny_ddpm, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(export.STOCK_CLASSES))
 def test_the_bundle_is_the_package_in_one_file(name, tmp_path):
-    module, source = export.bundle(name)
+    module, source = bundle.bundle(name)
     assert module.startswith("ddim_schedulers_")
-    assert export.bundle(name) == (module, source)
+    assert bundle.bundle(name) == (module, source)
     assert not re.search(r"^\s*(from|import) (\.|ddim_schedulers)", source, re.M)
     assert "import_module" not in source
     (tmp_path / f"{module}.py").write_text(source)
@@ -318,12 +319,12 @@ def test_the_bundle_is_the_package_in_one_file(name, tmp_path):
 def test_a_bundle_refuses_a_name_that_two_modules_define(tmp_path):
     (tmp_path / "a.py").write_text("def f():\n    return 1\n")
     (tmp_path / "b.py").write_text("from .a import f\n\n\ndef f():\n    return 2\n")
-    joined = export._Joined()
+    joined = bundle._Joined()
     with pytest.raises(ValueError, match="`f` is defined twice, by a.py and by b.py"):
         joined.add(tmp_path / "b.py")
     (tmp_path / "b.py").write_text("from . import a\n")
     with pytest.raises(ValueError, match="only `from .module import name`"):
-        export._Joined().add(tmp_path / "b.py")
+        bundle._Joined().add(tmp_path / "b.py")
 
 
 @pytest.mark.parametrize(

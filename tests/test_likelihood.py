@@ -23,7 +23,7 @@ from ddim_schedulers.likelihood import (
     prior_kl,
     variational_bound,
 )
-from ddim_schedulers.optimal import gaussian_eps, x0_variance
+from ddim_schedulers.optimal import gaussian_eps, step_kl, x0_variance
 from ddim_schedulers.parameterization import target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -166,19 +166,19 @@ def test_excess_of_any_member_and_covariance(variance, eta):
 
 
 @pytest.mark.parametrize(
-    "name, wrong",
+    "room, name, wrong",
     [
-        ("x0_weight", lambda a_t, a_s, s: a_s.sqrt()),
-        ("first_posterior_variance", lambda a: 1 - a[0]),
-        ("prior_kl", lambda x, a: 0.5 * (a * x**2 - a - torch.log(a)).sum(1)),
-        ("alpha_bar_before", torch.ones_like),
+        (likelihood.chain, "x0_weight", lambda a_t, a_s, s: a_s.sqrt()),
+        (likelihood.chain, "first_posterior_variance", lambda a: 1 - a[0]),
+        (likelihood.bound, "prior_kl", lambda x, a: 0.5 * (a * x**2 - a - torch.log(a)).sum(1)),
+        (likelihood.chain, "alpha_bar_before", torch.ones_like),
     ],
 )
-def test_a_wrong_formula_is_noticed(monkeypatch, name, wrong):
+def test_a_wrong_formula_is_noticed(monkeypatch, room, name, wrong):
     alpha_bar, tau = _alpha_bar(40), [39, 25, 10, 3, 0]
     means, variances = torch.tensor([0.3]), torch.tensor([0.2])
     exact = _by_hand(alpha_bar, tau, means, variances, "fixed_small", 1.0)
-    monkeypatch.setattr(likelihood, name, wrong)
+    monkeypatch.setattr(room, name, wrong)
     kind = "posterior_mean" if name == "alpha_bar_before" else "epsilon"
     plan = make_plan(alpha_bar, tau, "fixed_small")
     x0, noise, weights = _grid(means, variances)
@@ -260,9 +260,7 @@ def test_stratified_and_importance_sampling_beat_uniform_t():
     plan = make_plan(alpha_bar, list(range(999, -1, -1)), "fixed_large")
     error = 0.25 * (1 - alpha_bar) / (0.25 * alpha_bar + 1 - alpha_bar)
     error = error.flip(0)
-    terms = likelihood.step_kl(
-        plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], error[:-1]
-    )
+    terms = step_kl(plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], error[:-1])
     proposal = default_proposal(plan, error)
     spreads = {}
     for name in ("uniform", "stratified", "importance"):

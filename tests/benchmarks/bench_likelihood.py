@@ -19,8 +19,8 @@ from pairing import paired, report
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.likelihood import default_proposal, draw_steps, make_plan
-from ddim_schedulers.likelihood import step_kl as nats
 from ddim_schedulers.optimal import statistics_of
+from ddim_schedulers.optimal import step_kl as nats
 
 
 def planning():
