@@ -13,6 +13,7 @@ from typing import Any
 
 from .betas import SCHEDULES_WITHOUT_ENDS
 from .config_types import FLAGS
+from .reverse_noise import LEARNED
 
 # What says which process a network was trained on.
 PROCESS_KEYS = (
@@ -348,7 +349,7 @@ def _with_learned_variance(config: dict[str, Any]) -> dict[str, Any]:
     It goes on doing that where another noise is chosen.
     """
     defaults = config.get("_use_default_values", [])
-    said = config.get("reverse_variance") == "learned_range" and "reverse_variance" not in defaults
+    said = config.get("reverse_variance") in LEARNED and "reverse_variance" not in defaults
     if not said or ("variance_type" in config and "variance_type" not in defaults):
         return config
     kept = {**config, "variance_type": "learned_range"}

@@ -20,6 +20,7 @@ from .config_reading import (
     without_shared_defaults,
 )
 from .parameterization import check_prediction_type
+from .reverse_noise import LEARNED
 from .settings import restore_settings
 from .sigmas import check_sigma
 from .timesteps import TIMESTEP_SPACINGS, check_original_steps, check_quadratic_end, check_timesteps
@@ -230,8 +231,7 @@ def predicts_variance(config: Mapping[str, Any]) -> bool:
 
     `variance_type` is DDPM's name for it, `reverse_variance` that of our DDIM; either travels.
     """
-    learned = ("learned", "learned_range")
-    return config.get("variance_type") in learned or config.get("reverse_variance") in learned
+    return config.get("variance_type") in LEARNED or config.get("reverse_variance") in LEARNED
 
 
 def unsaid_noise(config: Mapping[str, Any]) -> list[str]:

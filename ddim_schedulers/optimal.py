@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .parameterization import Coefficients
-from .sigmas import sigma_eta, sigma_hat
+from .reverse_noise import Steps, fixed_noise, x0_weight
+from .sigmas import sigma_eta
 
-COST_VARIANCES = ("fixed_small", "fixed_large", "optimal")
 # The matrix of costs has T^2 entries, and nine of its size are alive at once: 1.2 GB at this T.
 MAX_TIMESTEPS = 4_000
 
@@ -136,34 +136,6 @@ def x0_variance(gamma: torch.Tensor, alpha_bar: torch.Tensor, limit: float = 1.0
     return x0_error_from_eps((1 - gamma).clamp(min=0), alpha_bar).clamp(max=limit)
 
 
-def x0_weight(
-    alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor, sigma: torch.Tensor
-) -> torch.Tensor:
-    """Return the weight of x_0 in the mean of q(x_s | x_t, x_0) (DDIM, arXiv:2010.02502, Eq. 7).
-
-    Args:
-        alpha_bar_t: in [0, 1).
-        alpha_bar_s: in (0, 1].
-        sigma: the member, 0 <= sigma^2 <= 1 - alpha_bar_s.
-    """
-    rest = (1 - alpha_bar_s - sigma**2).clamp(min=0)
-    return alpha_bar_s.sqrt() - (rest * alpha_bar_t / (1 - alpha_bar_t)).sqrt()
-
-
-def optimal_variance(
-    alpha_bar_t: torch.Tensor,
-    alpha_bar_s: torch.Tensor,
-    sigma: torch.Tensor,
-    x0_variance_t: torch.Tensor,
-) -> torch.Tensor:
-    """Return the reverse variance that minimises the bound: sigma^2 + weight^2 Var(x_0 | x_t).
-
-    Analytic-DPM (arXiv:2201.06503), Theorem 1, with x_0's variance in the place of the score's
-    norm; both forms are the same, and this one takes the bound on x_0's variance.
-    """
-    return sigma**2 + x0_weight(alpha_bar_t, alpha_bar_s, sigma) ** 2 * x0_variance_t
-
-
 def late_noise_cap(pixels: float) -> float:
     """Return the largest std of the noise of the second-to-last step, for 8-bit data in [-1, 1].
 
@@ -191,36 +163,6 @@ def step_kl(
     return 0.5 * (ratio - 1 - torch.log(ratio) + weight**2 * x0_error / reverse_variance)
 
 
-def reverse_variance(
-    variance: str,
-    alpha_bar_t: torch.Tensor,
-    alpha_bar_s: torch.Tensor,
-    sigma: torch.Tensor,
-    x0_variance_t: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the variance of p(x_s | x_t) by name, without any cap on late noise.
-
-    Args:
-        variance: `fixed_small` (sigma^2), `fixed_large` (1 - a_t / a_s) or `optimal`.
-        alpha_bar_t: in [0, 1).
-        alpha_bar_s: in (0, 1].
-        sigma: the member.
-        x0_variance_t: Var(x_0 | x_t), needed by `optimal`.
-
-    Raises:
-        ValueError: for another name, or `optimal` without statistics.
-    """
-    if variance == "fixed_small":
-        return sigma**2
-    if variance == "fixed_large":
-        return sigma_hat(alpha_bar_t, alpha_bar_s) ** 2
-    if variance != "optimal":
-        raise ValueError(f"`variance` is {variance!r}; it must be one of {COST_VARIANCES}.")
-    if x0_variance_t is None:
-        raise ValueError("`variance` is 'optimal', which needs the statistics of a calibration.")
-    return optimal_variance(alpha_bar_t, alpha_bar_s, sigma, x0_variance_t)
-
-
 def cost_matrix(
     alpha_bar: torch.Tensor,
     variance: str,
@@ -237,7 +179,7 @@ def cost_matrix(
 
     Args:
         alpha_bar: (T,), T <= 4,000.
-        variance: `fixed_small`, `fixed_large` or `optimal`.
+        variance: one of `reverse_noise.COST_VARIANCES`.
         x0_error: E||x_0 - x0_hat||^2 / d, (T,).
         eta: the member, > 0.
         x0_variance_t: Var(x_0 | x_t), (T,), for `optimal`.
@@ -259,7 +201,7 @@ def cost_matrix(
     a_s = torch.where(below, a_s, 0.5 * (1 + a_t))
     sigma = sigma_eta(a_t, a_s, eta)
     own = None if x0_variance_t is None else x0_variance_t[:, None]
-    reverse = reverse_variance(variance, a_t, a_s, sigma, own)
+    reverse = fixed_noise(variance).variance(Steps(a_t, a_s, sigma, own))
     cost = step_kl(sigma**2, reverse, x0_weight(a_t, a_s, sigma), x0_error[:, None])
     return torch.where(below, cost, math.inf)
 

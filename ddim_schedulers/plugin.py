@@ -12,6 +12,7 @@ import inspect
 from typing import Any
 
 from .family_config import plain, unsaid_noise
+from .reverse_noise import LEARNED
 from .settings import SETTINGS_KEY, restore_settings
 
 __all__ = ["SETTINGS_KEY", "STOCK_CLASSES", "register", "restore_settings", "to_portable"]
@@ -34,8 +35,10 @@ STOCK_SCHEDULES = {
     "DDIMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "DDPMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
 }
+# Any other noise is replaced by DDPM's default.
+STOCK_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 # The same variance; stock's own `fixed_large_log` is NaN in the first step.
-STOCK_VARIANCE_TYPES = {"fixed_large_log": "fixed_large", "optimal": "fixed_small"}
+SAME_VARIANCE = {"fixed_large_log": "fixed_large"}
 
 # Settings that no stock class has, with the values that change nothing.
 NEUTRAL = {
@@ -123,8 +126,9 @@ def _stand_ins(stock: str, scheduler: Any, config: dict[str, Any]) -> dict[str, 
     if shifted or (unknown and config["trained_betas"] is None):
         # the betas themselves can always be said in numbers
         stand_ins["trained_betas"] = scheduler.betas.tolist()
-    if stock == "DDPMScheduler" and config["variance_type"] in STOCK_VARIANCE_TYPES:
-        stand_ins["variance_type"] = STOCK_VARIANCE_TYPES[config["variance_type"]]
+    if stock == "DDPMScheduler" and config["variance_type"] not in STOCK_VARIANCE_TYPES:
+        name = config["variance_type"]
+        stand_ins["variance_type"] = SAME_VARIANCE.get(name, "fixed_small")
     return stand_ins
 
 
@@ -143,10 +147,10 @@ def _what_is_lost(
             f"{stock} steps from a {spacing!r} timestep t to t - T // n, not to the next planned "
             "timestep as ddim_schedulers does; its samples differ a little."
         )
-    if config.get("variance_type") == "optimal" and "variance_type" in stand_ins:
+    if "variance_type" in stand_ins and config["variance_type"] not in SAME_VARIANCE:
         notes.append(
-            f"{stock} has no variance_type='optimal'; without ddim_schedulers it uses "
-            f"{stand_ins['variance_type']!r}."
+            f"{stock} has no variance_type={config['variance_type']!r}; without ddim_schedulers "
+            f"it uses {stand_ins['variance_type']!r}."
         )
     for key, values in NEUTRAL.items():
         value = config.get(key)
@@ -156,10 +160,10 @@ def _what_is_lost(
         note = f"{stock} has no `{key}`; {without}."
         if key == "eta":
             note += f" Pass `eta={value!r}` to the pipeline where its call takes it."
-        elif value == "learned_range":
+        elif key == "reverse_variance" and value in LEARNED:
             note = (
                 f"{stock} cannot use a network that predicts its variance (reverse_variance="
-                "'learned_range', 2 C output channels); without ddim_schedulers it fails."
+                f"{value!r}, 2 C output channels); without ddim_schedulers it fails."
             )
         notes.append(note)
     return notes

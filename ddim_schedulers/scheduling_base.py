@@ -10,6 +10,7 @@ The rows of all T timesteps are computed in float64 on the CPU once per (traject
 on the device of the sample; `step` looks its row up and reads nothing back.
 """
 
+import math
 import numbers
 import operator
 import reprlib
@@ -49,7 +50,6 @@ from .optimal import (
     Statistics,
     late_noise_cap,
     optimal_timesteps,
-    optimal_variance,
     statistics_of,
     x0_variance,
 )
@@ -59,7 +59,8 @@ from .parameterization import (
     eps_coefficients,
     x0_coefficients,
 )
-from .sigmas import sigma_eta, sigma_hat
+from .reverse_noise import OWN, FixedNoise, LearnedNoise, Noise, Steps, cost_name, noise_named
+from .sigmas import sigma_eta
 from .timesteps import (
     check_num_inference_steps,
     check_timesteps,
@@ -71,19 +72,6 @@ from .trajectory import calibrated_timesteps, trajectory_of
 from .transition import Transition, transition
 
 logger = logging.get_logger(__name__)
-
-# The name under which the bound knows each noise. A learned noise has no statistics of its own and
-# comes near the optimal one.
-BOUND_VARIANCES = {
-    "sigma": "fixed_small",
-    "sigma_hat": "fixed_large",
-    "optimal": "optimal",
-    "learned_range": "optimal",
-}
-
-# The variance of a step whose lower bound is 0 needs a logarithm; diffusers and OpenAI's code floor
-# it so.
-MIN_STD = 1e-10
 
 # A sweep over eta without a new plan makes a table for each value; more than these are not kept.
 MAX_TABLES = 64
@@ -128,8 +116,8 @@ class StepSettings(NamedTuple):
     clip_range: float
     eta: float | None
     solver_order: int
-    noise: str | None  # the value of `_noise_key`
-    learned: str | None  # the same where the network tells the noise
+    noise: Noise
+    learned: LearnedNoise | None  # the same where the network tells it
     noise_is_unsaid: bool  # though the network tells a variance
 
 
@@ -153,7 +141,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     order = 1
 
     config_name: Any = SCHEDULER_CONFIG_NAME
-    # the setting that says which noise a step adds
+    # the setting that names the noise; the deterministic member needs none
     _noise_key: str | None = None
     _settings: StepSettings
 
@@ -267,7 +255,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _read_settings(self) -> StepSettings:
         config, key = self.config, self._noise_key
-        noise = None if key is None else config[key]
+        noise = OWN if key is None else noise_named(key, config[key])
         return StepSettings(
             clips=self._clips(),
             thresholds=bool(config.get("thresholding", False)),
@@ -275,7 +263,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             eta=config.get("eta"),
             solver_order=config.get("solver_order", 1),
             noise=noise,
-            learned=noise if noise is not None and noise.startswith("learned") else None,
+            learned=noise if isinstance(noise, LearnedNoise) else None,
             noise_is_unsaid=key in unsaid_noise(config),
         )
 
@@ -402,7 +390,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         )
 
     def _needs_calibration(self) -> bool:
-        return self.config.timestep_spacing == "optimal"
+        spacing = self.config.timestep_spacing
+        return self._settings.noise.needs_calibration or spacing == "optimal"
 
     def _check_calibration(self) -> None:
         """Check what `calibration` holds: statistics, a trajectory, or both."""
@@ -439,7 +428,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         eta = self.config.get("eta")
         if not eta:
             return "optimal", 1.0
-        return BOUND_VARIANCES[self.config.get("reverse_variance", "sigma")], float(eta)
+        name = self.config.get("reverse_variance", "sigma")
+        return cost_name(noise_named("reverse_variance", name)), float(eta)
 
     def _optimal_timesteps(self, num_inference_steps: int) -> list[int]:
         statistics, member = self._statistics(), self._bound_member()
@@ -467,25 +457,32 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             )
         return self._optimal_plans[key]
 
-    def _optimal_std(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return the std of Analytic-DPM's optimal noise for the member sigma, (T,).
+    def _steps(self, noise: Noise, sigma: torch.Tensor) -> Steps:
+        """Return what the noise may use of each step of the member sigma, (T,)."""
+        own, largest = None, None
+        if noise.needs_calibration:
+            own = x0_variance(self._statistics().gamma, self._alpha_bar, self._x0_limit**2)
+            largest = self._late_noise_limit(sigma)
+        return Steps(self._alpha_bar, self._alpha_bar_s, sigma, own, largest)
 
-        The noise of the second-to-last step is capped by `late_noise_cap` pixels; without one, for
-        clipped data, i.e. pixels, as in the paper, App. F: by 2 for DDPM on its linear schedule, by
-        1 otherwise.
+    def _std_of(self, noise: FixedNoise, sigma: torch.Tensor) -> torch.Tensor:
+        return noise.std(self._steps(noise, sigma))
+
+    def _late_noise_limit(self, sigma: torch.Tensor) -> torch.Tensor | None:
+        """Return the largest std of measured noise, (T,): a cap on that of the second-to-last step.
+
+        The cap is `late_noise_cap` pixels; without one, for clipped data, i.e. pixels, as in
+        Analytic-DPM, App. F: 2 for DDPM on its linear schedule, 1 otherwise.
         """
-        own = x0_variance(self._statistics().gamma, self._alpha_bar, self._x0_limit**2)
-        variance = optimal_variance(self._alpha_bar, self._alpha_bar_s, sigma, own)
         pixels = self.config.late_noise_cap
         if pixels is None and not self._clips():
-            return variance.sqrt()
+            return None
         if pixels is None:
             ddpm = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)[self._plan]
             is_ddpm = torch.allclose(sigma[self._plan], ddpm, rtol=1e-6, atol=0.0)
             pixels = 2.0 if is_ddpm and has_linear_betas(self._alpha_bar) else 1.0
         is_late = self._landing == self._plan[-1]
-        cap = late_noise_cap(pixels)
-        return torch.where(is_late, variance.sqrt().clamp(max=cap), variance.sqrt())
+        return torch.full_like(sigma, math.inf).masked_fill(is_late, late_noise_cap(pixels))
 
     def _warn_of_terminal_signal(self) -> None:
         """Say once where sampling cannot start from what training ended with."""
@@ -539,13 +536,11 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             )
         return t
 
-    def _table(
-        self, sigma: torch.Tensor, std: torch.Tensor | None, rederive: bool, dtype: torch.dtype
-    ) -> Table:
-        """Return the table of the reverse transitions with the given sigma and noise, both (T,).
+    def _table(self, sigma: torch.Tensor, rederive: bool, dtype: torch.dtype) -> Table:
+        """Return the table of the reverse transitions of the member sigma, (T,).
 
-        `std=None` leaves the noise to the network: the column is 1, and its bounds follow it. With
-        `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
+        Where the network tells the noise, the column of the std is 1, and its bounds follow it.
+        With `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
         sqrt(1 - abar_t); otherwise it is the network's own, as in stock DDIM. It makes no
         difference where nothing is clipped.
         """
@@ -554,8 +549,12 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         before = alpha_bar_before(a_t)
         x0 = x0_coefficients(prediction, a_t, before)
         eps = eps_coefficients(prediction, a_t, before)
-        bounds = self._noise_bounds() if std is None else []
-        std = torch.ones_like(sigma) if std is None else std
+        noise, bounds = self._settings.noise, list[torch.Tensor]()
+        if isinstance(noise, FixedNoise):
+            std = self._std_of(noise, sigma)
+        else:
+            assert isinstance(noise, LearnedNoise)
+            std, bounds = torch.ones_like(sigma), noise.bounds(self._steps(noise, sigma))
         std = torch.where(self._alpha_bar_s == 1, 0.0, std)  # the step that lands on x_0 adds none
         row = transition(self._alpha_bar_s, sigma, std)
         if self._clips() and rederive:
@@ -589,12 +588,6 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         width = rows.shape[1]
         flat = rows[self._plan].flatten().unbind(0)
         return {t: flat[i * width : (i + 1) * width] for i, t in enumerate(self._plan)}
-
-    def _noise_bounds(self) -> list[torch.Tensor]:
-        """Return log sigma(1) and log sigma-hat, between which `learned_range` interpolates."""
-        small = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
-        large = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-        return [std.clamp(min=MIN_STD).log() for std in (small, large)]
 
     def _clips(self) -> bool:
         return bool(self.config.thresholding or self.config.clip_sample)
@@ -655,7 +648,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
-        learned: str | None,
+        learned: LearnedNoise | None,
         generator: torch.Generator | list[torch.Generator] | None,
         variance_noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -682,16 +675,16 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             self._add_history(out, table.multistep, timestep, number, x0, x, m)
         if adds_noise:
             noise = _cast(_noise_like(prediction, generator, variance_noise), dtype)
-            if raw_variance is not None:
+            if learned is not None and raw_variance is not None:
                 # where no noise is added the network may say anything, and a NaN of the root or of
                 # its gradient would survive a product with 0
                 raw = torch.where(std > 0, raw_variance.to(dtype), 1.0)
-                std = std * _learned_std(learned, raw, *bounds)
+                std = std * learned.std(raw, *bounds)
             out.addcmul_(noise, std)
         return _cast(out, sample.dtype), _cast(x0, sample.dtype)
 
     def _split(
-        self, model_output: torch.Tensor, sample: torch.Tensor, learned: str | None = None
+        self, model_output: torch.Tensor, sample: torch.Tensor, learned: LearnedNoise | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the prediction, and the variance that the network told if the step uses it.
 
@@ -725,11 +718,10 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         expected, why = tuple(sample.shape), ""
         if learned is not None:
             expected = (expected[0], 2 * expected[1], *expected[2:])
-            own = self._get_init_keys(type(self))  # type: ignore[attr-defined]
-            key = "variance_type" if "variance_type" in own else "reverse_variance"
+            key = self._noise_key
             why = (
-                f", twice the channels because `{key}` is {learned!r}; set another where the "
-                "variance has been split off"
+                f", twice the channels because `{key}` is {self.config[key]!r}; set another where "
+                "the variance has been split off"
             )
         elif has_half:
             why = (
@@ -1065,15 +1057,6 @@ def _has_half(model_output: torch.Tensor, sample: torch.Tensor) -> bool:
     """Tell whether the output has twice the channels of the sample, and is as large otherwise."""
     shape = sample.shape
     return len(shape) > 1 and model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
-
-
-def _learned_std(
-    learned: str | None, raw: torch.Tensor, log_min: torch.Tensor, log_max: torch.Tensor
-) -> torch.Tensor:
-    if learned == "learned":  # the output is the variance itself, as in stock diffusers
-        return raw.sqrt()
-    share = (raw + 1) / 2  # Improved DDPM (arXiv:2102.09672), Eq. 15, with v in [-1, 1]
-    return torch.exp(share * log_max + (1 - share) * log_min)
 
 
 def _check_length(name: str, length: int, num_inference_steps: int | None) -> None:

@@ -14,6 +14,7 @@ from .config_types import check_numbers, listed
 from .modes import outside_modes
 from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
 from .parameterization import eps_coefficients
+from .reverse_noise import ANY_MEMBER, noise_named
 from .scheduling_base import (
     FamilySchedulerMixin,
     Multistep,
@@ -23,11 +24,8 @@ from .scheduling_base import (
     logger,
     read_if_free,
 )
-from .sigmas import check_eta, check_sigma, sigma_eta, sigma_hat
+from .sigmas import check_eta, check_sigma, sigma_eta
 
-REVERSE_VARIANCES = ("sigma", "sigma_hat", "learned_range", "optimal")
-# The noises that go with any member; the others replace that of eta = 1.
-ANY_MEMBER = ("sigma", "optimal")
 # Settings for good pictures in 5 to 50 network calls:
 # `GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **FEW_STEPS)`. With a trajectory in
 # `calibration` and at most ten calls, add `timestep_spacing="calibrated"`.
@@ -179,11 +177,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
                     f"`eta` is {config.eta!r} and `sigma` is given; they are two ways to say the "
                     f"same, set one of them."
                 )
-        if config.reverse_variance not in REVERSE_VARIANCES:
-            raise ValueError(
-                f"`reverse_variance` is {config.reverse_variance!r}; it must be one of "
-                f"{REVERSE_VARIANCES}."
-            )
+        noise_named("reverse_variance", config.reverse_variance)
         if config.reverse_variance not in ANY_MEMBER and (
             config.eta != 1 or config.sigma is not None
         ):
@@ -217,9 +211,6 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
                 f"{config.reverse_variance!r}, a noise that leaves the marginals of the ODE; a "
                 f"higher order goes with {ANY_MEMBER}."
             )
-
-    def _needs_calibration(self) -> bool:
-        return self.config.reverse_variance == "optimal" or super()._needs_calibration()
 
     @outside_modes
     def set_timesteps(
@@ -308,7 +299,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         """Return the eta that counts, or `None` for an explicit sigma."""
         set_in_config = self._settings.eta
         if set_in_config is None and self._sigma is None:
-            if self._settings.noise not in ANY_MEMBER:
+            if not self._settings.noise.any_member:
                 self._check_member()
             return check_eta(eta)
         if eta != 0 and eta != set_in_config and not self._warned_of_eta:
@@ -333,19 +324,11 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
     @outside_modes
     def _make_table(self, eta: float | None, rederive: bool, dtype: torch.dtype) -> Table:
-        noise = self._settings.noise
         sigma = self._sigma if eta is None else self._checked_sigma(eta)
         assert sigma is not None  # `_member` returns None only for an explicit sigma
         if eta is None and not torch.compiler.is_compiling():  # alpha_bar may be new
             check_sigma(sigma[self._plan], self._alpha_bar_s[self._plan])
-        std: torch.Tensor | None = sigma
-        if noise == "sigma_hat":
-            std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-        elif noise == "learned_range":
-            std = None
-        elif noise == "optimal":
-            std = self._optimal_std(sigma)
-        made = self._table(sigma, std, rederive, dtype)
+        made = self._table(sigma, rederive, dtype)
         if self._settings.solver_order > 1:
             made = made._replace(multistep=self._multistep(sigma, self._clips(), dtype))
         return made
@@ -454,7 +437,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             self._check_one_timestep(timestep)
         dtype = compute_dtype(sample, model_output)
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
-        adds_noise = member is None or member > 0 or settings.noise == "optimal"
+        adds_noise = member is None or member > 0 or not settings.noise.follows_sigma
         if settings.noise_is_unsaid and (member is None or member > 0):
             self._check_noise_is_said(model_output, sample, timestep)
         prev_sample, x0 = self._step(

@@ -10,18 +10,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import checked_plan, watched
 from .modes import outside_modes
-from .scheduling_base import MIN_STD, FamilySchedulerMixin, Table, check_tensors, compute_dtype
-from .sigmas import sigma_eta, sigma_hat
-
-VARIANCE_TYPES = (
-    "fixed_small",
-    "fixed_small_log",
-    "fixed_large",
-    "fixed_large_log",
-    "learned",
-    "learned_range",
-    "optimal",
-)
+from .reverse_noise import MIN_STD, LearnedNoise, Steps, cost_name, noise_named
+from .scheduling_base import FamilySchedulerMixin, Table, check_tensors, compute_dtype
+from .sigmas import sigma_eta
 
 
 class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by a first None
@@ -162,16 +153,11 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
 
     def _check_variance_type(self, name: str | None = None) -> str:
         name = self.config.variance_type if name is None else name
-        if name not in VARIANCE_TYPES:
-            raise ValueError(f"`variance_type` is {name!r}; it must be one of {VARIANCE_TYPES}.")
+        noise_named("variance_type", name)
         return name
 
-    def _needs_calibration(self) -> bool:
-        return self.config.variance_type == "optimal" or super()._needs_calibration()
-
     def _bound_member(self) -> tuple[str, float]:
-        name = self.config.variance_type.removesuffix("_log")
-        return (name if name.startswith("fixed") else "optimal"), 1.0
+        return cost_name(noise_named("variance_type", self.config.variance_type)), 1.0
 
     @outside_modes
     def set_timesteps(
@@ -211,17 +197,9 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
     @outside_modes
     def _make_table(self, dtype: torch.dtype) -> Table:
         sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)
-        name = self._check_variance_type()
-        std: torch.Tensor | None = sigma
-        if name.startswith("fixed_large"):
-            std = sigma_hat(self._alpha_bar, self._alpha_bar_s)
-        elif name.startswith("learned"):
-            std = None
-        elif name == "optimal":
-            std = self._optimal_std(sigma)
         # the posterior mean is a function of x_t and the clipped x0_hat: eps_hat is always
         # re-derived
-        return self._table(sigma, std, self._clips(), dtype)
+        return self._table(sigma, self._clips(), dtype)
 
     def _get_variance(
         self,
@@ -249,25 +227,23 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
                 variance without `predicted_variance`.
         """
         name = self._check_variance_type(variance_type)
-        if name.startswith("learned") and predicted_variance is None:
+        noise = noise_named("variance_type", name)
+        if isinstance(noise, LearnedNoise) and predicted_variance is None:
             raise ValueError(
                 f"`predicted_variance` is None; with variance_type={name!r} it must be the second "
                 "half of the network's channels."
             )
         self._follow()
-        a_t, a_s = self._at(self._alpha_bar, t), self._at(self._alpha_bar_s, t)
-        small, large = sigma_eta(a_t, a_s) ** 2, sigma_hat(a_t, a_s) ** 2
-        small = small.clamp(min=MIN_STD**2)
-        if predicted_variance is not None and name.startswith("learned"):
-            share = (predicted_variance + 1) / 2
-            log_variance = share * large.log().float() + (1 - share) * small.log().float()
-            return predicted_variance if name == "learned" else log_variance
-        if name == "optimal":
-            stds = self._optimal_std(sigma_eta(self._alpha_bar, self._alpha_bar_s))
-            return self._at(stds, t).square().float()
-        if name.startswith("fixed_large"):
-            return (large.log() if name.endswith("_log") else large).float()
-        return (small.sqrt() if name.endswith("_log") else small).float()
+        if isinstance(noise, LearnedNoise):
+            a_t, a_s = self._at(self._alpha_bar, t), self._at(self._alpha_bar_s, t)
+            return noise.as_stock_has_it(predicted_variance, Steps(a_t, a_s, sigma_eta(a_t, a_s)))
+        sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s)
+        variance = self._at(self._std_of(noise, sigma), t).square()
+        if noise.follows_sigma:
+            variance = variance.clamp(min=MIN_STD**2)
+        if name == "fixed_small_log":
+            return variance.sqrt().float()
+        return (variance.log() if name == "fixed_large_log" else variance).float()
 
     def step(
         self,

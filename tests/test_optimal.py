@@ -21,11 +21,11 @@ from ddim_schedulers.optimal import (
     gaussian_eps,
     late_noise_cap,
     optimal_timesteps,
-    optimal_variance,
     statistics_of,
     trajectory_cost,
     x0_variance,
 )
+from ddim_schedulers.reverse_noise import optimal_variance
 from ddim_schedulers.sigmas import sigma_eta, sigma_hat
 
 pytestmark = pytest.mark.usefixtures("float64")

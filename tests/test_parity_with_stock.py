@@ -22,7 +22,7 @@ from ddim_schedulers import (
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
 )
-from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
+from ddim_schedulers.reverse_noise import VARIANCE_TYPES
 
 SHAPE = (4, 3, 8, 8)
 TOLERANCE = 5e-5

@@ -9,6 +9,7 @@ import torch
 from ..optimal import step_kl
 from ..parameterization import x0_from
 from ..process import Gaussian, gaussian_kl
+from ..reverse_noise import log_between
 from .chain import Plan
 from .terms import decoder_nll, grid_levels, prior_kl
 
@@ -266,8 +267,7 @@ def _reverse(
     if plan.log_variance_range is None or raw is None:
         return x0_hat, plan.variance[column].view(shape)
     low, high = plan.log_variance_range[column].unbind(1)
-    share = (raw + 1) / 2
-    return x0_hat, torch.exp(share * high.view(shape) + (1 - share) * low.view(shape))
+    return x0_hat, log_between(raw, low.view(shape), high.view(shape)).exp()
 
 
 def _step_nats(

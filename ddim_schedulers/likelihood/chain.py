@@ -6,11 +6,21 @@ from dataclasses import dataclass
 import torch
 
 from ..betas import alpha_bar_before
-from ..optimal import reverse_variance, x0_variance, x0_weight
-from ..sigmas import check_sigma, sigma_eta, sigma_hat
+from ..optimal import x0_variance
+from ..reverse_noise import (
+    BOUND_VARIANCES,
+    LearnedNoise,
+    Noise,
+    Steps,
+    fixed_noise,
+    noise_named,
+    variance_range,
+    x0_weight,
+)
+from ..sigmas import check_sigma, sigma_eta
 from ..timesteps import check_timesteps
 
-VARIANCES = ("fixed_small", "fixed_large", "learned_range", "optimal")
+VARIANCES = BOUND_VARIANCES
 
 
 @dataclass(frozen=True)
@@ -87,25 +97,23 @@ def make_plan(
             f"`timesteps` ends at {tau[-1]}; a likelihood needs a trajectory that contains "
             "timestep 0 (for an even one, timestep_spacing='linspace')."
         )
-    if variance not in VARIANCES:
-        raise ValueError(f"`variance` is {variance!r}; it must be one of {VARIANCES}.")
-    member = sigma is None and eta == 1
-    if variance in ("fixed_large", "learned_range") and not member:
+    noise = noise_named("variance", variance)
+    if not noise.any_member and not (sigma is None and eta == 1):
         said = "an explicit `sigma`" if sigma is not None else f"eta={eta!r}"
         raise ValueError(f"`variance` is {variance!r}, which needs eta=1; got {said}.")
     a_t = alpha_bar[tau]
     a_s = torch.cat([a_t[1:], torch.ones_like(a_t[:1])])
     std = _member(a_t, a_s, eta, sigma)
-    own = _x0_variance(variance, gamma, alpha_bar, tau, x0_limit)
+    own = _x0_variance(noise, gamma, alpha_bar, tau, x0_limit)
     first, bounds = first_posterior_variance(alpha_bar), None
     # without the last step, whose sigma is 0, every square root has a gradient
     inner_t, inner_s, inner_std = a_t[:-1], a_s[:-1], std[:-1]
-    if variance == "learned_range":
+    if isinstance(noise, LearnedNoise):
         small, large = reverse_pair(a_t, a_s, first)
         bounds, reverse = torch.stack([small.log(), large.log()], dim=1), small
     else:
         inner_own = None if own is None else own[:-1]
-        inner = reverse_variance(variance, inner_t, inner_s, inner_std, inner_own)
+        inner = fixed_noise(variance).variance(Steps(inner_t, inner_s, inner_std, inner_own))
         reverse = torch.cat([inner, first[None] if own is None else own[-1:]])
     if gamma is not None and own is not None and float(own[-1].detach()) <= 0:
         raise ValueError(
@@ -129,11 +137,9 @@ def reverse_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the two variances between which `learned_range` lies, (S,) each.
 
-    Improved DDPM (arXiv:2102.09672), Eq. 15; the lower one of the last step, which would be 0, is
-    `first` as in the authors' code.
+    The lower one of the last step is `first`, as in the authors' code (`variance_range`).
     """
-    small = sigma_eta(alpha_bar_t[:-1], alpha_bar_s[:-1], 1.0) ** 2
-    return torch.cat([small, first[None]]), sigma_hat(alpha_bar_t, alpha_bar_s) ** 2
+    return variance_range(alpha_bar_t, alpha_bar_s, first)
 
 
 def _member(
@@ -164,14 +170,15 @@ def _member(
 
 
 def _x0_variance(
-    variance: str,
+    noise: Noise,
     gamma: torch.Tensor | None,
     alpha_bar: torch.Tensor,
     tau: list[int],
     x0_limit: float,
 ) -> torch.Tensor | None:
-    if variance != "optimal":
+    if not noise.needs_calibration:
         return None
     if gamma is None:
-        raise ValueError("`variance` is 'optimal', which needs `gamma` of a calibration.")
+        name = noise.variance_types[0]
+        raise ValueError(f"`variance` is {name!r}, which needs `gamma` of a calibration.")
     return x0_variance(gamma.to(alpha_bar), alpha_bar, x0_limit**2)[tau]

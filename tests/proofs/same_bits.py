@@ -4,11 +4,13 @@
 
 Takes `ddim_schedulers/` of that revision out of git and runs the same steps through it and through
 the one that is installed, each in a process of its own: beta schedules x predictions x clipping x
-trajectories x eta x `use_clipped_model_output`, and the Markovian and inverse classes beside them.
+trajectories x eta x `use_clipped_model_output`, and the Markovian and inverse classes beside them;
+then every noise by its name, in float32 and float64, planned trajectories, and the bound.
 The first release is 6a8ee76; order 1 of the multistep solver must be equal to it.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
@@ -62,6 +64,112 @@ def digests():
                 hashed.update(output.pred_original_sample.numpy().tobytes())
             told = {k: v for k, v in arguments.items() if k != "variance_noise"}
             found[f"{cls.__name__} {settings} {more} {n} {told}"] = hashed.hexdigest()
+    return {**found, **noises(x, m, z), **plans(x, m, z), **bounds(x, m, z)}
+
+
+def hash_of(*tensors):
+    """Returns a hash of the bits of tensors."""
+    hashed = hashlib.sha256()
+    for each in tensors:
+        hashed.update(each.detach().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def calibration():
+    """Returns statistics of a network of T = 1000 that are near those of data of variance 1/4."""
+    import torch
+
+    from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
+    from ddim_schedulers.trajectory import trajectory_record
+
+    a = alpha_bar_from_betas(make_betas())
+    fine = list(range(999, -1, -37))
+    drawn = torch.randn(
+        len(fine), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    record = trajectory_record(fine, drawn @ drawn.T / 3)
+    return {"gamma": ((1 - a) / (0.25 * a + 1 - a)).tolist(), "trajectory": record}
+
+
+def noises(x, m, z):
+    """Returns a hash of the steps of every noise, by its name."""
+    import torch
+
+    from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+
+    measured, found = calibration(), {}
+    named = [("reverse_variance", n) for n in ("sigma", "sigma_hat", "learned_range", "optimal")]
+    logs = ("fixed_small_log", "fixed_large_log")
+    named += [("variance_type", n) for n in ("fixed_small", *logs, "fixed_large", "optimal")]
+    named += [("variance_type", n) for n in ("learned", "learned_range")]
+    whole = torch.arange(1000)
+    for (key, name), limit, dtype, n in itertools.product(
+        named, LIMITS, (torch.float32, torch.float64), (7, 1000)
+    ):
+        cls, more = MarkovianDDPMScheduler, {}
+        if key == "reverse_variance":
+            cls, more = GeneralizedDDIMScheduler, {"eta": 1.0}
+        scheduler = cls(
+            calibration=measured, timestep_spacing="linspace", **{key: name}, **limit, **more
+        )
+        scheduler.set_timesteps(n)
+        output = torch.cat([m, z.abs().clamp(max=1)], dim=1) if "learned" in name else m
+        outputs = []
+        for t in scheduler.timesteps[:: max(1, n // 7)]:
+            made = scheduler.step(output.to(dtype), t, x.to(dtype), variance_noise=z.to(dtype))
+            outputs += [made.prev_sample, made.pred_original_sample]
+        made = scheduler.step(
+            output.to(dtype), scheduler.timesteps[-1], x.to(dtype), variance_noise=z.to(dtype)
+        )
+        outputs.append(made.prev_sample)
+        if key == "variance_type":
+            raw = z.mean(dim=(1, 2, 3)).repeat(250) if "learned" in name else None
+            outputs.append(scheduler._get_variance(whole, raw))
+        found[f"{key} {name} {limit} {dtype} {n}"] = hash_of(*outputs)
+    return found
+
+
+def plans(x, m, z):
+    """Returns a hash of planned trajectories and of steps of higher order along them."""
+    from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+
+    measured, found = calibration(), {}
+    for spacing, n in itertools.product(("optimal", "calibrated", "trailing"), (2, 5, 13)):
+        for order, form in ((1, "sample"), (2, "sample"), (3, "epsilon")):
+            solver = {"solver_order": order, "solver_form": form, "solver_corrector": order == 2}
+            planned = {"timestep_spacing": spacing, "calibration": measured}
+            scheduler = GeneralizedDDIMScheduler(**planned, **solver)
+            scheduler.set_timesteps(n)
+            sample = x
+            for t in scheduler.timesteps:
+                sample = scheduler.step(m, t, sample, eta=0.3, variance_noise=z).prev_sample
+            found[f"{spacing} {n} {order} {form}"] = hash_of(scheduler.timesteps, sample)
+        markovian = MarkovianDDPMScheduler(timestep_spacing=spacing, calibration=measured)
+        markovian.set_timesteps(n)
+        found[f"markovian {spacing} {n}"] = hash_of(markovian.timesteps)
+    return found
+
+
+def bounds(x, m, z):
+    """Returns a hash of the terms of the likelihood bound for every variance."""
+    import torch
+
+    from ddim_schedulers import likelihood
+    from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
+
+    a, found = alpha_bar_from_betas(make_betas()), {}
+    gamma = torch.tensor(calibration()["gamma"], dtype=torch.float64)
+    grid = ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
+    for variance, tau in itertools.product(
+        ("fixed_small", "fixed_large", "learned_range", "optimal"),
+        ([999, 500, 30, 0], [70, 0], [0]),
+    ):
+        plan = likelihood.make_plan(a, tau, variance, gamma=gamma)
+        raw = [m, z.clamp(-1, 1)] if variance == "learned_range" else [m]
+        network = functools.partial(lambda output, x_t, t: output, torch.cat(raw, dim=1))
+        terms = likelihood.variational_bound(network, grid, plan, num_bins=17, noise=z)
+        parts = (terms.prior, terms.value, terms.decoder, terms.x0_error)
+        found[f"bound {variance} {tau}"] = hash_of(*parts, plan.weight, plan.variance)
     return found
 
 

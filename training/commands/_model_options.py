@@ -38,8 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     from ddim_schedulers.family_config import SCHEDULER_SPACINGS
     from ddim_schedulers.multistep import MAX_ORDER, SOLVER_FORMS
-    from ddim_schedulers.scheduling_ddim import REVERSE_VARIANCES
-    from ddim_schedulers.scheduling_ddpm import VARIANCE_TYPES
+    from ddim_schedulers.reverse_noise import REVERSE_VARIANCES, VARIANCE_TYPES
 
     parser.add_argument("--pipeline", required=True, help=PIPELINE_HELP)
     add_repository_arguments(parser)

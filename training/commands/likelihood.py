@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variances",
         nargs="+",
-        choices=("fixed_small", "fixed_large", "learned_range", "optimal"),
-        help="reverse variances; both fixed ones, and optimal where the pipeline is calibrated",
+        help="reverse variances: fixed_small, fixed_large, learned_range or optimal; both fixed "
+        "ones, and optimal where the pipeline is calibrated",
     )
     parser.add_argument(
         "--trajectories",
@@ -64,8 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, and write likelihood.json, .md and .png."""
     from ddim_schedulers.pipelines.files import check_folders
+    from ddim_schedulers.reverse_noise import noise_named
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 
+    for name in args.variances or ():
+        noise_named("variance", name)
     check_folders(Path(args.output_dir), "", "--output_dir")
     team = AccelerateTeam(args.cpu)
     output = Path(args.output_dir)

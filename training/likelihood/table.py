@@ -31,6 +31,7 @@ from ddim_schedulers.likelihood import (
 )
 from ddim_schedulers.optimal import Statistics, optimal_timesteps, statistics_of
 from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.reverse_noise import LearnedNoise, cost_name, noise_named
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.common.figures import save_figure
 from ddim_schedulers.training.common.processes import Team
@@ -98,8 +99,9 @@ def make_rows(measured_model: MeasuredModel, settings: LikelihoodSettings) -> li
                 "others)"
             )
         statistics = statistics_of(measured_model.calibration, measured_model.alpha_bar)
-    if "learned_range" in settings.variances and not measured_model.learned:
-        raise ValueError("`variance` is 'learned_range', but the network predicts no variance")
+    for name in settings.variances:
+        if isinstance(noise_named("variance", name), LearnedNoise) and not measured_model.learned:
+            raise ValueError(f"`variance` is {name!r}, but the network predicts no variance")
     limit = 1.0 if settings.clip is None else settings.clip
     rows = []
     for trajectory in settings.trajectories:
@@ -129,7 +131,7 @@ def _trajectory(
     if name != "optimal":
         return make_timesteps(SPACINGS.get(name, name), count, len(measured_model.alpha_bar))
     assert statistics is not None  # `make_rows` looked
-    own = "optimal" if variance == "learned_range" else variance
+    own = cost_name(noise_named("variance", variance))
     limit = 1.0 if settings.clip is None else settings.clip
     return optimal_timesteps(measured_model.alpha_bar, statistics, count, own, settings.eta, limit)
 
@@ -173,7 +175,7 @@ def evaluate(
     if settings.num_bins is not None:
         grid_levels(images, settings.num_bins)
     rows, begun = make_rows(measured_model, settings), time.perf_counter()
-    learns = any(row.variance == "learned_range" for row in rows)
+    learns = any(row.plan.log_variance_range is not None for row in rows)
     if settings.estimator == "all" and not learns:
         terms, calls = _one_pass(measured_model, images, rows, settings, work_dir, team, progress)
     else:
@@ -237,7 +239,7 @@ def _row_by_row(
     done, calls = [], 0
     for number, (r, c) in enumerate(work[team.index :: team.count]):
         row = rows[r]
-        learned = row.variance == "learned_range"
+        learned = row.plan.log_variance_range is not None
         terms = variational_bound(
             measured_model.predict if learned else measured_model.predict_mean,
             images[c * size : (c + 1) * size],

@@ -57,6 +57,14 @@ from ddim_schedulers.parameterization import (
 )
 from ddim_schedulers.process import Gaussian, gaussian_kl
 from ddim_schedulers.reading import read_json, read_npy, read_text
+from ddim_schedulers.reverse_noise import (
+    LearnedNoise,
+    Steps,
+    fixed_noise,
+    log_between,
+    noise_named,
+    variance_range,
+)
 from ddim_schedulers.sigmas import sigma_eta
 from ddim_schedulers.training.config import TrainingConfig
 
@@ -97,7 +105,7 @@ class Objective:
             at = int((~(torch.isfinite(weights) & (weights >= 0))).nonzero()[0])
             raise ValueError(f"`weights` is {weights[at]} at t = {at}; it must be finite and >= 0")
         self.vlb, self.hybrid_lambda, self.levels = vlb, hybrid_lambda, levels
-        self.learned = variance_type == "learned_range"
+        self.learned = isinstance(noise_named("variance", variance_type), LearnedNoise)
         self.needs_bound = self.learned or vlb
         rows = _error_rows(alpha_bar, prediction_type, weights)
         if self.needs_bound:
@@ -160,8 +168,7 @@ class Objective:
         k_x, k_m, k_x0, k_xt, log_true, log_low, log_high = (
             _per_image(row[:, i]) for i in range(5, 12)
         )
-        part = 0 if fraction is None else (fraction + 1) / 2
-        log_variance = part * log_high + (1 - part) * log_low if fraction is not None else log_low
+        log_variance = log_low if fraction is None else log_between(fraction, log_low, log_high)
         model = Gaussian(k_x * x_t + k_m * mean, log_variance.exp())
         truth = Gaussian(k_x0 * x0 + k_xt * x_t, log_true.exp())
         kl = gaussian_kl(truth, model).flatten(1).mean(1)
@@ -342,13 +349,12 @@ def _bound_rows(
     else:
         x0_x, x0_m = x0_coefficients(prediction_type, alpha_bar, before)
         k_x, k_m = k_x0 * x0_x + k_xt, k_x0 * x0_m
-    betas = 1 - alpha_bar / before
-    small = betas * (1 - before) / (1 - alpha_bar)
     # The posterior of the first step has no variance; DDPM's code takes its neighbour's.
-    small[0] = first_posterior_variance(alpha_bar)
-    log_small, log_beta = small.log(), betas.log()
-    if variance_type == "fixed_large":
-        low = torch.cat([log_small[:1], log_beta[1:]])
-        return [k_x, k_m, k_x0, k_xt, log_small, low, low]
-    high = log_beta if variance_type == "learned_range" else log_small
-    return [k_x, k_m, k_x0, k_xt, log_small, log_small, high]
+    first = first_posterior_variance(alpha_bar)
+    small, large = variance_range(alpha_bar, before, first)
+    if isinstance(noise_named("variance", variance_type), LearnedNoise):
+        low, high = small, large
+    else:
+        steps = Steps(alpha_bar[1:], before[1:], small[1:].sqrt())
+        low = high = torch.cat([first[None], fixed_noise(variance_type).variance(steps)])
+    return [k_x, k_m, k_x0, k_xt, small.log(), low.log(), high.log()]
