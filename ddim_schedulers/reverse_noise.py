@@ -201,6 +201,7 @@ LEARNED = frozenset(
     for n in NOISES
     if isinstance(n, LearnedNoise)
     for name in (n.reverse_variance, *n.variance_types)
+    if name is not None
 )
 
 _BY_NAME = {
