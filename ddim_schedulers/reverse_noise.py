@@ -204,7 +204,7 @@ LEARNED = frozenset(
     if name is not None
 )
 
-_BY_NAME = {
+_BY_NAME: dict[str, dict[str | None, Noise]] = {
     "reverse_variance": {n.reverse_variance: n for n in NOISES},
     "variance_type": {name: n for n in NOISES for name in n.variance_types},
     "variance": {n.variance_types[0]: n for n in NOISES if n.has_bound},

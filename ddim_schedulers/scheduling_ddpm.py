@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import checked_plan, watched
 from .modes import outside_modes
-from .reverse_noise import MIN_STD, LearnedNoise, Steps, cost_name, noise_named
+from .reverse_noise import MIN_STD, FixedNoise, LearnedNoise, Steps, cost_name, noise_named
 from .scheduling_base import FamilySchedulerMixin, Table, check_tensors, compute_dtype
 from .sigmas import sigma_eta
 
@@ -228,15 +228,16 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         """
         name = self._check_variance_type(variance_type)
         noise = noise_named("variance_type", name)
-        if isinstance(noise, LearnedNoise) and predicted_variance is None:
-            raise ValueError(
-                f"`predicted_variance` is None; with variance_type={name!r} it must be the second "
-                "half of the network's channels."
-            )
         self._follow()
         if isinstance(noise, LearnedNoise):
+            if predicted_variance is None:
+                raise ValueError(
+                    f"`predicted_variance` is None; with variance_type={name!r} it must be the "
+                    "second half of the network's channels."
+                )
             a_t, a_s = self._at(self._alpha_bar, t), self._at(self._alpha_bar_s, t)
             return noise.as_stock_has_it(predicted_variance, Steps(a_t, a_s, sigma_eta(a_t, a_s)))
+        assert isinstance(noise, FixedNoise)
         sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s)
         variance = self._at(self._std_of(noise, sigma), t).square()
         if noise.follows_sigma:
