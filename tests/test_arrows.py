@@ -35,6 +35,7 @@ FLOORS = [
         "optimal",
         "parameterization",
         "process",
+        "reverse_noise",
         "sigmas",
         "timesteps",
         "trajectory",
