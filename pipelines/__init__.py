@@ -16,8 +16,8 @@ from ddim_schedulers.pipelines.langevin import (
     LangevinOutput,
     geometric_timesteps,
 )
+from ddim_schedulers.pipelines.observers import SamplingPath
 from ddim_schedulers.pipelines.pictures import make_grid, path_grid
-from ddim_schedulers.pipelines.records import SamplingPath
 from ddim_schedulers.pipelines.slerp import slerp
 
 __all__ = [

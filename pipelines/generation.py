@@ -24,7 +24,7 @@ from ddim_schedulers.pipelines.compatibility import (
 )
 from ddim_schedulers.pipelines.images import OutputBuffer
 from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
-from ddim_schedulers.pipelines.records import (
+from ddim_schedulers.pipelines.observers import (
     ClipCounter,
     PathRecorder,
     SamplingPath,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ddim_schedulers.pipelines.images import to_pil, to_uint8
-from ddim_schedulers.pipelines.records import SamplingPath
+from ddim_schedulers.pipelines.observers import SamplingPath
 
 
 def make_grid(

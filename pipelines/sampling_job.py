@@ -30,9 +30,9 @@ from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, wri
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
+from ddim_schedulers.pipelines.observers import warn_of_clipping
 from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.pipelines.pictures import make_grid
-from ddim_schedulers.pipelines.records import warn_of_clipping
 from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
 from ddim_schedulers.pipelines.sampling_files import FOLDERS, FORMATS, SamplingFiles, is_whole_png
 from ddim_schedulers.pipelines.workdir import differences, flat
@@ -257,7 +257,7 @@ def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
     """Return everything that the files depend on, as JSON types."""
     settings = {
         "job": asdict(job),
-        "network": fingerprint(pipe.unet),  # type: ignore[arg-type]
+        "network": weights_fingerprint(pipe.unet),  # type: ignore[arg-type]
         # the same weights compute something else with another norm_eps or activation
         "network_config": _public(pipe.unet.config),
         "network_dtype": str(pipe.unet.dtype),
@@ -282,7 +282,7 @@ def _is_channels_last(network: torch.nn.Module) -> bool:
     )
 
 
-def fingerprint(network: torch.nn.Module) -> str:
+def weights_fingerprint(network: torch.nn.Module) -> str:
     """Return the SHA-256 of a network's weights, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

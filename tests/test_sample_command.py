@@ -30,11 +30,11 @@ from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler, to_portable
 from ddim_schedulers.pipelines import (
     GenerationPipeline,
     files,
-    records,
+    observers,
     sampling_files,
     sampling_job,
 )
-from ddim_schedulers.pipelines.records import ClipCounter
+from ddim_schedulers.pipelines.observers import ClipCounter
 from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, sample_to_directory
 from ddim_schedulers.training import cli
 
@@ -639,7 +639,7 @@ def test_clipping_of_a_network_that_was_trained_little_is_not_reported(tmp_path,
     """A grey one clips a tenth of its values; in colour the same share may be that of latents."""
     monkeypatch.setattr(ClipCounter, "share", lambda self: 0.1)
     said = []
-    monkeypatch.setattr(records.logger, "warning", said.append)
+    monkeypatch.setattr(observers.logger, "warning", said.append)
     sample_to_directory(pipeline(1), tmp_path / "grey", job())
     pipeline(1)(seeds=[0], num_inference_steps=1)
     assert said == []
@@ -651,7 +651,7 @@ def test_clipping_is_reported_once_for_all_chunks(tmp_path, monkeypatch):
     pipe, shares = pipeline(3), iter([0.0, 0.03, 0.3])
     monkeypatch.setattr(ClipCounter, "share", lambda self: next(shares))
     said = []
-    monkeypatch.setattr(records.logger, "warning", said.append)
+    monkeypatch.setattr(observers.logger, "warning", said.append)
     sample_to_directory(pipe, tmp_path, job())  # 4 + 4 + 2 images
     assert len(said) == 1 and "Clipping cut 7.2%" in said[0]
     shares = iter([0.3])

@@ -118,7 +118,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 def _run_pass(
     args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
 ) -> int:
-    from ddim_schedulers.training.likelihood import calibration as library
+    from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.error_sweep import discard
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
     from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_measured_model
@@ -128,9 +128,9 @@ def _run_pass(
     )
     data = load_measured_data(args, measured_model)
     num_images = 100 if args.num_images is None else args.num_images
-    chosen = library.choose_images(len(data), num_images, args.seed)
+    chosen = calibration.choose_images(len(data), num_images, args.seed)
     images, _ = data.batch(chosen)
-    result, cost = library.calibrate(
+    result, cost = calibration.calibrate(
         measured_model,
         images,
         clip=clip_limit(measured_model, args.clip),
@@ -142,10 +142,10 @@ def _run_pass(
     )
     if team.index == 0:
         owner.check()
-        library.save_calibration(result, target, measured_model.saved)
+        calibration.save_calibration(result, target, measured_model.saved)
         discard(work_dir)
         last = len(measured_model.alpha_bar) - 1
-        print(*library.summary(result, sorted({0, 1, last // 4, last // 2, last})), sep="\n")
+        print(*calibration.summary(result, sorted({0, 1, last // 4, last // 2, last})), sep="\n")
         print(
             f"{num_images} images, {cost['network_calls']} network calls, "
             f"{cost['seconds']:.1f} s, {cost['processes']} processes; written to {target}"
@@ -183,12 +183,12 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
     import torch
 
     from ddim_schedulers import GeneralizedDDIMScheduler
-    from ddim_schedulers.training.likelihood import calibration as library
+    from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     measured_model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
-    record, cost = library.measure_trajectory(
+    record, cost = calibration.measure_trajectory(
         measured_model,
         num_samples=48 if args.num_images is None else args.num_images,
         steps=args.trajectory_steps,
@@ -197,7 +197,7 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     owner.check()
-    library.save_record(record, target, measured_model.saved)
+    calibration.save_record(record, target, measured_model.saved)
     scheduler = GeneralizedDDIMScheduler.from_config(
         measured_model.config,
         calibration=record,

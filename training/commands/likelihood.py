@@ -87,7 +87,7 @@ def _evaluate(
     from ddim_schedulers.training.common.repositories import pinned
     from ddim_schedulers.training.common.storage import to_json
     from ddim_schedulers.training.common.versions import versions
-    from ddim_schedulers.training.likelihood import table as library
+    from ddim_schedulers.training.likelihood import table
     from ddim_schedulers.training.likelihood.calibration import choose_images
     from ddim_schedulers.training.likelihood.error_sweep import discard
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
@@ -107,7 +107,7 @@ def _evaluate(
     variances = args.variances or ["fixed_small", "fixed_large"] + (
         ["optimal"] if measured_model.calibration is not None else []
     )
-    settings = library.LikelihoodSettings(
+    settings = table.LikelihoodSettings(
         steps=tuple(args.steps),
         variances=tuple(variances),
         trajectories=tuple(args.trajectories),
@@ -119,7 +119,7 @@ def _evaluate(
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    report = library.evaluate(
+    report = table.evaluate(
         measured_model,
         images,
         settings,
@@ -135,7 +135,7 @@ def _evaluate(
             "versions": made_with,
         }
         report["found"] = data.inventory.counts()
-        lines = library.table(report)
+        lines = table.table(report)
         owner.check()
         for name, content in (
             ("likelihood.json", to_json(report)),
@@ -143,7 +143,7 @@ def _evaluate(
         ):
             write_bytes(output / name, content)
         if args.estimator == "all":
-            library.plot(report, output / "likelihood.png")
+            table.plot(report, output / "likelihood.png")
         discard(work_dir)
         print(*lines, sep="\n")
         cost = report["cost"]

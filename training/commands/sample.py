@@ -29,12 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines import GenerationPipeline
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.pipelines.ownership import own
-    from ddim_schedulers.pipelines.sampling_job import (
-        FOLDERS,
-        SamplingJob,
-        process_of,
-        sample_to_directory,
-    )
+    from ddim_schedulers.pipelines.sampling_files import FOLDERS
+    from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, sample_to_directory
 
     _model_options.apply_preset(args)
     rank, world_size = process_of()

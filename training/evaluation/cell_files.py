@@ -12,7 +12,7 @@ from ddim_schedulers.pipelines.files import write_json, write_npz
 from ddim_schedulers.pipelines.workdir import whole
 from ddim_schedulers.reading import DamagedFileError, read_npz
 from ddim_schedulers.training.common.seals import read_sealed_json, sealed
-from ddim_schedulers.training.evaluation.config import FIGURES, Cell
+from ddim_schedulers.training.evaluation.config import METRICS, Cell
 
 PREVIEW = 16
 # Bounds of the figures. A distance that is zero may be negative by rounding; the kernel one is
@@ -130,7 +130,7 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
         for name in ("n", "k"):
             found = figures.get(name)
             require(_is_number(found, 1, integer=True), f"{name} of {space}", found)
-        needed = set(FIGURES) if "inception_score" in figures else set(FIGURES[:-1])
+        needed = set(METRICS) if "inception_score" in figures else set(METRICS[:-1])
         for name in sorted(needed):
             found = figures.get(name)
             require(_is_number(found, *_BOUNDS[name]), f"{name} of {space}", found)

@@ -43,7 +43,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "optimal": {"eta": 1.0, "reverse_variance": "optimal"},
 }
 # What is measured in every feature space, the last one where it has a classifier.
-FIGURES = (
+METRICS = (
     "frechet",
     "kernel",
     "precision",
@@ -223,7 +223,7 @@ class EvaluationConfig:
             for key, value, allowed in (
                 ("steps", e["steps"], sorted(s for row, s in measured if row == e["row"])),
                 ("features", e["features"], self.features),
-                ("metric", e["metric"], FIGURES),
+                ("metric", e["metric"], METRICS),
             ):
                 if value not in allowed:
                     raise ValueError(

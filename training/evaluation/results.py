@@ -12,7 +12,7 @@ from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.training.common.processes import own_together
 from ddim_schedulers.training.common.versions import device_name, versions
 from ddim_schedulers.training.evaluation.cells import Evaluation
-from ddim_schedulers.training.evaluation.config import CLASSIFIER, FIGURES
+from ddim_schedulers.training.evaluation.config import CLASSIFIER, METRICS
 from ddim_schedulers.training.metrics.features import classifier_record, commit_of
 
 
@@ -91,7 +91,7 @@ def summarise(cells: list[dict[str, Any]], features: list[str]) -> list[dict[str
             values = [c["metrics"][name] for c in group]
             entry["metrics"][name] = {
                 key: _mean_and_std([v[key] for v in values])
-                for key in FIGURES
+                for key in METRICS
                 if all(key in v for v in values)
             }
         summary.append(entry)

@@ -235,14 +235,14 @@ def _unavailable(name: str, package: str, error: OSError) -> str:
 
 def fingerprint(name: str, network: torch.nn.Module) -> str:
     """Hash of a feature space: its name and class, every weight, and an imported one's code."""
-    from ddim_schedulers.pipelines.sampling_job import fingerprint as of_weights
+    from ddim_schedulers.pipelines.sampling_job import weights_fingerprint
 
     # the weights identify a classifier, not the place of its file
     label = "" if isinstance(network, SmallClassifier) else name
     module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
     if source := getattr(module, "__file__", None):  # what a module without weights consists of
         label += hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    text = f"{label}/{type(network).__qualname__}/{of_weights(network)}"
+    text = f"{label}/{type(network).__qualname__}/{weights_fingerprint(network)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

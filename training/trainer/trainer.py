@@ -225,13 +225,13 @@ class Trainer(Parts):
             }
             self.accelerator.log(numbers, step=self.step)
             self.records.show_pictures(self.accelerator.trackers, self.watcher.folder, self.step)
-        figure = "frechet" if config.best_by == "frechet" else "validation_loss"
-        value = report.get(figure)
+        metric = "frechet" if config.best_by == "frechet" else "validation_loss"
+        value = report.get(metric)
         if value is None or not math.isfinite(value) or value >= self.best.get("value", math.inf):
             return False
         self.best = {
             "step": self.step,
-            "figure": figure,
+            "figure": metric,
             "value": value,
             "weights": self.average.name,
         }
