@@ -19,8 +19,7 @@ from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common import storage
 from ddim_schedulers.training.common.processes import Team
-from ddim_schedulers.training.likelihood import calibration, error_sweep
-from ddim_schedulers.training.likelihood import table as library
+from ddim_schedulers.training.likelihood import calibration, error_sweep, table
 from ddim_schedulers.training.likelihood.calibration import calibrate, save_calibration
 from ddim_schedulers.training.likelihood.error_sweep import run_error_sweep
 from ddim_schedulers.training.likelihood.measured_model import (
@@ -337,7 +336,7 @@ def test_learned_variance_and_subsets_of_t(tmp_path):
             assert row["decoder"]["mean"] == pytest.approx(whole["decoder"]["mean"], abs=1e-3)
             assert row["total"]["mean"] == pytest.approx(whole["total"]["mean"], rel=1.0)
         with pytest.raises(ValueError, match="estimator 'all'"):
-            library.plot(report, tmp_path / "no.png")
+            table.plot(report, tmp_path / "no.png")
 
 
 def test_two_processes_really_share_the_work(pipeline, tmp_path, processes, assert_close):

@@ -23,7 +23,7 @@ from ddim_schedulers.pipelines.ownership import FolderInUseError
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common import storage
-from ddim_schedulers.training.evaluation import cells as library
+from ddim_schedulers.training.evaluation import cells
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
 from ddim_schedulers.training.evaluation.references import RealImages, to_uint8
@@ -228,7 +228,7 @@ def test_what_is_there_is_not_computed_again_and_another_space_needs_no_sampling
     def never(*_, **__):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(library.Evaluation, "_sample", never)
+    monkeypatch.setattr(cells.Evaluation, "_sample", never)
     again = run(Evaluation(config))
     assert again["tables"] == results["tables"]
     monkeypatch.undo()
@@ -263,19 +263,19 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same(
     grid = [{"steps": [3], "members": [1]}]
     tables = [{"name": "T", "n": 10, "grid": grid}]
     alone = run(Evaluation(_config(pipeline, tmp_path / "a", tables=tables)))
-    real, calls = library.sample_to_directory, []
+    real, calls = cells.sample_to_directory, []
 
     def stopped(pipe, output, job, **place):
         real(pipe, output, job, rank=1, world_size=2)  # half of the shards
         raise KeyboardInterrupt
 
     config = _config(pipeline, tmp_path / "b", tables=tables)
-    monkeypatch.setattr(library, "sample_to_directory", stopped)
+    monkeypatch.setattr(cells, "sample_to_directory", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(Evaluation(config))
     assert not (tmp_path / "b" / "metrics.json").exists()
     monkeypatch.setattr(
-        library,
+        cells,
         "sample_to_directory",
         lambda *a, **k: calls.append(real(*a, **k)) or calls[-1],
     )
@@ -298,7 +298,7 @@ def test_a_report_samples_nothing_and_leaves_out_what_is_not_measured(
     def never(*_, **__):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(library, "sample_to_directory", never)
+    monkeypatch.setattr(cells, "sample_to_directory", never)
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _module())
     config = _config(pipeline, tmp_path, tables=tables, features=["pixels", f"{__name__}:Mean"])
     table = run(Evaluation(config), sample=False)["tables"][0]

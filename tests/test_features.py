@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_schedulers.training.metrics import features as library
+from ddim_schedulers.training.metrics import features
 from ddim_schedulers.training.metrics.features import (
     DinoFeatures,
     InceptionFeatures,
@@ -149,7 +149,7 @@ def test_classes_must_be_numbered():
     for labels in (np.zeros(9, int), np.arange(1, 10), np.array([0, 2, 0, 2])):
         with pytest.raises(ValueError, match="0 .. K - 1"):
             train_classifier(lambda rows: torch.zeros(len(rows), *SHAPE), labels, SHAPE)
-    names, numbers = library.class_names(["cat", "ant", "cat"])
+    names, numbers = features.class_names(["cat", "ant", "cat"])
     assert names == ["ant", "cat"] and numbers.tolist() == [1, 0, 1]
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ddim_schedulers import GeneralizedDDIMInverseScheduler, GeneralizedDDIMScheduler
-from ddim_schedulers import trajectory as library
+from ddim_schedulers import GeneralizedDDIMInverseScheduler, GeneralizedDDIMScheduler, trajectory
 from ddim_schedulers.optimal import gaussian_eps
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.cli import main
@@ -71,7 +70,7 @@ def test_a_cost_is_the_miss_of_the_scheduler_itself(gaussian, form, order, monke
     """From the fine trajectory's own points, steps of the scheduler with these timesteps."""
     scheduler, plan, eps = gaussian
     exact = _paths(scheduler, plan)
-    monkeypatch.setattr(library, "fine_path", lambda *_: exact - exact[0])
+    monkeypatch.setattr(trajectory, "fine_path", lambda *_: exact - exact[0])
     a = torch.cat([scheduler.alpha_bar[plan], torch.ones(1, dtype=torch.float64)])
     cost = jump_costs(eps, a[:-1], a[-1:], order, form)
     solver = GeneralizedDDIMScheduler(clip_sample=False, solver_order=order, solver_form=form)
@@ -103,9 +102,9 @@ def test_the_path_is_the_best_of_all(gaussian):
     for count in range(1, n + 1):
         every = [(0, *rest) for rest in itertools.combinations(range(1, n), count - 1)]
         best = min(every, key=total)
-        got = library._best_path(cost, count)
+        got = trajectory._best_path(cost, count)
         assert got == list(best), (count, got, best)
-        wrong = library._best_path(cost.flip(0), count)
+        wrong = trajectory._best_path(cost.flip(0), count)
         assert count in (1, n) or wrong != got or total(wrong) == total(best)
 
 
