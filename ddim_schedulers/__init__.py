@@ -2,7 +2,7 @@
 
 The scheduler classes are ordinary `SchedulerMixin`s: build one with
 `from_config(pipe.scheduler.config)` and put it in a pipeline. Importing this package registers them
-with diffusers, so that pipelines holding them can be saved and loaded. The mathematics stands in
+with diffusers, so that pipelines holding them can be saved and loaded. The mathematics is in
 `betas`, `process`, `parameterization`, `timesteps`, `sigmas` and `transition`; notation is fixed at
 the top of `process`.
 """

@@ -1,7 +1,7 @@
 """The public attributes of a scheduler that public code assigns, with the tables behind them.
 
 Stock schedulers compute from these attributes. Ours compute from float64 tables, so an assignment
-of new values makes the tables anew, and a moved or cast copy of the same values changes nothing.
+of new values makes new tables, and a moved or cast copy of the same values changes nothing.
 What is edited in place is found by the version that torch counts for every tensor.
 """
 
@@ -121,7 +121,7 @@ class FamilyAttributesMixin:
 
     @property
     def alpha_bar(self) -> torch.Tensor:
-        """alpha_bar_t = prod_{i <= t} (1 - beta_i), float64, shape (T,) (DDPM, Eq. 4)."""
+        """Return alpha_bar_t = prod_{i <= t} (1 - beta_i), float64, (T,) (DDPM, Eq. 4)."""
         self._follow()  # type: ignore[attr-defined]
         if "alpha_bar" not in self._marks:
             self._marks["alpha_bar"] = (self._alpha_bar, mark_of(self._alpha_bar))
@@ -129,7 +129,7 @@ class FamilyAttributesMixin:
 
     @property
     def _default_end(self) -> float:
-        """alpha_bar where the last step lands, as the config says it."""
+        """Return alpha_bar where the last step lands, by the config."""
         return 1.0 if self.config.get("set_alpha_to_one", True) else float(self._alpha_bar[0])
 
     @property

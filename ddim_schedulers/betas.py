@@ -91,8 +91,7 @@ def explicit_betas(betas: Sequence[float], num_train_timesteps: int) -> torch.Te
     if table.shape != (steps,):
         raise ValueError(
             f"`trained_betas` has shape {tuple(table.shape)}; it must have one value for each of "
-            f"the "
-            f"`num_train_timesteps`={steps} timesteps."
+            f"the `num_train_timesteps`={steps} timesteps."
         )
     inside = (table > 0.0) & (table < 1.0)
     inside[-1] |= table[-1] == 1.0

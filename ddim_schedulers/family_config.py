@@ -123,7 +123,7 @@ class FamilyConfigMixin:
 
     @property
     def config(self) -> Any:
-        """The settings, as `Settings` also where a pipeline has put in a config of its own.
+        """Return the settings, as `Settings`, also where a pipeline has put in its own config.
 
         There the attributes count, as diffusers computes from them.
         """

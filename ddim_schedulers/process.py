@@ -2,13 +2,11 @@ r"""The forward process and its Gaussian conditionals.
 
 Notation of the whole package. x_0 is data, x_t its noisy version with
 
-    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)          DDPM (arXiv:2006.11239),
-    Eq. 4
+    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)    DDPM (arXiv:2006.11239), Eq. 4
 
 where alpha_bar decreases in t, 0 <= alpha_bar_t < alpha_bar_s <= 1 for s earlier than t. This is
-the only
-constraint: t and s need not be neighbours, and nothing here says that the chain is Markovian. The
-DDIM paper (arXiv:2010.02502) writes alpha for what is alpha_bar here.
+the only constraint: t and s need not be neighbours, and the chain need not be Markovian. The DDIM
+paper (arXiv:2010.02502) writes alpha for what is alpha_bar here.
 
 Shapes: `x_t`, `x_s`, `x0`, `noise` are batches (B, C, H, W) or anything else; `alpha_bar_t`,
 `alpha_bar_s` and `sigma` are floats or tensors that broadcast against them, e.g. (B, 1, 1, 1).

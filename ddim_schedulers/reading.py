@@ -150,7 +150,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the key {name[:80]!r} stands twice")
+            raise ValueError(f"the key {name[:80]!r} appears twice")
         found[name] = value
     return found
 
@@ -217,7 +217,7 @@ def _measure(node: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[
     """Return (nodes, levels) of a YAML tree with its aliases written out, each alias counted once.
 
     Raises:
-        _TooMuch: there are too many, or a key stands twice.
+        _TooMuch: there are too many, or a key appears twice.
     """
     if id(node) in known:
         return known[id(node)]
@@ -231,7 +231,7 @@ def _measure(node: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[
         seen: set[tuple[str, str]] = set()
         for key in keys:
             if key in seen:
-                raise _TooMuch(f"the key {key[1][:80]!r} stands twice")
+                raise _TooMuch(f"the key {key[1][:80]!r} appears twice")
             seen.add(key)
         children = [part for pair in children for part in pair]
     parts = [_measure(child, depth + 1, known) for child in children]
@@ -364,7 +364,7 @@ def _entries(path: Place, file: IO[bytes]) -> tuple[zipfile.ZipFile, dict[str, z
             raise DamagedFileError(
                 path, f"its entry {entry.filename[:80]!r} is no array of its own"
             )
-        # others are unpacked by the block, whatever size is declared
+        # others are unpacked by the block, for every declared size
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DamagedFileError(path, f"{name[:80]!r} is compressed in a way numpy never does")
         entries[name] = entry

@@ -2,9 +2,9 @@
 
 A step is a row of a table. With m the model output,
 
-    x0_hat = x0_x x_t + x0_m m                                    then clipped or thresholded, if
-    asked x_s    = out_x0 x0_hat + out_x x_t + out_m m + std z          clipped
-    x_s    = out_x x_t + out_m m + std z                          not clipped: x0_hat is folded in
+    x0_hat = x0_x x_t + x0_m m                          clipped or thresholded, if asked
+    x_s    = out_x0 x0_hat + out_x x_t + out_m m + std z    if x0_hat is clipped
+    x_s    = out_x x_t + out_m m + std z                    if not: x0_hat is folded in
 
 The rows of all T timesteps are computed in float64 on the CPU once per (trajectory, eta) and kept
 on the device of the sample; `step` looks its row up and reads nothing back.
@@ -103,8 +103,8 @@ class Table(NamedTuple):
     """
 
     rows: torch.Tensor
-    uses_sample: bool  # is out_x needed beside a clipped x0_hat?
-    uses_output: bool  # is out_m needed beside a clipped x0_hat?
+    uses_sample: bool  # is out_x needed with a clipped x0_hat?
+    uses_output: bool  # is out_m needed with a clipped x0_hat?
     multistep: Multistep | None = None
 
 
@@ -125,7 +125,7 @@ class Past(NamedTuple):
     """The predictions of the latest steps, the newest first, and how many of them belong together.
 
     All of it stays on the device: whether a step goes on from the one before is decided there, so
-    that nothing is read back and no step compiles anew.
+    that nothing is read back and no step compiles again.
     """
 
     predictions: tuple[torch.Tensor, ...]
@@ -190,7 +190,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._show()
 
     def _process_changed(self, plan: list[int] | None = None) -> None:
-        """Make anew what hangs on alpha_bar."""
+        """Compute again what depends on alpha_bar."""
         self._forward.clear()
         self._optimal_plans.clear()
         stride = self._stride if plan is None else None
@@ -199,7 +199,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._set_plan(plan, stride)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is made anew; the history goes along, without gradients.
+        """Leave out what is computed again; the history goes along, without gradients.
 
         The many views of a table are slow to pickle, and a tensor that has a history of its own
         cannot be copied.
@@ -229,7 +229,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
         Args:
             timesteps: the trajectory, strictly decreasing.
-            stride: where every step goes this far down instead, from whatever timestep.
+            stride: where every step goes this far down instead, from any timestep.
         """
         self._past = None
         if not torch.compiler.is_dynamo_compiling():
@@ -272,7 +272,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         self._newest = None
 
     def _follow(self) -> None:
-        """Make anew what was computed from attributes or settings that have changed since."""
+        """Compute again what comes from attributes or settings that have changed since."""
         self._follow_config()
         if not self._marks or torch.compiler.is_dynamo_compiling():
             return
@@ -319,9 +319,9 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     @property
     def num_inference_steps(self) -> int | None:
-        """The number of planned steps; `None` before there is a plan.
+        """Return the number of planned steps; `None` before there is a plan.
 
-        Assigned, it plans steps of T // n from whatever timestep, as stock DDIM does; a number that
+        Assigned, it plans steps of T // n from any timestep, as stock DDIM does; a number that
         agrees with `timesteps` changes nothing.
         """
         return self._num_inference_steps
@@ -349,10 +349,8 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         if self._plan_has_zero_snr and self.config.prediction_type == "epsilon":
             raise ValueError(
                 "`prediction_type` is 'epsilon' and the trajectory holds a timestep with alpha_bar "
-                "= 0, where "
-                "eps says nothing about x_0; use 'v_prediction', 'sample' or 'posterior_mean', or "
-                "timesteps "
-                "that avoid it (e.g. timestep_spacing='leading')."
+                "= 0, where eps says nothing about x_0; use 'v_prediction', 'sample' or "
+                "'posterior_mean', or timesteps that avoid it (e.g. timestep_spacing='leading')."
             )
 
     def _resolve_timesteps(
@@ -414,7 +412,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     @property
     def _x0_limit(self) -> float:
-        """Largest |x_0|: the range of thresholded data is 1, any other's `clip_sample_range`."""
+        """Return the largest |x_0|: 1 for thresholded data, else `clip_sample_range`."""
         if self.config.get("thresholding", False):
             return 1.0
         return float(self.config.get("clip_sample_range", 1.0))
@@ -568,7 +566,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
     def _keep(self, key: tuple, table: Table, device: Any) -> Table:
         """Store a table on `device` for the steps to come, and return it."""
-        if table.rows.device != device:  # `to` would stand in a traced program
+        if table.rows.device != device:  # `to` would be part of a traced program
             table = _each(table, lambda part: part.to(device))
         if torch.jit.is_tracing() or not holds_numbers(table.rows):
             return table

@@ -46,7 +46,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
     (`multistep`), at no further network call. They count where a step goes on from the one before,
     from t to the s where that landed; after `set_timesteps`, at a timestep that is not planned, and
     wherever else the loop did not come from the planned step before, a step has order 1 and the
-    history starts anew. eps_hat is then always re-derived from a clipped x0_hat.
+    history starts again. eps_hat is then always re-derived from a clipped x0_hat.
 
     Args:
         num_train_timesteps: T, from 1 to 100,000.
@@ -60,7 +60,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             alpha_bar_0.
         steps_offset: added to `leading` timesteps.
         prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean` (mu-tilde of the
-            training chain t -> t - 1, whatever step is planned; see
+            training chain t -> t - 1, for every planned step; see
             `parameterization.x0_coefficients` on precision).
         thresholding: dynamic thresholding of x0_hat instead of clipping.
         dynamic_thresholding_ratio: its quantile, in (0, 1].
@@ -347,7 +347,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         )
         weights = planned.new_zeros(planned.shape[0], len(self), planned.shape[2])
         weights[:, plan] = planned
-        before = torch.full_like(self._landing, -2)  # -1 stands for no step yet
+        before = torch.full_like(self._landing, -2)  # -1 means no step yet
         before[plan[1:]] = self._plan_tensor()[:-1]
         estimate = None
         if config.solver_form == "epsilon":

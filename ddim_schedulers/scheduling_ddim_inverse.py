@@ -29,15 +29,14 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
     order. A step goes from s up to t, with the network asked at t, the later one of the pair
     (stock's convention):
 
-        x_t = sqrt(abar_t) x0_hat + sqrt(1 - abar_t) eps_hat                         DDIM, Sec. 4.3
-        and 5.4
+        x_t = sqrt(abar_t) x0_hat + sqrt(1 - abar_t) eps_hat            DDIM, Sec. 4.3 and 5.4
 
-    x0_hat and eps_hat are read off the prediction at the noise level of x_s, as in stock. In two
-    cases that level cannot tell eps_hat, which is then read at the level t, where the network was
-    asked, with x_s for x_t; x0_hat = (x_s - sqrt(1 - abar_s) eps_hat) / sqrt(abar_s) follows it, as
-    for an eps network: `posterior_mean`, which belongs to one t of the training chain, and
-    `sample` where x_s is x_0 itself (alpha_bar_s = 1). There x_s - m over 0 is no eps, so eps_hat =
-    (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and x0_hat = x_s.
+    x0_hat and eps_hat follow from the prediction at the noise level of x_s, as in stock. In two
+    cases that level does not determine eps_hat: for `posterior_mean`, which belongs to one t of the
+    training chain, and for `sample` where x_s is x_0 itself (alpha_bar_s = 1), because (x_s - m) / 0
+    is no eps. There eps_hat follows at the level t, where the network was called, with x_s for x_t,
+    and x0_hat = (x_s - sqrt(1 - abar_s) eps_hat) / sqrt(abar_s), as for an eps network. In the case
+    of `sample` that is eps_hat = (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and x0_hat = x_s.
 
     Only for `solver_order` 1. A step of higher order uses predictions above x_s, which encoding has
     not reached: neither a closed form nor a fixed point in x_t alone gives them. `set_timesteps`
@@ -55,7 +54,7 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         trained_betas: T explicit betas in (0, 1); they replace the schedule.
         clip_sample: clip x0_hat to +- `clip_sample_range`; stock's default, and wrong for exact
             inversion.
-        set_alpha_to_one: x_0 stands at alpha_bar = 1; with False at alpha_bar_0.
+        set_alpha_to_one: x_0 is at alpha_bar = 1; with False, at alpha_bar_0.
         steps_offset: added to `leading` timesteps.
         prediction_type: `epsilon`, `sample`, `v_prediction` or `posterior_mean`.
         clip_sample_range: > 0.

@@ -101,7 +101,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
 
     @property  # type: ignore[override]
     def variance_type(self) -> str:
-        """The config's `variance_type`, under stock's attribute name."""
+        """Return the config's `variance_type`, under stock's attribute name."""
         return self.config.variance_type
 
     @variance_type.setter
@@ -110,7 +110,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
 
     @property
     def custom_timesteps(self) -> bool:
-        """Whether `timesteps` are a trajectory of their own.
+        """Return whether `timesteps` are a trajectory of their own.
 
         As in stock, steps go to the next of `timesteps` where it is True or `num_inference_steps`
         is set, and otherwise from t to t - 1.
@@ -148,7 +148,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
 
     @property
     def _default_end(self) -> float:
-        """The chain ends at x_0."""
+        """Return 1: the chain ends at x_0."""
         return 1.0
 
     def _check_variance_type(self, name: str | None = None) -> str:

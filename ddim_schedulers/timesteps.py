@@ -30,16 +30,15 @@ def make_timesteps(
 
     Args:
         spacing: `leading`: i (T // n) + steps_offset; `trailing`: round(T - i T / n) - 1;
-            `linspace`: rounded, both ends (the names of arXiv:2305.08891, Table 2); `quadratic`:
-                the DDIM authors' grid,
-            floor of the squares of n equal steps up to sqrt(quadratic_end T) (DDIM, App. D.2),
-            where a repeated index moves to the next free timestep.
+            `linspace`: rounded, both ends (the names of arXiv:2305.08891, Table 2);
+            `quadratic`: the DDIM authors' grid, floor of the squares of n equal steps up to
+            sqrt(quadratic_end T) (DDIM, App. D.2), where a repeated index moves to the next free
+            timestep.
         num_inference_steps: n, from 1 to T.
         num_train_timesteps: T.
         steps_offset: added to `leading` timesteps only, as in diffusers.
         quadratic_end: where `quadratic` ends as a share of T, in (0, 1]; the authors' code has 0.8,
             and 1.0 reaches T - 1.
-
         original_inference_steps: m, for `trailing` alone: pick the timesteps from the m equally
             spaced ones i (T // m) - 1 that a distilled network (LCM, arXiv:2310.04378) knows.
 
@@ -61,8 +60,7 @@ def make_timesteps(
         if steps_offset < 0 or last >= big_t:
             raise ValueError(
                 f"`steps_offset` is {steps_offset}; with {n} steps of {ratio} the largest timestep "
-                f"would be "
-                f"{last}, but it must lie in 0 .. {big_t - 1}, so at most "
+                f"would be {last}, but it must lie in 0 .. {big_t - 1}, so at most "
                 f"{big_t - 1 - (n - 1) * ratio} is allowed."
             )
         ascending = [i * ratio + steps_offset for i in range(n)]

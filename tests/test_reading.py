@@ -79,7 +79,7 @@ HOSTILE = {
         b'{"a": "\x01"}',
         b'{"a": ' + b"9" * 5000 + b"}",
     ),
-    ("json", "key 'a' stands twice"): (b'{"a": 1, "a": 2}', b'{"b": {"a": 1, "a": 1}}'),
+    ("json", "key 'a' appears twice"): (b'{"a": 1, "a": 2}', b'{"b": {"a": 1, "a": 1}}'),
     ("json", "integer of"): (b'{"a": 1' + b"0" * 400 + b"}", b'{"a": -9223372036854775809}'),
     ("json", "not finite"): (b'{"a": NaN}', b'{"a": [-Infinity]}', b'{"a": 1e999}'),
     ("json", "not UTF-8"): (b"\xff\xfe{}", b'{"a": "\xe9"}', os.urandom(64) + b"\xff"),
@@ -111,7 +111,7 @@ HOSTILE = {
         b"? [a]\n: b",
         b"a: {}: b",
     ),
-    ("yaml", "key 'a' stands twice"): (b"a: 1\na: 2", b"b: {a: 1, a: 1}"),
+    ("yaml", "key 'a' appears twice"): (b"a: 1\na: 2", b"b: {a: 1, a: 1}"),
     ("yaml", "holds a value that is none"): (
         b"a: 2001-99-99",
         b"a: !!timestamp x",

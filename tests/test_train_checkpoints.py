@@ -119,7 +119,7 @@ STATES = [
         ("state.json", b"", "not valid JSON"),
         ("state.json", b"{}", "step is 'None'"),
         ("state.json", b"[" * 10**5, "nested deeper"),
-        ("state.json", b'{"step": 30, "step": 30}', "stands twice"),
+        ("state.json", b'{"step": 30, "step": 30}', "appears twice"),
         ("unet/config.json", None, "does not list unet/config.json"),
         ("unet/config.json", b"[]", "must hold a JSON object"),
         (f"unet/{WEIGHTS}", None, "does not list unet/"),
