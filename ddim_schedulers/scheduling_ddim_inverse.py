@@ -33,10 +33,11 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
 
     x0_hat and eps_hat follow from the prediction at the noise level of x_s, as in stock. In two
     cases that level does not determine eps_hat: for `posterior_mean`, which belongs to one t of the
-    training chain, and for `sample` where x_s is x_0 itself (alpha_bar_s = 1), because (x_s - m) / 0
-    is no eps. There eps_hat follows at the level t, where the network was called, with x_s for x_t,
-    and x0_hat = (x_s - sqrt(1 - abar_s) eps_hat) / sqrt(abar_s), as for an eps network. In the case
-    of `sample` that is eps_hat = (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and x0_hat = x_s.
+    training chain, and for `sample` where x_s is x_0 itself (alpha_bar_s = 1), because there
+    (x_s - m) / 0 is no eps. Then eps_hat follows at the level t, where the network was called, with
+    x_s for x_t, and x0_hat = (x_s - sqrt(1 - abar_s) eps_hat) / sqrt(abar_s), as for an eps
+    network. For `sample` this is eps_hat = (x_s - sqrt(abar_t) m) / sqrt(1 - abar_t) and
+    x0_hat = x_s.
 
     Only for `solver_order` 1. A step of higher order uses predictions above x_s, which encoding has
     not reached: neither a closed form nor a fixed point in x_t alone gives them. `set_timesteps`
