@@ -134,7 +134,7 @@ class FamilyAttributesMixin:
 
     @property
     def alpha_bar_end(self) -> float:
-        """alpha_bar where the last step lands: 1, or alpha_bar_0 with `set_alpha_to_one=False`.
+        """Return alpha_bar at the landing: 1, or alpha_bar_0 with `set_alpha_to_one=False`.
 
         Another one where `final_alpha_cumprod` (`initial_alpha_cumprod`, `one`) was assigned.
         """
