@@ -42,12 +42,12 @@ class Terms:
 
     @property
     def steps(self) -> torch.Tensor:
-        """The sum of L_{t-1} over the steps, or its unbiased estimate, (B,)."""
+        """Return the sum of L_{t-1} over the steps, or its unbiased estimate, (B,)."""
         return (self.value * self.weight).sum(1)
 
     @property
     def total(self) -> torch.Tensor:
-        """The bound, (B,)."""
+        """Return the bound, (B,)."""
         return self.prior + self.steps + self.decoder
 
 
