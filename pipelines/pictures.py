@@ -42,17 +42,36 @@ def make_grid(
             f"`columns`={columns}, `padding`={padding}, `scale`={scale}; they must be >= 1, >= 0 "
             "and >= 1."
         )
-    width, height = size[0] * scale, size[1] * scale
-    rows = math.ceil(len(tiles) / columns)
-    extent = (columns * (width + padding) + padding, rows * (height + padding) + padding)
-    ground = Image.new("L", (1, 1), 128).convert(mode).getpixel((0, 0))
-    canvas = Image.new(mode, extent, ground)
+    scaled = (size[0] * scale, size[1] * scale)
+    tiles = [tile.resize(scaled, Image.Resampling.NEAREST) for tile in tiles]
+    return _joined(tiles, columns, padding, padding, 128)
+
+
+def tiled(images: torch.Tensor, columns: int, grey: int = 128) -> Image.Image:
+    """Return images (N, C, H, W) in [-1, 1] as one picture, with lines of one pixel between them.
+
+    Of other numbers of channels than 1 and 3, the first is shown.
+
+    Args:
+        images: at least one.
+        columns: images in a row.
+        grey: of the lines, 0 .. 255.
+    """
+    shown = images if images.shape[1] in (1, 3) else images[:, :1]
+    return _joined(to_pil(to_uint8(shown)), columns, 1, 0, grey)
+
+
+def _joined(
+    tiles: list[Image.Image], columns: int, padding: int, border: int, grey: int
+) -> Image.Image:
+    """Paste tiles of one size and mode row by row on a ground."""
+    (width, height), mode = tiles[0].size, tiles[0].mode
+    step, rows = (width + padding, height + padding), math.ceil(len(tiles) / columns)
+    edge = 2 * border - padding
+    ground = Image.new("L", (1, 1), grey).convert(mode).getpixel((0, 0))
+    canvas = Image.new(mode, (columns * step[0] + edge, rows * step[1] + edge), ground)
     for i, tile in enumerate(tiles):
-        corner = (
-            i % columns * (width + padding) + padding,
-            i // columns * (height + padding) + padding,
-        )
-        canvas.paste(tile.resize((width, height), Image.Resampling.NEAREST), corner)
+        canvas.paste(tile, (i % columns * step[0] + border, i // columns * step[1] + border))
     return canvas
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 from ddim_schedulers.training import demo
+from ddim_schedulers.training.common.storage import slug
+from ddim_schedulers.training.metrics.features import load_classifier
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +26,40 @@ def run(tmp_path_factory):
 def test_table_has_every_cell_with_the_same_n(run):
     settings, results = run
     cells = {(cell["member"], cell["steps"]) for cell in results["table"]}
-    every = {(member.name, s) for member in demo.MEMBERS for s in settings.steps}
-    assert cells == every | {(member.name, settings.long_steps) for member in demo.LONG_MEMBERS}
+    rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "sigma-hat"]
+    every = {(f"{row}, trailing", s) for row in rows for s in settings.steps}
+    long = {(f"{row}, trailing", settings.long_steps) for row in (rows[0], rows[-1])}
+    assert cells == every | long
     assert {cell["n"] for cell in results["table"]} == {settings.num_images}
     assert all(cell["network_calls"] == cell["steps"] for cell in results["table"])
-    assert json.loads((settings.output / "results.json").read_text()) == results
+    assert all(0 <= c["sure_share"] <= 1 <= c["classes"] <= 10 for c in results["table"])
+    written = json.loads((settings.output / "results.json").read_text())
+    assert written | {"short": results["short"]} == results
 
 
 def test_page_shows_each_cell_and_picture(run):
     settings, results = run
     page = (settings.output / "results.md").read_text()
+    report = settings.output / "evaluation" / "report.md"
+    assert f"({report.relative_to(settings.output)})" in page and results["short"] in page
     for cell in results["table"]:
-        assert format(cell["frechet"], ".2f") in page
-    for picture in [*results["pictures"], "reconstruction.png"]:
+        assert format(cell["frechet"], ".3f") in page and format(cell["seconds"], ".1f") in page
+        assert format(cell["frechet"], ".3f") in report.read_text()
+    for picture in ("samples.png", "ways.png"):
         assert f"({picture})" in page
         pixels = np.asarray(Image.open(settings.output / picture).convert("L"))
         assert pixels.std() > 10, f"{picture} is blank"
+
+
+def test_the_share_of_sure_samples_is_that_of_the_stored_images(run):
+    settings, results = run
+    folder = settings.output / "evaluation"
+    network = load_classifier(folder / "classifier.safetensors")
+    for cell in results["table"]:
+        (place,) = folder.glob(f"cells/{slug(cell['member'])}-S{cell['steps']}-*/shards/*.npz")
+        images = torch.from_numpy(np.load(place)["images"]).movedim(-1, 1) / 127.5 - 1
+        highest = network.head(network(images)).softmax(1).amax(1)
+        assert cell["sure_share"] == pytest.approx(float((highest >= demo.SURE).float().mean()))
 
 
 def test_pipeline_loads_without_this_package_and_without_a_warning(run):
@@ -60,17 +81,6 @@ def test_pipeline_loads_without_this_package_and_without_a_warning(run):
     assert not complaints, done.stderr
 
 
-def test_judge_tells_digits_from_noise_and_from_a_shift():
-    data = demo._Digits()
-    judge = demo._Judge(data)
-    assert judge.real["held_out_accuracy"] >= 0.95
-    real = judge.training_images(256, 0)
-    noise = judge(torch.randn(256, 1, 8, 8))
-    shifted = judge(data.train[:256].roll(1, dims=-1))  # a mutation: all digits one pixel off
-    assert real["frechet"] < 0.2 * shifted["frechet"] < noise["frechet"]
-    assert real["classes"] == 10
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"num_images": 1}, "`num_images` is 1"), ({"steps": (0, 10)}, "`steps` is \\(0, 10\\)")],
@@ -86,7 +96,7 @@ def test_its_folder_has_one_owner(tmp_path, monkeypatch):
     from ddim_schedulers.pipelines import alive, ownership
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_train", lambda settings: record(settings.output))
+        patch.setattr(demo, "train", lambda config: record(Path(config.output_dir).parent))
         found = []
 
         def record(folder):

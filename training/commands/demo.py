@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     check_folders(output, "pipeline", "--output")
     settings = demo.quick(output, args.seed) if args.quick else demo.DemoSettings(output, args.seed)
     results = demo.run_demo(settings)
-    print(demo.render(results).split("![")[0])
+    print(results["short"])
     print(f"Pictures and results.md: {output}")
     print(f'Load it: DiffusionPipeline.from_pretrained("{output / "pipeline"}")')
     print(f"{results['seconds']:.0f} seconds in all.")

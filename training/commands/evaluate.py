@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 HELP = "Measure samples of any scheduler, eta and number of steps against real images; resumable."
 
@@ -45,11 +44,8 @@ def run(args: argparse.Namespace) -> int:
     overrides = {name: getattr(args, name) for name in names.split()}
     config = load_evaluation(args.config, args.trust_code, **overrides)
     config = dataclasses.replace(config, pipeline=pinned(config.pipeline, args.revision))
-    from ddim_schedulers.pipelines.files import check_folders
-    from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
-    from ddim_schedulers.training.evaluation.cells import Evaluation
-    from ddim_schedulers.training.evaluation.report import short, write_report
-    from ddim_schedulers.training.evaluation.results import run as evaluate
+    from ddim_schedulers.training.common.processes import AccelerateTeam
+    from ddim_schedulers.training.evaluation.report import evaluate, short
 
     team = AccelerateTeam(args.cpu)
 
@@ -58,15 +54,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"process {team.index}: {line}\n")
         sys.stderr.flush()
 
-    check_folders(Path(config.output_dir), "cells", "output_dir")
-    with own_together(Path(config.output_dir), "evaluate", team) as owner:
-        evaluation = Evaluation(config, team, team.state.device, progress)
-        evaluation.shows_steps = True
-        results = evaluate(evaluation, sample=not args.report)
-        if team.index == 0:
-            owner.check()
-            written = write_report(evaluation, results)
-            print(short(results))
-            print("Written:", *written)
-        team.wait()
+    _, results, written = evaluate(config, team, team.state.device, progress, not args.report)
+    if team.index == 0:
+        print(short(results))
+        print("Written:", *written)
     return 0

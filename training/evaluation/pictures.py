@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddim_schedulers.training.common.figures import panels_figure, rows_figure, tiles
+from ddim_schedulers.pipelines.pictures import tiled
+from ddim_schedulers.training.common.figures import panels_figure, rows_figure
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.references import from_uint8
 
@@ -94,7 +95,7 @@ def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
             cell = cells.get((row, s))
             images = from_uint8(evaluation.files.preview(cell)) if cell is not None else blank
             title = f"{row}, S = {s}" if cell is not None else ""
-            panels.append((title, tiles(images[:SHOWN_IMAGES], min(SHOWN_IMAGES, len(images)))))
+            panels.append((title, tiled(images[:SHOWN_IMAGES], min(SHOWN_IMAGES, len(images)))))
     return panels_figure(panels, len(steps), 4.0)
 
 

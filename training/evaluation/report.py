@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from ddim_schedulers.pipelines.files import write_bytes
+import torch
+
+from ddim_schedulers.pipelines.files import check_folders, write_bytes
 from ddim_schedulers.training.common.figures import save_figure
+from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.evaluation.card import render_example
 from ddim_schedulers.training.evaluation.cells import Evaluation
+from ddim_schedulers.training.evaluation.config import EvaluationConfig
 from ddim_schedulers.training.evaluation.pictures import curves, nearest_figure, samples_figure
+from ddim_schedulers.training.evaluation.references import Progress
+from ddim_schedulers.training.evaluation.results import run
 from ddim_schedulers.training.evaluation.tables import (
     distances,
     expectations,
@@ -38,6 +44,40 @@ def short(results: dict[str, Any]) -> str:
         if table["missing"]:
             lines += [f"Not run: {len(table['missing'])} cells.", ""]
     return "\n".join(lines)
+
+
+def evaluate(
+    config: EvaluationConfig,
+    team: Team | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda line: None,
+    sample: bool = True,
+    warns: bool = True,
+) -> tuple[Evaluation, dict[str, Any], list[Path]]:
+    """Measure all cells, showing the steps, and write the report; the folder is owned meanwhile.
+
+    Args:
+        config: what is asked for.
+        team: the processes that share the work.
+        device: of the network and the feature spaces.
+        progress: called with a line of text now and then.
+        sample: else only the cells that are there are gathered.
+        warns: of values that are clipped.
+
+    Returns:
+        The evaluation, what is in metrics.json, and the files that this process wrote.
+    """
+    team = team or Team()
+    check_folders(Path(config.output_dir), "cells", "output_dir")
+    with own_together(Path(config.output_dir), "evaluate", team) as owner:
+        evaluation = Evaluation(config, team, device, progress)
+        evaluation.shows_steps, evaluation.pipe._warns_of_clipping = True, warns
+        results, written = run(evaluation, sample), []
+        if team.index == 0:
+            owner.check()
+            written = write_report(evaluation, results)
+        team.wait()
+    return evaluation, results, written
 
 
 def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:

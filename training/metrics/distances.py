@@ -23,6 +23,17 @@ class _Given(torch.nn.Module):
         return features
 
 
+def frechet_metric(network: torch.nn.Module, **settings: Any) -> Any:
+    """Return torchmetrics' Frechet distance over the features of a network.
+
+    Despite its name it takes any features. Their moments are summed over processes in float64, and
+    those of the real images stay after `reset`.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    return FrechetInceptionDistance(network, reset_real_features=False, **settings)
+
+
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Return the Frechet distance of Gaussians fitted to two sets (FID, arXiv:1706.08500).
 
@@ -33,11 +44,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Raises:
         ValueError: fewer than two rows, other shapes, or values that are not finite.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     real, fake = _checked(real, fake)
     # every process has all features in one order, so the figure is the same for any number of them
-    metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
+    metric = frechet_metric(_Given(real.shape[1]), sync_on_compute=False)
     # The same centre for both changes nothing in the distance; moments about it lose fewer digits.
     centre = real.mean(0)
     metric.update(real - centre, real=True)

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
+from PIL.Image import Resampling
 from torch import Tensor
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines.files import write_atomically, write_png
+from ddim_schedulers.pipelines.pictures import tiled
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.images import ImageData
+from ddim_schedulers.training.metrics.distances import frechet_metric
 from ddim_schedulers.training.metrics.features import make_feature_space
 from ddim_schedulers.training.objectives.losses import Objective
 
@@ -134,13 +137,7 @@ class Watcher:
     def _distances(self, parts: list[Tensor], count: int) -> dict[str, Any]:
         reference = min(len(self.data), REFERENCE_LIMIT)
         if self._distance is None:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-
-            # Despite its name it takes any features; their moments are summed over processes in
-            # float64.
-            self._distance = FrechetInceptionDistance(
-                feature=self.features, reset_real_features=False
-            ).to(self.accelerator.device)
+            self._distance = frechet_metric(self.features).to(self.accelerator.device)
             moments = torch.zeros(3, self.data.channels, dtype=torch.float64)
             for rows in self._shares(reference, self.config.eval_batch_size):
                 images = self.data.batch(rows.numpy())[0]
@@ -213,22 +210,10 @@ def save_grid(images: Tensor, path: Path) -> None:
 
     One and three channels are shown as grey and colour; of other numbers, the first.
     """
-    from PIL import Image
-
-    count, channels, height, width = images.shape
-    shown = images if channels in (1, 3) else images[:, :1]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    scale = max(1, 48 // height)
-    pixels = ((shown.float().clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    shape = (rows * (height + 1) - 1, columns * (width + 1) - 1, shown.shape[1])
-    canvas = np.full(shape, 255, np.uint8)
-    for index, image in enumerate(pixels):
-        top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
-        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
+    grid = tiled(images, math.ceil(math.sqrt(len(images))), grey=255)
+    scale = max(1, 48 // images.shape[2])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, Image.fromarray(canvas[..., 0] if shown.shape[1] == 1 else canvas))
+    write_png(path, grid.resize((grid.width * scale, grid.height * scale), Resampling.NEAREST))
 
 
 def plot_over_t(t: Tensor, error: Tensor, path: Path) -> None:
