@@ -8,7 +8,7 @@ seeds. The result is a folder of pictures, a table and a pipeline that anyone lo
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,8 @@ def _cell(
     evaluation: Evaluation, cell: Cell, samples: dict[tuple[str, int], torch.Tensor]
 ) -> dict[str, Any]:
     """Return a line of the table: the figures of a cell, and what the classifier makes of it."""
-    kept, network = evaluation.files.read(cell), evaluation.real.networks["classifier"]
+    kept = evaluation.files.read(cell)
+    network: Any = evaluation.real.networks["classifier"]
     images = samples[cell.row.name, cell.steps].to(evaluation.device)
     with torch.no_grad():
         probability = network.head(network(images)).softmax(1)
@@ -211,21 +212,21 @@ def _draw_ways(settings: DemoSettings, evaluation: Evaluation) -> dict[str, Any]
     Returns:
         The mean squared errors of the reconstruction on [0, 1], by S.
     """
-    last = max(settings.steps)
+    last, sibling = max(settings.steps), cast(Any, evaluation.pipe.sibling)
     saved = evaluation.pipe.scheduler.config
     common = {"timestep_spacing": "trailing", "eta": 0.0}
     ddim = GeneralizedDDIMScheduler.from_config(saved, **common)
     unclipped = GeneralizedDDIMScheduler.from_config(saved, **common, clip_sample=False)
-    pipe = evaluation.pipe.sibling(GenerationPipeline, scheduler=ddim)
+    pipe = sibling(GenerationPipeline, scheduler=ddim)
     path = pipe(seeds=[0], num_inference_steps=last, return_path=True, output_type="latent").path
     picked = np.linspace(0, len(path.timesteps) - 1, SHOWN).round().astype(int)
     times = ", ".join(str(path.timesteps[i]) for i in picked)
     rows = [(f"x_t at t = {times}", path.x_t[picked, 0]), ("x0_hat", path.x0[picked, 0])]
-    between = evaluation.pipe.sibling(InterpolationPipeline, scheduler=ddim)(
+    between = sibling(InterpolationPipeline, scheduler=ddim)(
         seeds=[0, 1], num_points=SHOWN, num_inference_steps=last, output_type="latent"
     ).images
     rows.append(("slerp on x_T from seed 0 to seed 1", between))
-    pipe = evaluation.pipe.sibling(InversionPipeline, scheduler=unclipped)
+    pipe = sibling(InversionPipeline, scheduler=unclipped)
     originals = evaluation.real.held_out.batch(range(SHOWN))[0]
     rows.append(("held-out digits", originals))
     errors = {}

@@ -72,7 +72,8 @@ def evaluate(
     with own_together(Path(config.output_dir), "evaluate", team) as owner:
         evaluation = Evaluation(config, team, device, progress)
         evaluation.shows_steps, evaluation.pipe._warns_of_clipping = True, warns
-        results, written = run(evaluation, sample), []
+        results = run(evaluation, sample)
+        written: list[Path] = []
         if team.index == 0:
             owner.check()
             written = write_report(evaluation, results)
