@@ -10,25 +10,20 @@ The rows of all T timesteps are computed in float64 on the CPU once per (traject
 on the device of the sample; `step` looks its row up and reads nothing back.
 """
 
-import math
 import numbers
 import operator
-import reprlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasDiffusionSchedulers
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 
 from .attributes import FamilyAttributesMixin, checked_plan, is_part, mark_of
 from .betas import (
-    alpha_bar_before,
     check_num_train_timesteps,
     explicit_betas,
-    has_linear_betas,
     make_betas,
     rescale_zero_terminal_snr,
     shift_snr,
@@ -41,35 +36,44 @@ from .family_config import (
     FamilyConfigMixin,
     check_names,
     check_planned,
-    predicts_variance,
     unsaid_noise,
     written,
 )
+from .history import FamilyHistoryMixin, Past
 from .modes import outside_modes
 from .optimal import (
-    Statistics,
-    late_noise_cap,
-    optimal_timesteps,
-    statistics_of,
     x0_variance,
 )
 from .parameterization import (
-    Coefficients,
     dynamic_threshold,
-    eps_coefficients,
-    x0_coefficients,
 )
-from .reverse_noise import OWN, FixedNoise, LearnedNoise, Noise, Steps, cost_name, noise_named
-from .sigmas import sigma_eta
+from .planning import (
+    bound_member,
+    check_calibration,
+    largest_x0,
+    measured_statistics,
+    planned_timesteps,
+)
+from .reverse_noise import OWN, LearnedNoise, Noise, Steps, noise_named
+from .step_inputs import (
+    cast_to,
+    check_pair,
+    check_tensors,
+    compute_dtype,
+    has_half,
+    holds_numbers,
+    noise_like,
+    pick_rows,
+    read_if_free,
+    split_output,
+)
+from .tables import Table, late_noise_limit, reverse_table
 from .timesteps import (
     check_num_inference_steps,
-    check_timesteps,
     landing,
     make_timesteps,
     pairs,
 )
-from .trajectory import calibrated_timesteps, trajectory_of
-from .transition import Transition, transition
 
 logger = logging.get_logger(__name__)
 
@@ -78,34 +82,6 @@ MAX_TABLES = 64
 
 # The columns of a longer plan are not kept: 3.4 kB a row.
 MAX_COLUMNS = 1000
-
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Multistep(NamedTuple):
-    """What a step of higher order adds: sum_j w_j (e_j - e_0), see `multistep`.
-
-    weights has shape (m + 1, T, m), m predictions remembered, first index how many are known.
-    before is the planned timestep before each, (T,), -2 where there is none. estimate holds the
-    columns e_x0, e_x, e_m of e_0 = eps_hat, (T, 3); without it e_0 is x0_hat.
-    """
-
-    weights: torch.Tensor
-    before: torch.Tensor
-    estimate: torch.Tensor | None
-
-
-class Table(NamedTuple):
-    """Rows of one (trajectory, eta), float32 or float64, and what is known of all of them.
-
-    The columns are x0_x, x0_m, out_x0, out_x, out_m, std and, where the network tells the noise,
-    its bounds log_std_min and log_std_max.
-    """
-
-    rows: torch.Tensor
-    uses_sample: bool  # is out_x needed with a clipped x0_hat?
-    uses_output: bool  # is out_m needed with a clipped x0_hat?
-    multistep: Multistep | None = None
 
 
 class StepSettings(NamedTuple):
@@ -121,20 +97,7 @@ class StepSettings(NamedTuple):
     noise_is_unsaid: bool  # though the network tells a variance
 
 
-class Past(NamedTuple):
-    """The predictions of the latest steps, the newest first, and how many of them belong together.
-
-    All of it stays on the device: whether a step goes on from the one before is decided there, so
-    that nothing is read back and no step compiles again.
-    """
-
-    predictions: tuple[torch.Tensor, ...]
-    known: torch.Tensor  # (1,)
-    timestep: torch.Tensor  # (1,), of the newest
-    thread: int | None = None  # that made it; None where it may go on anywhere
-
-
-class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
+class FamilySchedulerMixin(FamilyHistoryMixin, FamilyAttributesMixin, FamilyConfigMixin):
     """The common part of the scheduler classes, in front of `SchedulerMixin` and `ConfigMixin`."""
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -160,7 +123,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         # how often a plan was made, and which one each thread last saw: a history belongs to one
         self._planned_times, self._runs = 0, dict[int, int]()
         self._plan_of_config()
-        self._check_calibration()
+        check_calibration(self.config, self._alpha_bar, self._settings.noise)
 
     def _check_config(self) -> None:
         big_t = check_num_train_timesteps(self.config.num_train_timesteps)
@@ -353,134 +316,38 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
                 "'posterior_mean', or timesteps that avoid it (e.g. timestep_spacing='leading')."
             )
 
+    def _bound_member(self) -> tuple[str, float]:
+        return bound_member(self.config)
+
     def _resolve_timesteps(
         self, num_inference_steps: int | None, timesteps: Iterable[int] | None
     ) -> list[int]:
         """Return the trajectory that the arguments and the config ask for."""
-        config, big_t = self.config, self.config.num_train_timesteps
-        if timesteps is not None:
-            if num_inference_steps is not None:
-                raise ValueError(
-                    f"`num_inference_steps` is {num_inference_steps!r} and `timesteps` is given; "
-                    f"pass one of them."
-                )
-            return check_timesteps(timesteps, big_t)
-        if config.timesteps is not None:
-            planned = check_timesteps(config.timesteps, big_t)
-            _check_length("timesteps", len(planned), num_inference_steps)
-            return planned
-        if num_inference_steps is None:
-            raise ValueError(
-                "`num_inference_steps` is None and no `timesteps` are given; pass one of them."
-            )
-        check_num_inference_steps(num_inference_steps, big_t)
-        if config.timestep_spacing == "optimal":
-            return list(self._optimal_timesteps(num_inference_steps))
-        if config.timestep_spacing == "calibrated":
-            return list(self._calibrated_timesteps(num_inference_steps))
-        return make_timesteps(
-            config.timestep_spacing,
-            num_inference_steps,
-            big_t,
-            config.steps_offset,
-            config.quadratic_end,
-            config.original_inference_steps,
+        process = self._alpha_bar, self.alpha_bar_end
+        member, kept = self._bound_member(), self._optimal_plans
+        return planned_timesteps(
+            self.config, *process, member, kept, num_inference_steps, timesteps
         )
-
-    def _needs_calibration(self) -> bool:
-        spacing = self.config.timestep_spacing
-        return self._settings.noise.needs_calibration or spacing == "optimal"
-
-    def _check_calibration(self) -> None:
-        """Check what `calibration` holds: statistics, a trajectory, or both."""
-        calibration = self.config.get("calibration")
-        has_trajectory = isinstance(calibration, Mapping) and "trajectory" in calibration
-        if has_trajectory or self.config.timestep_spacing == "calibrated":
-            trajectory_of(calibration, len(self))
-        alone = has_trajectory and "gamma" not in calibration
-        if self._needs_calibration() or (calibration is not None and not alone):
-            self._statistics()
-
-    def _statistics(self) -> Statistics:
-        calibration = self.config.get("calibration")
-        if calibration is None:
-            raise ValueError(
-                "`calibration` is None, but 'optimal' noise or spacing needs the statistics of the "
-                "network; `ddim-schedulers calibrate` estimates them and puts them into the config."
-            )
-        return statistics_of(calibration, self._alpha_bar)
-
-    @property
-    def _x0_limit(self) -> float:
-        """Return the largest |x_0|: 1 for thresholded data, else `clip_sample_range`."""
-        if self.config.get("thresholding", False):
-            return 1.0
-        return float(self.config.get("clip_sample_range", 1.0))
-
-    def _bound_member(self) -> tuple[str, float]:
-        """Return the variance and eta whose bound `timestep_spacing='optimal'` minimises.
-
-        Where sigma may be 0 the bound is infinite, and the Markovian member's with the optimal
-        variance takes its place.
-        """
-        eta = self.config.get("eta")
-        if not eta:
-            return "optimal", 1.0
-        name = self.config.get("reverse_variance", "sigma")
-        return cost_name(noise_named("reverse_variance", name)), float(eta)
-
-    def _optimal_timesteps(self, num_inference_steps: int) -> list[int]:
-        statistics, member = self._statistics(), self._bound_member()
-        numbers = (tuple(values.tolist()) for values in statistics)
-        key = (num_inference_steps, *member, self._x0_limit, *numbers)
-        if key not in self._optimal_plans:
-            self._optimal_plans[key] = optimal_timesteps(
-                self._alpha_bar, statistics, num_inference_steps, *member, self._x0_limit
-            )
-        return self._optimal_plans[key]
-
-    def _calibrated_timesteps(self, num_inference_steps: int) -> list[int]:
-        config = self.config
-        trajectory = trajectory_of(config.get("calibration"), len(self))
-        solver = (
-            config.get("solver_order", 1),
-            config.get("solver_form", "sample"),
-            bool(config.get("lower_order_final", False)),
-        )
-        curve = tuple(trajectory.points.flatten().tolist())
-        key = ("calibrated", num_inference_steps, *solver, *trajectory.timesteps, *curve)
-        if key not in self._optimal_plans:
-            self._optimal_plans[key] = calibrated_timesteps(
-                trajectory, self._alpha_bar, self.alpha_bar_end, num_inference_steps, *solver
-            )
-        return self._optimal_plans[key]
 
     def _steps(self, noise: Noise, sigma: torch.Tensor) -> Steps:
         """Return what the noise may use of each step of the member sigma, (T,)."""
+        config, a_t, a_s = self.config, self._alpha_bar, self._alpha_bar_s
         own, largest = None, None
         if noise.needs_calibration:
-            own = x0_variance(self._statistics().gamma, self._alpha_bar, self._x0_limit**2)
-            largest = self._late_noise_limit(sigma)
-        return Steps(self._alpha_bar, self._alpha_bar_s, sigma, own, largest)
+            gamma = measured_statistics(config, a_t).gamma
+            own = x0_variance(gamma, a_t, largest_x0(config) ** 2)
+            if config.late_noise_cap is not None or self._clips():
+                largest = late_noise_limit(
+                    config.late_noise_cap, a_t, a_s, self._landing, sigma, self._plan
+                )
+        return Steps(a_t, a_s, sigma, own, largest)
 
-    def _std_of(self, noise: FixedNoise, sigma: torch.Tensor) -> torch.Tensor:
-        return noise.std(self._steps(noise, sigma))
-
-    def _late_noise_limit(self, sigma: torch.Tensor) -> torch.Tensor | None:
-        """Return the largest std of measured noise, (T,): a cap on that of the second-to-last step.
-
-        The cap is `late_noise_cap` pixels; without one, for clipped data, i.e. pixels, as in
-        Analytic-DPM, App. F: 2 for DDPM on its linear schedule, 1 otherwise.
-        """
-        pixels = self.config.late_noise_cap
-        if pixels is None and not self._clips():
-            return None
-        if pixels is None:
-            ddpm = sigma_eta(self._alpha_bar, self._alpha_bar_s, 1.0)[self._plan]
-            is_ddpm = torch.allclose(sigma[self._plan], ddpm, rtol=1e-6, atol=0.0)
-            pixels = 2.0 if is_ddpm and has_linear_betas(self._alpha_bar) else 1.0
-        is_late = self._landing == self._plan[-1]
-        return torch.full_like(sigma, math.inf).masked_fill(is_late, late_noise_cap(pixels))
+    def _table(self, sigma: torch.Tensor, rederive: bool, dtype: torch.dtype) -> Table:
+        """Return the table of the reverse transitions of the member sigma, (T,)."""
+        self._check_plan_snr()
+        noise, prediction = self._settings.noise, self.config.prediction_type
+        steps = self._steps(noise, sigma)
+        return reverse_table(steps, noise, prediction, self._clips(), rederive, dtype)
 
     def _warn_of_terminal_signal(self) -> None:
         """Say once where sampling cannot start from what training ended with."""
@@ -510,7 +377,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             timestep: in 0 .. T - 1.
         """
         if isinstance(timestep, torch.Tensor):
-            picked = _pick(values.to(timestep.device), timestep, "timestep")
+            picked = pick_rows(values.to(timestep.device), timestep, "timestep")
             return picked.reshape(timestep.shape)
         return values[self._check_timestep(timestep)]
 
@@ -534,47 +401,17 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             )
         return t
 
-    def _table(self, sigma: torch.Tensor, rederive: bool, dtype: torch.dtype) -> Table:
-        """Return the table of the reverse transitions of the member sigma, (T,).
-
-        Where the network tells the noise, the column of the std is 1, and its bounds follow it.
-        With `rederive`, eps_hat follows the clipped x0_hat: eps_hat = (x_t - sqrt(abar_t) x0_hat) /
-        sqrt(1 - abar_t); otherwise it is the network's own, as in stock DDIM. It makes no
-        difference where nothing is clipped.
-        """
-        a_t, prediction = self._alpha_bar, self.config.prediction_type
-        self._check_plan_snr()
-        before = alpha_bar_before(a_t)
-        x0 = x0_coefficients(prediction, a_t, before)
-        eps = eps_coefficients(prediction, a_t, before)
-        noise, bounds = self._settings.noise, list[torch.Tensor]()
-        if isinstance(noise, FixedNoise):
-            std = self._std_of(noise, sigma)
-        else:
-            assert isinstance(noise, LearnedNoise)
-            std, bounds = torch.ones_like(sigma), noise.bounds(self._steps(noise, sigma))
-        std = torch.where(self._alpha_bar_s == 1, 0.0, std)  # the step that lands on x_0 adds none
-        row = transition(self._alpha_bar_s, sigma, std)
-        if self._clips() and rederive:
-            weight = row.eps / (1 - a_t).sqrt()
-            out = [row.x0 - weight * a_t.sqrt(), weight, torch.zeros_like(weight)]
-        else:
-            out = fold(x0, eps, row, self._clips())
-        uses_sample = rederive or prediction != "epsilon"
-        rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
-        return Table(rows.to(dtype), uses_sample, not rederive)
-
     def _keep(self, key: tuple, table: Table, device: Any) -> Table:
         """Store a table on `device` for the steps to come, and return it."""
         if table.rows.device != device:  # `to` would be part of a traced program
-            table = _each(table, lambda part: part.to(device))
+            table = table.each(lambda part: part.to(device))
         if torch.jit.is_tracing() or not holds_numbers(table.rows):
             return table
         if len(self._tables) >= MAX_TABLES:
             self._forget_tables()
         if not torch.compiler.is_compiling():
             with torch.inference_mode(False):  # a later step may be differentiated
-                table = _each(table, torch.clone) if table.rows.is_inference() else table
+                table = table.each(torch.clone) if table.rows.is_inference() else table
                 self._newest = (table, self._planned_columns(table.rows))
         self._tables[key] = table
         return table
@@ -621,7 +458,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         """
         if number is not None or not isinstance(timestep, torch.Tensor):
             return self._columns(table, number)
-        picked = _pick(table.rows, timestep, "timestep")
+        picked = pick_rows(table.rows, timestep, "timestep")
         if timestep.ndim == 0:
             return picked.unbind(1)
         if timestep.ndim > 1 or timestep.shape[0] not in (1, sample.shape[0]):
@@ -651,14 +488,16 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         variance_noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
-        prediction, raw_variance = self._split(model_output, sample, learned)
+        prediction, raw_variance = split_output(
+            model_output, sample, learned, self.config, self._noise_key
+        )
         number: Any = timestep
         if isinstance(timestep, torch.Tensor):
             number = read_if_free(timestep) if timestep.ndim == 0 else None
         columns = self._look_up(table, timestep, number, sample)
         x0_x, x0_m, out_x0, out_x, out_m, std, *bounds = columns
         dtype = table.rows.dtype
-        x, m = _cast(sample, dtype), _cast(prediction, dtype)
+        x, m = cast_to(sample, dtype), cast_to(prediction, dtype)
         x0 = torch.mul(x, x0_x).addcmul_(m, x0_m)
         if self._settings.clips:
             x0 = self._limit(x0)
@@ -672,64 +511,14 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         if table.multistep is not None:
             self._add_history(out, table.multistep, timestep, number, x0, x, m)
         if adds_noise:
-            noise = _cast(_noise_like(prediction, generator, variance_noise), dtype)
+            noise = cast_to(noise_like(prediction, generator, variance_noise), dtype)
             if learned is not None and raw_variance is not None:
                 # where no noise is added the network may say anything, and a NaN of the root or of
                 # its gradient would survive a product with 0
                 raw = torch.where(std > 0, raw_variance.to(dtype), 1.0)
                 std = std * learned.std(raw, *bounds)
             out.addcmul_(noise, std)
-        return _cast(out, sample.dtype), _cast(x0, sample.dtype)
-
-    def _split(
-        self, model_output: torch.Tensor, sample: torch.Tensor, learned: LearnedNoise | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the prediction, and the variance that the network told if the step uses it.
-
-        Of an output of 2 C channels the second half is the variance. It is left out only where the
-        config says that the network predicts one and the step takes its noise, if any, from
-        elsewhere.
-
-        Args:
-            model_output: of the network.
-            sample: (B, C, ...).
-            learned: how the step uses the second half, or `None` where it does not.
-
-        Raises:
-            ValueError: for another shape or dtype.
-        """
-        if not (sample.is_floating_point() and model_output.is_floating_point()):
-            name = "model_output" if sample.is_floating_point() else "sample"
-            dtype = model_output.dtype if sample.is_floating_point() else sample.dtype
-            raise ValueError(f"`{name}` has dtype {dtype}; it must be a floating dtype.")
-        if model_output.device != sample.device:
-            raise ValueError(
-                f"`model_output` is on the device {model_output.device}; it must be on that of "
-                f"`sample`, {sample.device}."
-            )
-        if learned is None and model_output.shape == sample.shape:
-            return model_output, None
-        has_half = _has_half(model_output, sample)
-        if has_half and (learned is not None or predicts_variance(self.config)):
-            prediction, variance = torch.split(model_output, sample.shape[1], dim=1)
-            return prediction, None if learned is None else variance
-        expected, why = tuple(sample.shape), ""
-        if learned is not None:
-            expected = (expected[0], 2 * expected[1], *expected[2:])
-            key = self._noise_key
-            why = (
-                f", twice the channels because `{key}` is {self.config[key]!r}; set another where "
-                "the variance has been split off"
-            )
-        elif has_half:
-            why = (
-                "; if the network predicts a variance in the second half of its channels, pass "
-                "`variance_type='learned_range'` to `from_config`"
-            )
-        raise ValueError(
-            f"`model_output` has shape {tuple(model_output.shape)}; for a `sample` of shape "
-            f"{tuple(sample.shape)} it must be {expected}{why}."
-        )
+        return cast_to(out, sample.dtype), cast_to(x0, sample.dtype)
 
     def _adds_none(self, t: int) -> bool:
         """Tell whether the step from `t` has a noise of std 0, in a member that adds noise."""
@@ -758,7 +547,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
         asked = self._plan if asked is None else asked
         if all(self._adds_none(t) for t in (asked if isinstance(asked, list) else [asked])):
             return
-        if _has_half(model_output, sample):
+        if has_half(model_output, sample):
             used = "`reverse_variance='learned_range'` with `eta=1.0` uses it"
             if key == "variance_type":
                 used = "`variance_type='learned_range'` uses it"
@@ -769,66 +558,6 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
                 "channels of `sample`: a variance that the network predicts. Say in `from_config` "
                 f"which noise is added: {used}, `{key}={UNSAID[key]!r}` leaves it out."
             )
-
-    def _add_history(
-        self,
-        out: torch.Tensor,
-        multistep: Multistep,
-        timestep: int | torch.Tensor,
-        number: Any,
-        x0: torch.Tensor,
-        x: torch.Tensor,
-        m: torch.Tensor,
-    ) -> None:
-        """Add sum_j w_j (e_j - e_0) to `out`, and keep e_0 for the steps to come.
-
-        The predictions before count only if they were made at the planned timesteps just before
-        this one; otherwise the step has order 1, as at the start.
-        """
-        if isinstance(timestep, torch.Tensor):
-            t = timestep.to(multistep.before.device, torch.int64).reshape(1)
-        else:
-            t = torch.full((1,), timestep, dtype=torch.int64, device=multistep.before.device)
-        # a copy: the network or the caller may write into what it was made of
-        if multistep.estimate is None:
-            e = x0.clone()
-        else:
-            e_x0, e_x, e_m = multistep.estimate.index_select(0, t).unbind(1)
-            e = torch.mul(x0, e_x0).addcmul_(x, e_x).addcmul_(m, e_m)
-        count = multistep.weights.shape[0] - 1
-        past, thread = self._past, None
-        if not torch.compiler.is_dynamo_compiling():
-            thread = threading.get_ident()
-            if number is None and isinstance(timestep, torch.Tensor) and timestep.ndim == 1:
-                number = read_if_free(timestep.reshape(()))
-            if number == self._plan[0]:  # nothing of another run is touched
-                none = (torch.zeros_like(e),) * (count - 1)
-                self._past = Past((e, *none), torch.zeros_like(t), t, thread)
-                self._runs[thread] = self._planned_times
-                return
-            self._check_thread(past, thread)
-        if past is None or not _alike(past.predictions, e, count):
-            past = Past((torch.zeros_like(e),) * count, torch.zeros_like(t), torch.full_like(t, -1))
-        follows = multistep.before.index_select(0, t) == past.timestep
-        known = torch.where(follows, (past.known + 1).clamp(max=count), 0)
-        weights = multistep.weights[known, t].unbind(1)
-        for j, (earlier, weight) in enumerate(zip(past.predictions, weights, strict=True)):
-            # not a product with 0 alone: what an abandoned run left may be NaN
-            out.addcmul_(torch.where(known > j, earlier - e, 0.0), weight)
-        self._past = Past((e, *past.predictions[:-1]), known, t, thread)
-        if thread is not None:
-            self._runs[thread] = self._planned_times
-
-    def _check_thread(self, past: Past | None, thread: int) -> None:
-        """Refuse a step in the middle of a run whose history another thread has replaced."""
-        owner = thread if past is None else past.thread
-        if owner in (None, thread) and self._runs.get(thread, -1) in (-1, self._planned_times):
-            return
-        raise RuntimeError(
-            f"Two threads share a scheduler of `solver_order`={self.config.solver_order}: another "
-            "thread has planned or stepped in the middle of this run, and the history of "
-            "predictions is not of this run. Give each thread its own, e.g. by `copy.deepcopy`."
-        )
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Return the sample as it is: a variance-preserving process needs no scaling."""
@@ -862,7 +591,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
     def _picked(
         roots: torch.Tensor, timesteps: torch.Tensor, ndim: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        picked = _pick(roots, timesteps, "timesteps")
+        picked = pick_rows(roots, timesteps, "timesteps")
         shape = (-1,) + (1,) * (ndim - 1)
         return picked[:, 0].reshape(shape), picked[:, 1].reshape(shape)
 
@@ -876,7 +605,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             noise: standard Gaussian, the same shape.
             timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
         """
-        _check_pair(original_samples=original_samples, noise=noise)
+        check_pair(original_samples=original_samples, noise=noise)
         root, rest = self._forward_coefficients(original_samples, timesteps)
         dtype = torch.promote_types(original_samples.dtype, noise.dtype)
         return (root * original_samples + rest * noise).to(dtype)
@@ -891,7 +620,7 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
             noise: standard Gaussian, the same shape.
             timesteps: integers in 0 .. T - 1, shape (B,), (1,) or ().
         """
-        _check_pair(sample=sample, noise=noise)
+        check_pair(sample=sample, noise=noise)
         root, rest = self._forward_coefficients(sample, timesteps)
         return (root * noise - rest * sample).to(torch.promote_types(sample.dtype, noise.dtype))
 
@@ -902,164 +631,3 @@ class FamilySchedulerMixin(FamilyAttributesMixin, FamilyConfigMixin):
 
 def _beta_settings(config: Any) -> str:
     return repr([config.get(name) for name in BETA_KEYS])
-
-
-def _each(table: Table, change: Callable[[torch.Tensor], torch.Tensor]) -> Table:
-    multistep = table.multistep
-    if multistep is not None:
-        changed: Any = (None if part is None else change(part) for part in multistep)
-        multistep = Multistep(*changed)
-    return table._replace(rows=change(table.rows), multistep=multistep)
-
-
-def _alike(predictions: tuple[torch.Tensor, ...], e: torch.Tensor, count: int) -> bool:
-    """Tell whether a history is of this run: its length, and the shape, dtype and device of `e`."""
-    newest = predictions[0]
-    same = newest.shape == e.shape and newest.dtype == e.dtype and newest.device == e.device
-    if same and not torch.compiler.is_dynamo_compiling():
-        modes = [getattr(each, "fake_mode", None) for each in (newest, e)]
-        same = modes[0] is modes[1] and holds_numbers(newest) == holds_numbers(e)
-    return same and len(predictions) == count
-
-
-def fold(x0: Coefficients, eps: Coefficients, row: Transition, clipped: bool) -> list[torch.Tensor]:
-    """Return the columns out_x0, out_x, out_m of a transition whose eps_hat is the network's own.
-
-    Without clipping x0_hat = x0_x x_t + x0_m m is folded in, in float64: x0_hat itself is large and
-    nearly cancels at large t, where a float32 step that goes through it loses digits.
-    """
-    if clipped:
-        return [row.x0, row.eps * eps[0], row.eps * eps[1]]
-    zero = torch.zeros_like(row.x0)
-    return [zero, row.x0 * x0[0] + row.eps * eps[0], row.x0 * x0[1] + row.eps * eps[1]]
-
-
-def holds_numbers(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor outlives the mode that it was made in.
-
-    What `FakeTensorMode`, `torch.export`, `torch.func.vmap` and the like pass around has no
-    storage to point to. `torch.compile` takes care of what its code keeps.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    try:
-        tensor.data_ptr()
-    except RuntimeError:
-        return False
-    return True
-
-
-def check_tensors(**tensors: Any) -> None:
-    """Refuse what is no tensor.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"`{name}` is {reprlib.repr(value)}; it must be a tensor.")
-
-
-def _check_pair(**tensors: Any) -> None:
-    """Refuse two tensors that cannot be added: no tensors, of no floating dtype, on two devices.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    check_tensors(**tensors)
-    (first, data), (second, noise) = tensors.items()
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"`{name}` has dtype {tensor.dtype}; it must be a floating dtype.")
-    if noise.device != data.device:
-        raise ValueError(
-            f"`{second}` is on the device {noise.device}; it must be on that of `{first}`, "
-            f"{data.device}."
-        )
-
-
-def _pick(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the rows of a tensor of timesteps, one after the other.
-
-    On an accelerator nothing is read back, and a timestep out of range is the device's own error.
-    """
-    check_tensors(**{name: timesteps})
-    if timesteps.is_meta and not rows.is_meta:
-        raise ValueError(
-            f"`{name}` is on the device 'meta' and has no values; it must be on the device of the "
-            f"sample, {rows.device}, or on the CPU."
-        )
-    if timesteps.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"`{name}` has dtype {timesteps.dtype}; it must be an integer tensor.")
-    index = timesteps.to(rows.device, torch.int64).reshape(-1)
-    try:
-        return rows.index_select(0, index)
-    except IndexError as error:
-        raise ValueError(
-            f"`{name}` is {timesteps}; each must be an integer in 0 .. {rows.shape[0] - 1}."
-        ) from error
-
-
-def read_if_free(timestep: torch.Tensor) -> int | list[int] | None:
-    """Return the integer or integers of a timestep where looking at them costs nothing.
-
-    None on an accelerator, which a read-back would wait for; in traced code; and for a tensor
-    without a value, as `torch.func.vmap` and `make_fx` pass it.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not timestep.is_cpu or timestep.dtype not in INTEGER_DTYPES:
-        return None
-    try:  # not `tolist`, which hands `make_fx` a constant
-        return int(timestep) if timestep.ndim == 0 else [int(t) for t in timestep.flatten()]
-    except RuntimeError:
-        return None
-
-
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """Return float64 if one of the tensors has it, else float32."""
-    for tensor in tensors:
-        if tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor in a dtype; `Tensor.to` costs more where there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _noise_like(
-    prediction: torch.Tensor,
-    generator: torch.Generator | list[torch.Generator] | None,
-    variance_noise: torch.Tensor | None,
-) -> torch.Tensor:
-    if variance_noise is None:
-        # the same call as stock diffusers, so that a swap keeps the noise of a seed
-        return randn_tensor(
-            prediction.shape, generator=generator, device=prediction.device, dtype=prediction.dtype
-        )
-    if generator is not None:
-        raise ValueError("`generator` and `variance_noise` are both given; pass one of them.")
-    _check_pair(model_output=prediction, variance_noise=variance_noise)
-    if variance_noise.shape != prediction.shape:
-        raise ValueError(
-            f"`variance_noise` has shape {tuple(variance_noise.shape)}; it must be "
-            f"{tuple(prediction.shape)}."
-        )
-    return variance_noise
-
-
-def _has_half(model_output: torch.Tensor, sample: torch.Tensor) -> bool:
-    """Tell whether the output has twice the channels of the sample, and is as large otherwise."""
-    shape = sample.shape
-    return len(shape) > 1 and model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
-
-
-def _check_length(name: str, length: int, num_inference_steps: int | None) -> None:
-    if num_inference_steps is not None and num_inference_steps != length:
-        raise ValueError(
-            f"`num_inference_steps` is {num_inference_steps}, but `{name}` has {length} values; "
-            f"pass {length} or None."
-        )

@@ -9,22 +9,14 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import is_part, watched
-from .betas import alpha_bar_before
 from .config_types import check_numbers, listed
 from .modes import outside_modes
-from .multistep import MAX_ORDER, SOLVER_FORMS, multistep_weights
-from .parameterization import eps_coefficients
+from .multistep import MAX_ORDER, SOLVER_FORMS
 from .reverse_noise import ANY_MEMBER, noise_named
-from .scheduling_base import (
-    FamilySchedulerMixin,
-    Multistep,
-    Table,
-    check_tensors,
-    compute_dtype,
-    logger,
-    read_if_free,
-)
+from .scheduling_base import FamilySchedulerMixin, logger
 from .sigmas import check_eta, check_sigma, sigma_eta
+from .step_inputs import check_tensors, compute_dtype, read_if_free
+from .tables import Multistep, Table, multistep_of
 
 # Settings for good pictures in 5 to 50 network calls:
 # `GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **FEW_STEPS)`. With a trajectory in
@@ -334,30 +326,19 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         return made
 
     def _multistep(self, sigma: torch.Tensor, clips: bool, dtype: torch.dtype) -> Multistep:
-        """Return what a step adds to the first-order one; rows that are not planned add nothing."""
-        config, a_t, plan = self.config, self._alpha_bar, self._plan
-        planned = multistep_weights(
-            config.solver_form,
-            config.solver_order,
-            a_t[plan],
-            self._alpha_bar_s[plan],
-            sigma[plan],
-            config.solver_corrector,
+        config = self.config
+        solver = (config.solver_form, config.solver_order, config.solver_corrector)
+        prediction = None if clips else config.prediction_type
+        return multistep_of(
+            self._alpha_bar,
+            self._alpha_bar_s,
+            sigma,
+            self._plan,
+            *solver,
             config.lower_order_final,
+            prediction,
+            dtype,
         )
-        weights = planned.new_zeros(planned.shape[0], len(self), planned.shape[2])
-        weights[:, plan] = planned
-        before = torch.full_like(self._landing, -2)  # -1 means no step yet
-        before[plan[1:]] = self._plan_tensor()[:-1]
-        estimate = None
-        if config.solver_form == "epsilon":
-            rest, zero = (1 - a_t).sqrt(), torch.zeros_like(a_t)
-            columns = (-a_t.sqrt() / rest, 1 / rest, zero)
-            if not clips:
-                before_t = alpha_bar_before(a_t)
-                columns = (zero, *eps_coefficients(config.prediction_type, a_t, before_t))
-            estimate = torch.stack(columns, dim=1).to(dtype)
-        return Multistep(weights.to(dtype), before, estimate)
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:
         sigma = self._sigma_of(eta)

@@ -11,13 +11,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import deprecate
 
 from .attributes import watched
-from .betas import alpha_bar_before
 from .config_types import check_types
 from .family_config import FAMILY_KEYS
 from .modes import outside_modes
-from .parameterization import Coefficients, eps_coefficients, x0_coefficients
-from .scheduling_base import FamilySchedulerMixin, Table, check_tensors, compute_dtype, fold
-from .transition import transition
+from .scheduling_base import FamilySchedulerMixin
+from .step_inputs import check_tensors, compute_dtype
+from .tables import Table, encoding_table
 
 
 class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attributes by a first None
@@ -181,22 +180,6 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         if not torch.compiler.is_dynamo_compiling():
             self._table_for(self._public["timesteps"].device, torch.float32)
 
-    def _coefficients(self) -> tuple[Coefficients, Coefficients]:
-        """Return those of x0_hat and eps_hat, from x_s and the prediction."""
-        a_t, a_s, prediction = self._alpha_bar, self._alpha_bar_s, self.config.prediction_type
-        if prediction in ("epsilon", "v_prediction"):
-            return x0_coefficients(prediction, a_s), eps_coefficients(prediction, a_s)
-        # both at one level would make x_t = x_s: a step that goes nowhere
-        e_x, e_m = eps_coefficients(prediction, a_t, alpha_bar_before(a_t))
-        rest = (1 - a_s).sqrt()
-        x0 = (1 - rest * e_x) / a_s.sqrt(), -rest * e_m / a_s.sqrt()
-        if prediction == "posterior_mean":
-            return x0, (e_x, e_m)
-        first = a_s == 1
-        at_s = x0_coefficients(prediction, a_s), eps_coefficients(prediction, a_s)
-        x0 = torch.where(first, x0[0], at_s[0][0]), torch.where(first, x0[1], at_s[0][1])
-        return x0, (torch.where(first, e_x, at_s[1][0]), torch.where(first, e_m, at_s[1][1]))
-
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Table:
         key = (device, dtype)
         table = self._tables.get(key)
@@ -207,11 +190,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
     @outside_modes
     def _make_table(self, dtype: torch.dtype) -> Table:
         self._check_plan_snr()
-        x0, eps = self._coefficients()
-        none = torch.zeros_like(self._alpha_bar)
-        row = transition(self._alpha_bar, none)
-        rows = torch.stack([*x0, *fold(x0, eps, row, self._clips()), none], dim=1)
-        return Table(rows.to(dtype), self.config.prediction_type != "epsilon", True)
+        process = self._alpha_bar, self._alpha_bar_s
+        return encoding_table(*process, self.config.prediction_type, self._clips(), dtype)
 
     def step(  # type: ignore[override]  # stock has a second class of this name
         self,

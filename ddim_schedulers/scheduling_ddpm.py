@@ -11,8 +11,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .attributes import checked_plan, watched
 from .modes import outside_modes
 from .reverse_noise import MIN_STD, FixedNoise, LearnedNoise, Steps, cost_name, noise_named
-from .scheduling_base import FamilySchedulerMixin, Table, check_tensors, compute_dtype
+from .scheduling_base import FamilySchedulerMixin
 from .sigmas import sigma_eta
+from .step_inputs import check_tensors, compute_dtype
+from .tables import Table
 
 
 class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by a first None
@@ -239,7 +241,7 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
             return noise.as_stock_has_it(predicted_variance, Steps(a_t, a_s, sigma_eta(a_t, a_s)))
         assert isinstance(noise, FixedNoise)
         sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s)
-        variance = self._at(self._std_of(noise, sigma), t).square()
+        variance = self._at(noise.std(self._steps(noise, sigma)), t).square()
         if noise.follows_sigma:
             variance = variance.clamp(min=MIN_STD**2)
         if name == "fixed_small_log":
