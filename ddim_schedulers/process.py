@@ -66,8 +66,8 @@ def q_s_given_t_0(
 ) -> Gaussian:
     """Return q_sigma(x_s | x_t, x_0), the family of DDIM (Eq. 7).
 
-    With `sigma=None` it is the posterior of the Markovian process (DDPM, Eq. 6-7), the member eta =
-    1.
+    With `sigma=None` it is the posterior of the Markovian process (DDPM, Eq. 6-7), the member
+    eta = 1.
 
     Args:
         x_t: noisy batch.

@@ -1,13 +1,13 @@
-"""What the three scheduler classes share: tables, trajectory, one step.
+"""What the three scheduler classes share: the plan, one step, and noise for training.
 
-A step is a row of a table. With m the model output,
+A step is a row of a table (`tables`). With m the model output and z ~ N(0, I),
 
     x0_hat = x0_x x_t + x0_m m                          clipped or thresholded, if asked
     x_s    = out_x0 x0_hat + out_x x_t + out_m m + std z    if x0_hat is clipped
     x_s    = out_x x_t + out_m m + std z                    if not: x0_hat is folded in
 
 The rows of all T timesteps are computed in float64 on the CPU once per (trajectory, eta) and kept
-on the device of the sample; `step` looks its row up and reads nothing back.
+on the device of the sample; `step` looks up its row and reads nothing back.
 """
 
 import numbers

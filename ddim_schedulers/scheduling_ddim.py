@@ -167,7 +167,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             if config.sigma is not None:
                 raise ValueError(
                     f"`eta` is {config.eta!r} and `sigma` is given; they are two ways to say the "
-                    f"same, set one of them."
+                    "same, set one of them."
                 )
         noise_named("reverse_variance", config.reverse_variance)
         if config.reverse_variance not in ANY_MEMBER and (
@@ -194,8 +194,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             )
         if config.solver_order == 1 and config.solver_corrector:
             raise ValueError(
-                "`solver_corrector` is True, but `solver_order` is 1, which is DDIM; it needs 2 or "
-                "3."
+                "`solver_corrector` is True, but `solver_order` is 1, which is DDIM; it must be 2 "
+                "or 3."
             )
         if config.solver_order > 1 and config.reverse_variance not in ANY_MEMBER:
             raise ValueError(
@@ -244,7 +244,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         if member is not None and len(member) != len(planned):
             raise ValueError(
                 f"`sigma` has {len(member)} values, but the trajectory has {len(planned)} steps; "
-                f"give one for each."
+                "give one for each."
             )
         self._commit(planned, member)
         self._warn_of_terminal_signal()

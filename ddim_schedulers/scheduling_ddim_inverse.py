@@ -135,9 +135,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         return listed[::-1]
 
     def _clips(self) -> bool:
-        return bool(
-            self.config.clip_sample
-        )  # stock's inverse knows no thresholding; a hidden key must not act
+        # stock's inverse has no thresholding; a hidden key must not act
+        return bool(self.config.clip_sample)
 
     def _limit(self, x0: torch.Tensor) -> torch.Tensor:
         return self._clip(x0)

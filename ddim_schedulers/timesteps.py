@@ -48,10 +48,8 @@ def make_timesteps(
     if original_inference_steps is not None:
         check_original_steps(original_inference_steps, spacing, num_train_timesteps)
         return _distilled(num_inference_steps, original_inference_steps, num_train_timesteps)
-    n, big_t = (
-        check_num_inference_steps(num_inference_steps, num_train_timesteps),
-        num_train_timesteps,
-    )
+    big_t = num_train_timesteps
+    n = check_num_inference_steps(num_inference_steps, big_t)
     if spacing == "leading":
         ratio = big_t // n
         if _as_int(steps_offset) is None:
