@@ -489,7 +489,7 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyAttributesMixin, FamilyConf
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x_s, x0_hat) in the dtype of the sample, computed in the dtype of the table."""
         prediction, raw_variance = split_output(
-            model_output, sample, learned, self.config, self._noise_key
+            model_output, sample, learned, self._internal_dict, self._noise_key
         )
         number: Any = timestep
         if isinstance(timestep, torch.Tensor):

@@ -180,7 +180,7 @@ def split_output(
         prediction, variance = torch.split(model_output, sample.shape[1], dim=1)
         return prediction, None if learned is None else variance
     expected, why = tuple(sample.shape), ""
-    if learned is not None:
+    if learned is not None and key is not None:
         expected = (expected[0], 2 * expected[1], *expected[2:])
         why = (
             f", twice the channels because `{key}` is {config.get(key)!r}; set another where "
