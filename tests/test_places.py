@@ -153,3 +153,12 @@ def test_a_loaded_export_is_a_pipeline_of_diffusers(stopped, tmp_path):
         "fixed_small",
         "DDPMPipeline",
     )
+
+
+def test_what_is_pushed_is_here_and_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
+    from ddim_schedulers.training.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", "--pipeline", "nothere", "--repo_id", "a/b"]) == 2
+    said = capsys.readouterr().err
+    assert "'nothere' does not exist; it must be a pipeline's folder" in said and "Hub" not in said

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.networks.places import pipeline_folder
     from ddim_schedulers.training.sharing import hub
 
-    args.pipeline = pipeline_folder(args.pipeline, "--pipeline")
+    args.pipeline = pipeline_folder(args.pipeline, "--pipeline", on_hub=False)
     options = {"form": args.form, "private": args.private, "revision": args.revision}
     try:
         url = hub.push_pipeline(args.pipeline, args.repo_id, message=args.message, **options)

@@ -25,6 +25,16 @@ def divided(name: str) -> tuple[str, str | None]:
     return (found["name"], found["revision"]) if found else (name, None)
 
 
+def may_be_repository(place: str) -> bool:
+    """Return whether `place`, which is not here, can be a name on the Hub.
+
+    `runs/digits` is no repository of a user `runs` where there is a folder `runs`.
+    """
+    if not HUB_NAME.fullmatch(place):
+        return False
+    return "/" not in place or not Path(divided(place)[0]).parent.is_dir()
+
+
 def pinned(place: str, revision: str | None, option: str = "--pipeline") -> str:
     """Return `place` with the revision that a flag of its own gives.
 

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddim_schedulers.training.common.repositories import HUB_NAME, divided
+from ddim_schedulers.training.common.repositories import may_be_repository
 
 INDEX = "model_index.json"
 STATE = "state.json"
@@ -25,7 +25,9 @@ class Place:
     checkpoint: Path | None = None
 
 
-def find(place: str, option: str = "pipeline", weights: str = "averaged") -> Place:
+def find(
+    place: str, option: str = "pipeline", weights: str = "averaged", *, on_hub: bool = True
+) -> Place:
     """Look for a pipeline without asking the Hub.
 
     Of a run the pipeline is taken; where there is none, or a checkpoint is younger, the newest
@@ -35,6 +37,7 @@ def find(place: str, option: str = "pipeline", weights: str = "averaged") -> Pla
         place: a folder of a pipeline, a run or a checkpoint, or a name on the Hub.
         option: what named it, for messages.
         weights: `raw` takes the checkpoint of a run, whose pipeline has the averaged ones.
+        on_hub: whether it may be a name on the Hub.
 
     Raises:
         ValueError: nothing is there, and it is no name on the Hub; or a folder that holds neither.
@@ -43,10 +46,9 @@ def find(place: str, option: str = "pipeline", weights: str = "averaged") -> Pla
     if folder.is_file():
         raise ValueError(f"{option} {place!r} is a file; it must be a pipeline's folder.")
     if not folder.is_dir():
-        # `runs/digits` is no repository of a user `runs` where there is a folder `runs`
-        if not HUB_NAME.fullmatch(place) or (
-            "/" in place and Path(divided(place)[0]).parent.is_dir()
-        ):
+        if not on_hub:
+            raise ValueError(f"{option} {place!r} does not exist; it must be a pipeline's folder.")
+        if not may_be_repository(place):
             raise ValueError(
                 f"{option} {place!r} does not exist; it must be a pipeline's folder, a run's or a "
                 "checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32, with @REVISION "
@@ -86,13 +88,13 @@ def _younger(checkpoint: Path, pipeline: Path) -> bool:
     return (checkpoint / STATE).stat().st_mtime > pipeline.stat().st_mtime
 
 
-def pipeline_folder(place: str, option: str = "pipeline") -> str:
+def pipeline_folder(place: str, option: str = "pipeline", *, on_hub: bool = True) -> str:
     """Return the folder or Hub name of a saved pipeline; that of a run is its pipeline.
 
     Raises:
         ValueError: as `find`, or a checkpoint, of which a pipeline is to be made first.
     """
-    found = find(place, option)
+    found = find(place, option, on_hub=on_hub)
     if found.checkpoint is not None:
         raise ValueError(
             f"{option} {place!r} is a checkpoint or a run without a pipeline; make one with "
