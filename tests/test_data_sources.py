@@ -247,8 +247,9 @@ def test_something_must_be_left_to_train_on(tmp_path):
 def test_an_empty_or_absent_place_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         load(data=str(tmp_path))
-    with pytest.raises(ValueError, match="cannot load"):
-        load(data=str(tmp_path / "absent"))
+    for absent in (str(tmp_path / "absent"), "./absent", "../absent", "a.parquet", "a b"):
+        with pytest.raises(ValueError, match="which does not exist; it must be a folder"):
+            load(data=absent)
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 1 images"):
         load(data=str(tmp_path), on_bad_image="skip")

@@ -6,6 +6,7 @@ files become is in `image_files.py`; what is taken from a folder is in `folders.
 
 import io
 import re
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -23,7 +24,7 @@ from ddim_schedulers.pipelines.image_files import (
     header_of,
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npy, read_npz
-from ddim_schedulers.training.common.repositories import divided
+from ddim_schedulers.training.common.repositories import divided, may_be_repository
 from ddim_schedulers.training.config import DataConfig
 from ddim_schedulers.training.data.folders import IMAGE_SUFFIXES, find_images
 
@@ -293,6 +294,15 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
 
     path = Path(config.data)
     check_place(path)
+    if not path.exists():
+        if path.suffix.lower() == ".parquet" or not may_be_repository(config.data):
+            raise ValueError(
+                f"`data` is {config.data!r}, which does not exist; it must be a folder or a file, "
+                "or the name of a data set on the Hub such as ylecun/mnist."
+            )
+        print(
+            f"data {config.data!r} is no folder here; it is looked for on the Hub", file=sys.stderr
+        )
     try:
         if path.suffix.lower() == ".parquet":
             return load_dataset(
