@@ -9,13 +9,12 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import is_part, watched
-from .config_types import check_numbers, listed
+from .member import check_member
 from .modes import outside_modes
-from .multistep import MAX_ORDER, SOLVER_FORMS
-from .reverse_noise import ANY_MEMBER, noise_named
+from .reverse_noise import ANY_MEMBER
 from .scheduling_base import FamilySchedulerMixin, logger
-from .sigmas import check_eta, check_sigma, sigma_eta
-from .step_inputs import check_tensors, compute_dtype, read_if_free
+from .sigmas import as_sigma, check_eta, check_sigma, sigma_eta
+from .step_inputs import check_on_plan, check_one_timestep, check_tensors, compute_dtype
 from .tables import Multistep, Table, multistep_of
 
 # Settings for good pictures in 5 to 50 network calls:
@@ -141,7 +140,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
     def _check_config(self) -> None:
         super()._check_config()
-        self._check_member()
+        check_member(self.config)
 
     def _take_trajectory(self, listed: list[Any]) -> None:
         before = self._plan
@@ -159,50 +158,6 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
                 f"{len(self._plan)} values; call `set_timesteps`."
             )
         super()._take_number(number)
-
-    def _check_member(self) -> None:
-        config = self.config
-        if config.eta is not None:
-            check_eta(config.eta)
-            if config.sigma is not None:
-                raise ValueError(
-                    f"`eta` is {config.eta!r} and `sigma` is given; they are two ways to say the "
-                    "same, set one of them."
-                )
-        noise_named("reverse_variance", config.reverse_variance)
-        if config.reverse_variance not in ANY_MEMBER and (
-            config.eta != 1 or config.sigma is not None
-        ):
-            raise ValueError(
-                f"`reverse_variance` is {config.reverse_variance!r}, which needs `eta=1.0` in the "
-                f"config; it is eta={config.eta!r}"
-                + (", and `sigma` is set" if config.sigma is not None else "")
-                + f". Every other member goes with one of {ANY_MEMBER}."
-            )
-        self._check_solver()
-
-    def _check_solver(self) -> None:
-        config = self.config
-        if config.solver_form not in SOLVER_FORMS:
-            raise ValueError(
-                f"`solver_form` is {config.solver_form!r}; it must be one of {SOLVER_FORMS}."
-            )
-        orders = range(1, MAX_ORDER + 1)
-        if type(config.solver_order) is not int or config.solver_order not in orders:
-            raise ValueError(
-                f"`solver_order` is {config.solver_order!r}; it must be one of {[*orders]}."
-            )
-        if config.solver_order == 1 and config.solver_corrector:
-            raise ValueError(
-                "`solver_corrector` is True, but `solver_order` is 1, which is DDIM; it must be 2 "
-                "or 3."
-            )
-        if config.solver_order > 1 and config.reverse_variance not in ANY_MEMBER:
-            raise ValueError(
-                f"`solver_order` is {config.solver_order}, but `reverse_variance` is "
-                f"{config.reverse_variance!r}, a noise that leaves the marginals of the ODE; a "
-                f"higher order goes with {ANY_MEMBER}."
-            )
 
     @outside_modes
     def set_timesteps(
@@ -229,7 +184,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         """
         self._follow()
         wanted = self.config.sigma if sigma is None else sigma
-        member = None if wanted is None else _as_sigma(wanted)
+        member = None if wanted is None else as_sigma(wanted)
         if sigma is not None and (
             self.config.eta is not None or self.config.reverse_variance not in ANY_MEMBER
         ):
@@ -292,7 +247,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         set_in_config = self._settings.eta
         if set_in_config is None and self._sigma is None:
             if not self._settings.noise.any_member:
-                self._check_member()
+                check_member(self.config)
             return check_eta(eta)
         if eta != 0 and eta != set_in_config and not self._warned_of_eta:
             self._warned_of_eta = True
@@ -412,10 +367,10 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
         member = self._member(eta)
         if self._sigma is not None:
-            self._check_planned(timestep)
+            check_on_plan(timestep, self._plan)
         settings = self._settings
         if settings.solver_order > 1:
-            self._check_one_timestep(timestep)
+            check_one_timestep(timestep, settings.solver_order)
         dtype = compute_dtype(sample, model_output)
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
         adds_noise = member is None or member > 0 or not settings.noise.follows_sigma
@@ -434,39 +389,3 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         if not return_dict:
             return prev_sample, x0
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
-
-    def _check_one_timestep(self, timestep: int | torch.Tensor) -> None:
-        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
-            raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)}; with "
-                f"`solver_order`={self.config.solver_order} it must be one number for the whole "
-                "batch, whose steps share a history."
-            )
-
-    def _check_planned(self, timestep: int | torch.Tensor) -> None:
-        """Refuse an off-plan timestep, for which an explicit sigma says nothing.
-
-        A timestep on an accelerator, or in a traced call, cannot be looked at without a read-back:
-        there an off-plan row is NaN.
-        """
-        asked = read_if_free(timestep) if isinstance(timestep, torch.Tensor) else timestep
-        if asked is None:
-            return
-        for t in asked if isinstance(asked, list) else [asked]:
-            if t not in self._plan:
-                raise ValueError(
-                    f"`timestep` is {t}, which is not planned; with explicit `sigma` it must be "
-                    f"one of {self._plan}."
-                )
-
-
-def _as_sigma(values: Iterable[float]) -> torch.Tensor:
-    plain = listed("sigma", values)
-    numbers = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else plain
-    check_numbers("sigma", numbers)
-    sigma = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    if not bool(torch.isfinite(sigma).all()):
-        raise ValueError(
-            f"`sigma` must be a list of finite numbers, one for each step; got {values!r}."
-        )
-    return sigma

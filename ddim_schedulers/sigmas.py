@@ -7,8 +7,11 @@ are not checked, which would read tensors back from the device; sigma and eta ar
 
 import math
 import sys
+from collections.abc import Iterable
 
 import torch
+
+from .config_types import check_numbers, listed
 
 # Rounding of float64 tables: sigma(1)^2 = 1 - alpha_bar_s exactly at zero terminal SNR.
 TOLERANCE = 1e-12
@@ -94,5 +97,22 @@ def check_sigma(
         raise ValueError(
             f"{given} in step {i} (counted from 0); {it} must lie between 0 and "
             f"sqrt(1 - alpha_bar_s) = {bound:.6g} there{largest}."
+        )
+    return sigma
+
+
+def as_sigma(values: Iterable[float]) -> torch.Tensor:
+    """Return explicit standard deviations, one for each step, in float64.
+
+    Raises:
+        ValueError: for what is no list of finite numbers.
+    """
+    plain = listed("sigma", values)
+    numbers = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else plain
+    check_numbers("sigma", numbers)
+    sigma = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if not bool(torch.isfinite(sigma).all()):
+        raise ValueError(
+            f"`sigma` must be a list of finite numbers, one for each step; got {values!r}."
         )
     return sigma

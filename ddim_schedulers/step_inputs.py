@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .family_config import predicts_variance
+from .family_config import UNSAID, predicts_variance
 from .reverse_noise import LearnedNoise
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -195,3 +195,56 @@ def split_output(
         f"`model_output` has shape {tuple(model_output.shape)}; for a `sample` of shape "
         f"{tuple(sample.shape)} it must be {expected}{why}."
     )
+
+
+def unsaid_variance(config: Mapping[str, Any], key: str) -> str:
+    """Return what is wrong where the network tells a variance and the config names no noise.
+
+    Args:
+        config: of the scheduler.
+        key: the setting in it that names the noise.
+    """
+    used = "`reverse_variance='learned_range'` with `eta=1.0` uses it"
+    if key == "variance_type":
+        used = "`variance_type='learned_range'` uses it"
+    elif config.get("variance_type") == "learned":
+        used = "`MarkovianDDPMScheduler` uses it"
+    return (
+        f"`{key}` is not set, but the step adds noise and `model_output` has twice the "
+        "channels of `sample`: a variance that the network predicts. Say in `from_config` "
+        f"which noise is added: {used}, `{key}={UNSAID[key]!r}` leaves it out."
+    )
+
+
+def check_one_timestep(timestep: int | torch.Tensor, solver_order: int) -> None:
+    """Refuse a timestep for each sample, where the batch shares a history.
+
+    Raises:
+        ValueError: for a tensor of more than one value, or of none.
+    """
+    if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+        raise ValueError(
+            f"`timestep` has shape {tuple(timestep.shape)}; with "
+            f"`solver_order`={solver_order} it must be one number for the whole "
+            "batch, whose steps share a history."
+        )
+
+
+def check_on_plan(timestep: int | torch.Tensor, plan: list[int]) -> None:
+    """Refuse an off-plan timestep, for which an explicit sigma says nothing.
+
+    A timestep on an accelerator, or in a traced call, cannot be looked at without a read-back:
+    there an off-plan row is NaN.
+
+    Raises:
+        ValueError: for a timestep that is not in the plan.
+    """
+    asked = read_if_free(timestep) if isinstance(timestep, torch.Tensor) else timestep
+    if asked is None:
+        return
+    for t in asked if isinstance(asked, list) else [asked]:
+        if t not in plan:
+            raise ValueError(
+                f"`timestep` is {t}, which is not planned; with explicit `sigma` it must be "
+                f"one of {plan}."
+            )

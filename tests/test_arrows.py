@@ -31,6 +31,7 @@ FLOORS = [
         "betas",
         "config_types",  # what a value may be; torch only
         "likelihood",
+        "member",
         "multistep",
         "optimal",
         "parameterization",

@@ -1,0 +1,53 @@
+"""The member of the family that a config of `GeneralizedDDIMScheduler` asks for: its checks."""
+
+from typing import Any
+
+from .multistep import MAX_ORDER, SOLVER_FORMS
+from .reverse_noise import ANY_MEMBER, noise_named
+from .sigmas import check_eta
+
+
+def check_member(config: Any) -> None:
+    """Check `eta`, `sigma`, `reverse_variance` and the solver of a config against each other.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    if config.eta is not None:
+        check_eta(config.eta)
+        if config.sigma is not None:
+            raise ValueError(
+                f"`eta` is {config.eta!r} and `sigma` is given; they are two ways to say the "
+                "same, set one of them."
+            )
+    noise_named("reverse_variance", config.reverse_variance)
+    if config.reverse_variance not in ANY_MEMBER and (config.eta != 1 or config.sigma is not None):
+        raise ValueError(
+            f"`reverse_variance` is {config.reverse_variance!r}, which needs `eta=1.0` in the "
+            f"config; it is eta={config.eta!r}"
+            + (", and `sigma` is set" if config.sigma is not None else "")
+            + f". Every other member goes with one of {ANY_MEMBER}."
+        )
+    _check_solver(config)
+
+
+def _check_solver(config: Any) -> None:
+    if config.solver_form not in SOLVER_FORMS:
+        raise ValueError(
+            f"`solver_form` is {config.solver_form!r}; it must be one of {SOLVER_FORMS}."
+        )
+    orders = range(1, MAX_ORDER + 1)
+    if type(config.solver_order) is not int or config.solver_order not in orders:
+        raise ValueError(
+            f"`solver_order` is {config.solver_order!r}; it must be one of {[*orders]}."
+        )
+    if config.solver_order == 1 and config.solver_corrector:
+        raise ValueError(
+            "`solver_corrector` is True, but `solver_order` is 1, which is DDIM; it must be 2 or 3."
+        )
+    if config.solver_order > 1 and config.reverse_variance not in ANY_MEMBER:
+        raise ValueError(
+            f"`solver_order` is {config.solver_order}, but `reverse_variance` is "
+            f"{config.reverse_variance!r}, a noise that leaves the marginals of the ODE; a "
+            f"higher order goes with {ANY_MEMBER}."
+        )
