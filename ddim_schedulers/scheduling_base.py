@@ -1,4 +1,6 @@
-"""What the three scheduler classes share: the plan, one step, and noise for training.
+"""What the three scheduler classes share: one step, and what it asks of the config.
+
+The plan is in `family_plan`, the noise for training in `forward`.
 
 A step is a row of a table (`tables`). With m the model output and z ~ N(0, I),
 
