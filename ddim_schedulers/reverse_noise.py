@@ -195,8 +195,9 @@ COST_VARIANCES = tuple(
 )
 # The noises that go with any member.
 ANY_MEMBER = tuple(n.reverse_variance for n in NOISES if n.any_member)
-# The names that say that the network predicts a variance.
-LEARNED = frozenset(
+# The names that say that the network predicts a variance. No set: a hostile config may ask for a
+# list, which has no hash.
+LEARNED = tuple(
     name
     for n in NOISES
     if isinstance(n, LearnedNoise)

@@ -482,10 +482,11 @@ def test_in_the_training_scripts_of_diffusers(cls, stock, dtype):
     torch.testing.assert_close(compute_snr(ours, t), compute_snr(theirs, t), rtol=1e-5, atol=0)
     assert ours.alphas_cumprod.dtype == theirs.alphas_cumprod.dtype
     assert ours.alphas_cumprod.to("cpu")[t].shape == (4,)
-    # a script trains on another device than the one where the scheduler was made
+    # a sample on `meta` has no values: stock's table moves there and is lost, ours stays whole
     for scheduler in (theirs, ours):
-        scheduler.add_noise(latents.to("meta"), eps.to("meta"), t.to("meta"))
-    assert ours.alphas_cumprod.device == theirs.alphas_cumprod.device == torch.device("meta")
+        assert scheduler.add_noise(latents.to("meta"), eps.to("meta"), t.to("meta")).is_meta
+    assert theirs.alphas_cumprod.is_meta
+    torch.testing.assert_close(ours.alphas_cumprod, stock(**LATENT_TRAINING).alphas_cumprod)
 
 
 def test_from_pretrained_with_our_scheduler_is_quiet(quiet, tmp_path):
