@@ -12,20 +12,10 @@ from ddim_schedulers.pipelines.files import write_json, write_npz
 from ddim_schedulers.pipelines.workdir import whole
 from ddim_schedulers.reading import DamagedFileError, read_npz
 from ddim_schedulers.training.common.seals import read_sealed_json, sealed
-from ddim_schedulers.training.evaluation.config import METRICS, Cell
+from ddim_schedulers.training.evaluation.config import Cell
+from ddim_schedulers.training.metrics.distances import METRICS
 
 PREVIEW = 16
-# Bounds of the figures. A distance that is zero may be negative by rounding; the kernel one is
-# unbiased, so that it may be negative anyway.
-_BOUNDS = {
-    "frechet": (-1e-2, math.inf),
-    "kernel": (-math.inf, math.inf),
-    "precision": (0, 1),
-    "recall": (0, 1),
-    "density": (0, math.inf),
-    "coverage": (0, 1),
-    "inception_score": (1 - 1e-6, math.inf),
-}
 
 
 class CellFiles:
@@ -130,10 +120,11 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
         for name in ("n", "k"):
             found = figures.get(name)
             require(_is_number(found, 1, integer=True), f"{name} of {space}", found)
-        needed = set(METRICS) if "inception_score" in figures else set(METRICS[:-1])
-        for name in sorted(needed):
-            found = figures.get(name)
-            require(_is_number(found, *_BOUNDS[name]), f"{name} of {space}", found)
+        has_classes = any(metric.of_classes and name in figures for name, metric in METRICS.items())
+        for name, metric in sorted(METRICS.items()):
+            if has_classes or not metric.of_classes:
+                found = figures.get(name)
+                require(_is_number(found, metric.low, metric.high), f"{name} of {space}", found)
     return content
 
 

@@ -31,6 +31,7 @@ from ddim_schedulers.training.common.flags import nearest
 from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.config import DTYPES, DataConfig, TrainingConfig
 from ddim_schedulers.training.evaluation.card import check_card
+from ddim_schedulers.training.metrics.distances import METRICS
 from ddim_schedulers.training.parsing import check_no_code, load_config, read_file
 
 CLASSIFIER = "classifier"
@@ -42,16 +43,6 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "sigma-hat": {"eta": 1.0, "reverse_variance": "sigma_hat"},
     "optimal": {"eta": 1.0, "reverse_variance": "optimal"},
 }
-# What is measured in every feature space, the last one where it has a classifier.
-METRICS = (
-    "frechet",
-    "kernel",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "inception_score",
-)
 # What else decides how a member is sampled. A row does not inherit it from the pipeline's
 # scheduler, so that its name says what it is.
 SAMPLING_KEYS = (

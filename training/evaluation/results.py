@@ -12,7 +12,8 @@ from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.training.common.processes import own_together
 from ddim_schedulers.training.common.versions import device_name, versions
 from ddim_schedulers.training.evaluation.cells import Evaluation
-from ddim_schedulers.training.evaluation.config import CLASSIFIER, METRICS
+from ddim_schedulers.training.evaluation.config import CLASSIFIER
+from ddim_schedulers.training.metrics.distances import METRICS
 from ddim_schedulers.training.metrics.features import classifier_record, commit_of
 
 

@@ -5,18 +5,7 @@ from functools import partial
 from typing import Any
 
 from ddim_schedulers.training.common.storage import slug
-
-# Columns of the full table: heading, key, format.
-COLUMNS = (
-    ("Frechet", "frechet", ".3f"),
-    ("kernel x 1000", "kernel", ".3f"),
-    ("precision", "precision", ".3f"),
-    ("recall", "recall", ".3f"),
-    ("density", "density", ".3f"),
-    ("coverage", "coverage", ".3f"),
-    ("Inception score", "inception_score", ".3f"),
-)
-SCALE = {"kernel": 1000.0}
+from ddim_schedulers.training.metrics.distances import METRICS
 
 
 def how(results: dict[str, Any]) -> list[str]:
@@ -119,16 +108,25 @@ def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:
 
 def everything(table: dict[str, Any], name: str) -> list[str]:
     """Return all figures of a table in one feature space, a line for each cell."""
-    columns = [c for c in COLUMNS if any(c[1] in cell["metrics"][name] for cell in table["cells"])]
-    head = ["", "S", "seeds", *(c[0] for c in columns), "network calls", "seconds", "images/s"]
+    measured = [cell["metrics"][name] for cell in table["cells"]]
+    keys = [key for key in METRICS if any(key in figures for figures in measured)]
+    head = [
+        "",
+        "S",
+        "seeds",
+        *(METRICS[key].heading for key in keys),
+        "network calls",
+        "seconds",
+        "images/s",
+    ]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
     if real["n"] == table["n"]:  # a table holds figures of one n
-        own = [_value({"mean": real[key], "std": None}, form, key) for _, key, form in columns]
+        own = [_value({"mean": real[key], "std": None}, key) for key in keys]
         lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
     for cell in table["cells"]:
         figures = cell["metrics"][name]
-        values = [_value(figures[key], form, key) for _, key, form in columns]
+        values = [_value(figures[key], key) for key in keys]
         cost = [
             "" if cell[key] is None else format(cell[key], ".1f")
             for key in ("seconds", "images_per_second")
@@ -224,14 +222,14 @@ def _line(values: Sequence[str]) -> str:
 
 
 def _frechet_text(name: str, cell: dict[str, Any]) -> str:
-    return _value(cell["metrics"][name]["frechet"], ".3f")
+    return _value(cell["metrics"][name]["frechet"], "frechet")
 
 
 def _frechet_mean(name: str, cell: dict[str, Any]) -> float:
     return float(cell["metrics"][name]["frechet"]["mean"])
 
 
-def _value(figure: dict[str, Any], form: str, key: str = "") -> str:
-    scale = SCALE.get(key, 1.0)
-    text = format(figure["mean"] * scale, form)
-    return text if figure["std"] is None else f"{text} +- {figure['std'] * scale:{form}}"
+def _value(figure: dict[str, Any], key: str) -> str:
+    scale = METRICS[key].scale
+    text = f"{figure['mean'] * scale:.3f}"
+    return text if figure["std"] is None else f"{text} +- {figure['std'] * scale:.3f}"

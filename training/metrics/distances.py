@@ -5,11 +5,44 @@ Figures of different numbers of samples cannot be compared: every one of these e
 n.
 """
 
+import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Metric(NamedTuple):
+    """What an evaluation knows of a metric besides its value.
+
+    Attributes:
+        heading: of its column in a table.
+        low: the least value that can be; a figure below it is damage.
+        high: the largest.
+        scale: the factor of the values in a table.
+        of_classes: whether it is measured only where a feature space has a classifier.
+    """
+
+    heading: str
+    low: float
+    high: float
+    scale: float = 1.0
+    of_classes: bool = False
+
+
+# Every metric of an evaluation, in the order of the columns; `References.figures` measures them.
+# A Frechet distance that is zero may be negative by rounding; the kernel one is unbiased, so that
+# it may be negative anyway.
+METRICS = {
+    "frechet": Metric("Frechet", -1e-2, math.inf),
+    "kernel": Metric("kernel x 1000", -math.inf, math.inf, scale=1000.0),
+    "precision": Metric("precision", 0, 1),
+    "recall": Metric("recall", 0, 1),
+    "density": Metric("density", 0, math.inf),
+    "coverage": Metric("coverage", 0, 1),
+    "inception_score": Metric("Inception score", 1 - 1e-6, math.inf, of_classes=True),
+}
 
 
 class _Given(torch.nn.Module):
