@@ -110,6 +110,69 @@ from ddim_schedulers.training import cli
 assert cli.main(["greet", "--name", "me"]) == 0
 """,
     ),
+    "metric": (
+        [
+            (
+                "training/metrics/distances.py",
+                '    "inception_score": Metric(',
+                '    "spread": Metric("spread x 10", 0, math.inf, scale=10.0),\n'
+                '    "inception_score": Metric(',
+            ),
+            (
+                "training/metrics/distances.py",
+                "def _checked(",
+                "def feature_spread(fake: Tensor) -> float:\n"
+                '    """Return the mean variance of the features."""\n'
+                "    return float(fake.double().var(0).mean())\n\n\n"
+                "def _checked(",
+            ),
+            (
+                "training/evaluation/references.py",
+                "    frechet_distance,\n",
+                "    feature_spread,\n    frechet_distance,\n",
+            ),
+            (
+                "training/evaluation/references.py",
+                '            "kernel_std": spread,\n',
+                '            "kernel_std": spread,\n            "spread": feature_spread(fake),\n',
+            ),
+            (
+                "training/evaluation/tables.py",
+                '"precision, recall, density, coverage and Inception score.",',
+                '"precision, recall, density, coverage, spread and Inception score.",',
+            ),
+        ],
+        """
+from types import SimpleNamespace as Made
+import torch
+from ddim_schedulers.reading import DamagedFileError
+from ddim_schedulers.training.evaluation.cell_files import check_cell
+from ddim_schedulers.training.evaluation.references import RealImages
+from ddim_schedulers.training.evaluation.tables import everything
+rows = torch.arange(40.0).reshape(20, 2) ** 0.5
+real = Made(
+    config=Made(neighbours=2, seed=0),
+    features={"pixels": Made(train=rows, fingerprint="x")},
+    networks={"pixels": None},
+)
+real.note = lambda name: RealImages.note(real, name)
+figures = RealImages.figures(real, "pixels", rows[:10])
+own = {"row": "eta 0", "steps": 3, "n": 10, "repeat": 0}
+cell = Made(row=Made(name="eta 0"), steps=3, n=10, repeat=0)
+content = own | {"network_calls": 3, "processes": 1, "settings": ""}
+check_cell(content | {"metrics": {"pixels": figures}}, cell, "file")
+try:
+    check_cell(content | {"metrics": {"pixels": figures | {"spread": -1.0}}}, cell, "file")
+    raise AssertionError("a value out of its limits passes")
+except DamagedFileError:
+    pass
+measured = {"pixels": {k: {"mean": v, "std": None} for k, v in figures.items()}}
+cell = own | {"repeats": 1, "network_calls": 3, "seconds": 1.0, "images_per_second": 10.0}
+table = {"n": 10, "real": {"pixels": figures}, "cells": [cell | {"metrics": measured}]}
+lines = everything(table, "pixels")
+assert "spread x 10" in lines[0] and f"{10 * figures['spread']:.3f}" in lines[-1], lines
+""",
+    ),
     "config key": (
         [
             (

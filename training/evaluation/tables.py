@@ -110,15 +110,8 @@ def everything(table: dict[str, Any], name: str) -> list[str]:
     """Return all figures of a table in one feature space, a line for each cell."""
     measured = [cell["metrics"][name] for cell in table["cells"]]
     keys = [key for key in METRICS if any(key in figures for figures in measured)]
-    head = [
-        "",
-        "S",
-        "seeds",
-        *(METRICS[key].heading for key in keys),
-        "network calls",
-        "seconds",
-        "images/s",
-    ]
+    headings = [METRICS[key].heading for key in keys]
+    head = ["", "S", "seeds", *headings, "network calls", "seconds", "images/s"]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
     if real["n"] == table["n"]:  # a table holds figures of one n
