@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ddim_schedulers.training.evaluation import tables
 from ddim_schedulers.training.evaluation.card import (
     CARD_TEXTS,
     best_cells,
@@ -14,6 +15,7 @@ from ddim_schedulers.training.evaluation.card import (
     render_example,
 )
 from ddim_schedulers.training.evaluation.config import load_evaluation
+from ddim_schedulers.training.metrics.distances import Metric
 
 FOLDER = Path(str(files("ddim_schedulers.model_cards")))
 CARDS = sorted(path.parent for path in FOLDER.glob("*/metrics.json"))
@@ -105,6 +107,19 @@ def test_a_card_says_what_was_measured_and_how(results):
     assert "n = 40 samples in every cell; 40 held-out real images get 1.500" in body
     assert "Seed 3" in body and "torch 9.9" in body and "Commit abc123" in body
     assert "few-steps-samples.png" in body and "float32, channels_last" in body
+
+
+def test_a_row_of_the_table_of_metrics_is_all_that_a_page_needs(results, monkeypatch):
+    more = Metric("means", 0, 1, scale=10, distance=True, form=".4f")
+    monkeypatch.setitem(tables.METRICS, "mean", more)
+    (table,) = results["tables"]
+    for cell in table["cells"]:
+        cell["metrics"]["pixels"]["mean"] = {"mean": 0.25, "std": 0.5}
+    table["real"]["pixels"]["mean"] = 0.125
+    text = "\n".join([*tables.how(results), *tables.everything(table, "pixels")])
+    assert "for the Frechet, kernel and means distances, higher for precision" in text
+    assert "coverage | means x 10 | network calls" in text
+    assert text.count("2.5000 +- 5.0000") == 3 and "| 1.2500 |" in text
 
 
 def test_a_figure_that_changes_changes_the_card(results):

@@ -13,8 +13,8 @@ def how(results: dict[str, Any]) -> list[str]:
     data, network = results["data"], results["network"]
     lines = [
         f"Reference: {data['reference_n']:,} images of {data['name']}, {shape(data['shape'])}; "
-        "uint8 on both sides. Lower is better for the Frechet and kernel distances, higher for "
-        "precision, recall, density, coverage and Inception score.",
+        f"uint8 on both sides. Lower is better for the {_names_of(distances=True)} distances, "
+        f"higher for {_names_of(distances=False)}.",
         "",
         f"Network: {network['parameters']:,} parameters, {network['dtype']}"
         f"{', compiled' if network['compiled'] else ''}"
@@ -34,6 +34,11 @@ def how(results: dict[str, Any]) -> list[str]:
     if said := made_with(results):
         lines += ["", said]
     return lines
+
+
+def _names_of(distances: bool) -> str:
+    *names, last = (m.name for m in METRICS.values() if m.distance == distances)
+    return f"{', '.join(names)} and {last}"
 
 
 def made_with(results: dict[str, Any]) -> str:
@@ -223,6 +228,6 @@ def _frechet_mean(name: str, cell: dict[str, Any]) -> float:
 
 
 def _value(figure: dict[str, Any], key: str) -> str:
-    scale = METRICS[key].scale
-    text = f"{figure['mean'] * scale:.3f}"
-    return text if figure["std"] is None else f"{text} +- {figure['std'] * scale:.3f}"
+    scale, form = METRICS[key].scale, METRICS[key].form
+    text = format(figure["mean"] * scale, form)
+    return text if figure["std"] is None else f"{text} +- {figure['std'] * scale:{form}}"

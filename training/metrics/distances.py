@@ -17,26 +17,35 @@ class Metric(NamedTuple):
     """What an evaluation knows of a metric besides its value.
 
     Attributes:
-        heading: of its column in a table.
+        name: in a report.
         low: the least value that can be; a figure below it is damage.
         high: the largest.
         scale: the factor of the values in a table.
         of_classes: whether it is measured only where a feature space has a classifier.
+        distance: whether it is a distance, of which less is better; of any other more is better.
+        form: how a table writes it, as `format` takes it.
     """
 
-    heading: str
+    name: str
     low: float
     high: float
     scale: float = 1.0
     of_classes: bool = False
+    distance: bool = False
+    form: str = ".3f"
+
+    @property
+    def heading(self) -> str:
+        """Return the heading of its column."""
+        return self.name if self.scale == 1 else f"{self.name} x {self.scale:g}"
 
 
-# Every metric of an evaluation, in the order of the columns; `References.figures` measures them.
+# Every metric of an evaluation, in the order of the columns; `RealImages.figures` measures them.
 # A Frechet distance that is zero may be negative by rounding; the kernel one is unbiased, so that
 # it may be negative anyway.
 METRICS = {
-    "frechet": Metric("Frechet", -1e-2, math.inf),
-    "kernel": Metric("kernel x 1000", -math.inf, math.inf, scale=1000.0),
+    "frechet": Metric("Frechet", -1e-2, math.inf, distance=True),
+    "kernel": Metric("kernel", -math.inf, math.inf, scale=1000.0, distance=True),
     "precision": Metric("precision", 0, 1),
     "recall": Metric("recall", 0, 1),
     "density": Metric("density", 0, math.inf),
