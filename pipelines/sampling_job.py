@@ -41,6 +41,8 @@ from ddim_schedulers.reading import DamagedFileError, read_json
 SETTINGS = "sample.json"
 GRID = "grid.png"
 ORIGIN = "pipeline"
+# Keys of a scheduler's config that folders of earlier versions lack, with what those versions did.
+LATER_KEYS = {"late_noise_cap": None, "original_inference_steps": None, "snr_shift_scale": 1.0}
 GRID_IMAGES = 64
 
 
@@ -269,6 +271,13 @@ def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=lambda x: np.asarray(x).tolist()))
 
 
+def without_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings as an earlier version told them, which did not have all keys."""
+    config = settings["scheduler_config"]
+    own = {k: v for k, v in config.items() if k not in LATER_KEYS or v != LATER_KEYS[k]}
+    return settings | {"scheduler_config": own}
+
+
 def _public(config: Any) -> dict[str, Any]:  # noqa: ANN401
     # private keys say how the config came about (in an order that varies), not what it is
     return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -341,7 +350,11 @@ def _compare(path: Path, settings: dict[str, Any]) -> int | None:
     count, asked = before.get("job.num_images"), settings["job"]["num_images"]
     if type(count) is int and 1 <= count < asked:
         before["job.num_images"] = asked
-    if differing := differences(before, flat(settings)):
+    now = flat(settings)
+    for key, default in LATER_KEYS.items():
+        if (name := f"scheduler_config.{key}") in now:
+            before.setdefault(name, default)
+    if differing := differences(before, now):
         raise ValueError(
             f"`output` {str(path.parent)!r} holds samples made with other settings "
             f"({'; '.join(differing)}); choose another folder, or the settings of the run to "

@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines import sampling_job
 from ddim_schedulers.pipelines.ownership import FolderInUseError
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
@@ -437,6 +438,31 @@ def test_a_cell_made_with_other_settings_is_refused(pipeline, tmp_path):
     run(Evaluation(_config(pipeline, tmp_path, tables=tables)))
     with pytest.raises(ValueError, match="other settings"):
         run(Evaluation(_config(pipeline, tmp_path, tables=tables, dtype="float64")))
+
+
+def test_an_evaluation_of_an_earlier_version_goes_on(pipeline, tmp_path, monkeypatch):
+    """Its schedulers had fewer keys, and did what the defaults of the later keys do."""
+    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
+    config = _config(pipeline, tmp_path, tables=tables, keep_images=True)
+
+    def earlier(pipe, job):
+        return sampling_job.without_later_keys(sampling_job.settings_of(pipe, job))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "settings_of", earlier)
+        run(Evaluation(config))
+    (file,) = (tmp_path / "cells").rglob("sample.json")
+    told = json.loads(file.read_text())
+    assert sampling_job.LATER_KEYS.keys() <= told["scheduler_config"].keys()
+    file.write_text(json.dumps(sampling_job.without_later_keys(told)))
+    run(Evaluation(config))
+    next((tmp_path / "cells").glob("*.json")).unlink()
+    run(Evaluation(config))  # from the samples that are there
+    told["scheduler_config"] |= {"snr_shift_scale": 2.0}
+    file.write_text(json.dumps(told))
+    next((tmp_path / "cells").glob("*.json")).unlink()
+    with pytest.raises(ValueError, match="snr_shift_scale: 2.0 there, 1.0 now"):
+        run(Evaluation(config))
 
 
 def test_features_of_real_images_are_kept_under_what_they_depend_on(

@@ -27,7 +27,12 @@ from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.files import check_folders
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.pipelines.sampling_files import read_shard
-from ddim_schedulers.pipelines.sampling_job import SamplingJob, sample_to_directory, settings_of
+from ddim_schedulers.pipelines.sampling_job import (
+    SamplingJob,
+    sample_to_directory,
+    settings_of,
+    without_later_keys,
+)
 from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.common.versions import commit, device_name
@@ -151,10 +156,11 @@ class Evaluation:
         """
         pipe, job = self._pipe_of(cell), self._job(cell)
         path, images = self.files.path_of(cell), self.files.images_of(cell)
-        settings = digest_of(settings_of(pipe, job))
+        told = settings_of(pipe, job)
+        settings, earlier = digest_of(told), digest_of(without_later_keys(told))
         kept, missing = self.files.kept(cell), self.missing(cell)
         self.team.wait()  # nobody writes before all have looked
-        if kept and kept["settings"] != settings:
+        if kept and kept["settings"] not in (settings, earlier):
             raise ValueError(
                 f"`output_dir`: {path} was made with other settings (network, scheduler or seeds); "
                 "delete it or choose another output_dir"
