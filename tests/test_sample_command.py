@@ -26,7 +26,13 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler, to_portable
+from ddim_schedulers import (
+    FEW_STEPS,
+    GeneralizedDDIMInverseScheduler,
+    GeneralizedDDIMScheduler,
+    MarkovianDDPMScheduler,
+    to_portable,
+)
 from ddim_schedulers.pipelines import (
     GenerationPipeline,
     files,
@@ -736,3 +742,20 @@ def test_help_shows_defaults_and_choices(verb, defaults, capsys):
     with pytest.raises(ValueError, match="must be one of") as refused:
         GeneralizedDDIMScheduler(timestep_spacing="none")
     assert set(choices.split(",")) == set(re.findall(r"'(\w+)'", str(refused.value))) - {"none"}
+
+
+# The settings of the schedulers in version 0.1.0's first revisions. This list does not grow.
+FIRST_KEYS = """beta_end beta_schedule beta_start calibration clip_sample clip_sample_range
+    dynamic_thresholding_ratio eta lower_order_final num_train_timesteps prediction_type
+    quadratic_end rescale_betas_zero_snr reverse_variance sample_max_value set_alpha_to_one sigma
+    solver_corrector solver_form solver_order steps_offset thresholding timestep_spacing timesteps
+    trained_betas variance_type""".split()
+
+
+@pytest.mark.parametrize(
+    "cls", [GeneralizedDDIMScheduler, MarkovianDDPMScheduler, GeneralizedDDIMInverseScheduler]
+)
+def test_every_later_key_of_a_scheduler_lets_earlier_folders_go_on(cls):
+    """A new key of a scheduler belongs into LATER_KEYS, or every folder of samples is refused."""
+    later = {k: v for k, v in cls().config.items() if not k.startswith("_") and k not in FIRST_KEYS}
+    assert later == {k: sampling_job.LATER_KEYS[k] for k in later}

@@ -29,7 +29,7 @@ STOCK_NAMES = {
 def spelled(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     """Return the words of `argv` with each flag as `parser` spells it: dashes become underscores.
 
-    A flag that it does not know is `parser.error`, with the nearest one that it does. That is said
+    A flag that it does not know is `parser.error`, with the nearest one that it does. This happens
     before anything else, for what is missing may be what was misspelt.
     """
     flags = parser._option_string_actions

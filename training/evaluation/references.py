@@ -302,7 +302,7 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
     """Return class numbers (n,) of the images of `data`, from the place `config.labels`.
 
     Raises:
-        ValueError: nothing is said, or nothing there.
+        ValueError: no place is given, or nothing is there.
     """
     own = config.data
     if own.data == "digits":

@@ -70,7 +70,7 @@ def open_trainer(config: TrainingConfig, owns: bool = True) -> Iterator["Trainer
 
 
 class Trainer(Parts):
-    """A run: its parts, where it stands, and the loop.
+    """A run: its parts, how far it is, and the loop.
 
     Raises:
         ValueError: bad settings or data.
