@@ -122,9 +122,10 @@ def noises(x, m, z):
             output.to(dtype), scheduler.timesteps[-1], x.to(dtype), variance_noise=z.to(dtype)
         )
         outputs.append(made.prev_sample)
-        if key == "variance_type":
+        if key == "variance_type" and hasattr(scheduler, "_get_variance"):  # not from the first on
             raw = z.mean(dim=(1, 2, 3)).repeat(250) if "learned" in name else None
-            outputs.append(scheduler._get_variance(whole, raw))
+            variance = scheduler._get_variance(whole, raw)
+            found[f"_get_variance {name} {limit} {dtype} {n}"] = hash_of(variance)
         found[f"{key} {name} {limit} {dtype} {n}"] = hash_of(*outputs)
     return found
 
