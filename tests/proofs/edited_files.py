@@ -347,9 +347,12 @@ def samples(count, root):
 
     def compared():
         sampling_job._compare(settings, now)
-        # null and nothing are the same: a setting that an earlier version did not know
+        # null and nothing are the same: a setting that an earlier version did not know; and so are
+        # a scheduler's later keys and what earlier versions did
         then = flat(json.loads(settings.read_text()))
         own = flat(now)
+        for key, default in sampling_job.LATER_KEYS.items():
+            then.setdefault(f"scheduler_config.{key}", default)
         same = all(then.get(key) == own.get(key) for key in then.keys() | own.keys())
         return HARMLESS if same else WRONG
 
