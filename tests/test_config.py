@@ -165,7 +165,7 @@ def test_the_resolved_settings_can_be_run_again(tmp_path):
 
 def test_the_files_that_ship_are_valid():
     folder = files("ddim_schedulers.training") / "configs"
-    for name in ("digits-8.yaml", "fashion-mnist-32.yaml"):
+    for name in ("digits-8.yaml", "emoji-32.yaml", "fashion-mnist-32.yaml"):
         values = yaml.safe_load((folder / name).read_text())
         config = load_config(str(folder / name))
         assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
