@@ -30,6 +30,7 @@ FLOORS = [
     {
         "betas",
         "config_types",  # what a value may be; torch only
+        "former",  # names that changed
         "likelihood",
         "member",
         "multistep",

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, to_portable
 from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
-from ddim_schedulers.likelihood import expected_bound, make_plan
+from ddim_schedulers.likelihood import expected_bound, make_chain
 from ddim_schedulers.optimal import gaussian_eps
 from ddim_schedulers.training.likelihood import learned_betas
 from ddim_schedulers.training.likelihood.learned_betas import LearnedBetas, learn_betas, save_betas
@@ -27,10 +27,10 @@ BOUNDS = (7.0, -7.0)
 
 def _bound(alpha_bar, variance):
     """The exact expectation, nats per dimension, with the perfect network; differentiable."""
-    plan = make_plan(alpha_bar, TAU, variance)
-    a = plan.alpha_bar[:, None]
+    chain = make_chain(alpha_bar, TAU, variance)
+    a = chain.alpha_bar[:, None]
     error = (C * (1 - a) / (C * a + 1 - a)).mean(1)
-    return expected_bound(plan, error, C.mean() + MEAN**2)
+    return expected_bound(chain, error, C.mean() + MEAN**2)
 
 
 def _optimum(variance):
@@ -148,9 +148,9 @@ def _check_gradient(plan_of):
 
 
 def test_gradient_of_the_estimate_is_that_of_the_expectation():
-    _check_gradient(make_plan)
+    _check_gradient(make_chain)
     with pytest.raises(AssertionError):  # as if only x_t moved with the schedule
-        _check_gradient(lambda alpha_bar, tau: make_plan(alpha_bar.detach(), tau))
+        _check_gradient(lambda alpha_bar, tau: make_chain(alpha_bar.detach(), tau))
 
 
 def test_network_and_schedule_learn_together_on_pixels(tiny_ddpm):

@@ -19,7 +19,7 @@ from ddim_schedulers.likelihood import (
     estimate,
     expected_bound,
     first_posterior_variance,
-    make_plan,
+    make_chain,
     prior_kl,
     variational_bound,
 )
@@ -71,17 +71,17 @@ def _expected(alpha_bar, tau, means, variances, **settings):
             alpha_bar[:, None] * variances + (1 - alpha_bar)[:, None]
         )
         gamma = slope.mean(1)
-    plan = make_plan(alpha_bar, tau, gamma=gamma, **settings)
+    chain = make_chain(alpha_bar, tau, gamma=gamma, **settings)
     x0, noise, weights = _grid(means, variances)
     terms = variational_bound(
         _oracle(alpha_bar, means, variances),
         x0,
-        plan,
+        chain,
         num_bins=None,
         noise=noise,
         dtype=torch.float64,
     )
-    return float((terms.total * weights).sum()), plan
+    return float((terms.total * weights).sum()), chain
 
 
 def _by_hand(alpha_bar, tau, means, variances, variance, eta):
@@ -140,9 +140,9 @@ def test_bound_is_exact_for_isotropic_gaussian_data(mean, c):
     for steps, trajectories in TRAJECTORIES.items():
         alpha_bar = _alpha_bar(steps)
         for tau in trajectories:
-            bound, plan = _expected(alpha_bar, tau, means, variances, variance="optimal")
-            end = float(plan.alpha_bar[0]) * c + 1 - float(plan.alpha_bar[0])
-            prior = 0.5 * (end + float(plan.alpha_bar[0]) * mean**2 - 1 - math.log(end))
+            bound, chain = _expected(alpha_bar, tau, means, variances, variance="optimal")
+            end = float(chain.alpha_bar[0]) * c + 1 - float(chain.alpha_bar[0])
+            prior = 0.5 * (end + float(chain.alpha_bar[0]) * mean**2 - 1 - math.log(end))
             exact = 0.5 * math.log(2 * math.pi * math.e * c)
             assert bound - prior == pytest.approx(exact, abs=1e-9)
 
@@ -180,12 +180,12 @@ def test_a_wrong_formula_is_noticed(monkeypatch, room, name, wrong):
     exact = _by_hand(alpha_bar, tau, means, variances, "fixed_small", 1.0)
     monkeypatch.setattr(room, name, wrong)
     kind = "posterior_mean" if name == "alpha_bar_before" else "epsilon"
-    plan = make_plan(alpha_bar, tau, "fixed_small")
+    chain = make_chain(alpha_bar, tau, "fixed_small")
     x0, noise, weights = _grid(means, variances)
     terms = variational_bound(
         _oracle(alpha_bar, means, variances, kind),
         x0,
-        plan,
+        chain,
         prediction_type=kind,
         num_bins=None,
         noise=noise,
@@ -196,13 +196,13 @@ def test_a_wrong_formula_is_noticed(monkeypatch, room, name, wrong):
 
 def test_every_prediction_type_gives_the_same_bound():
     alpha_bar, means, variances = _alpha_bar(40), torch.tensor([0.3]), torch.tensor([0.2])
-    plan = make_plan(alpha_bar, [39, 20, 5, 0], "fixed_large")
+    chain = make_chain(alpha_bar, [39, 20, 5, 0], "fixed_large")
     x0, noise, _ = _grid(means, variances)
     totals = [
         variational_bound(
             _oracle(alpha_bar, means, variances, kind),
             x0,
-            plan,
+            chain,
             prediction_type=kind,
             num_bins=None,
             noise=noise,
@@ -217,11 +217,11 @@ def test_every_prediction_type_gives_the_same_bound():
 def test_expected_bound_of_the_statistics_is_the_expected_bound():
     alpha_bar, means, variances = _alpha_bar(40), torch.tensor([0.3]), torch.tensor([0.2])
     for variance, eta in (("optimal", 0.5), ("fixed_small", 1.0), ("fixed_large", 1.0)):
-        bound, plan = _expected(
+        bound, chain = _expected(
             alpha_bar, [39, 20, 5, 0], means, variances, variance=variance, eta=eta
         )
-        error = 0.2 * (1 - plan.alpha_bar) / (0.2 * plan.alpha_bar + 1 - plan.alpha_bar)
-        assert float(expected_bound(plan, error, 0.2 + 0.3**2)) == pytest.approx(bound, abs=1e-10)
+        error = 0.2 * (1 - chain.alpha_bar) / (0.2 * chain.alpha_bar + 1 - chain.alpha_bar)
+        assert float(expected_bound(chain, error, 0.2 + 0.3**2)) == pytest.approx(bound, abs=1e-10)
 
 
 def test_monte_carlo_agrees_with_the_closed_form():
@@ -235,7 +235,7 @@ def test_monte_carlo_agrees_with_the_closed_form():
         terms = variational_bound(
             _oracle(alpha_bar, means, variances),
             x0,
-            make_plan(alpha_bar, tau, "fixed_small"),
+            make_chain(alpha_bar, tau, "fixed_small"),
             num_bins=None,
             estimator=estimator,
             num_calls=4,
@@ -257,11 +257,13 @@ def _spread(estimator, terms, calls, proposal=None):
 
 def test_stratified_and_importance_sampling_beat_uniform_t():
     alpha_bar = alpha_bar_from_betas(make_betas())
-    plan = make_plan(alpha_bar, list(range(999, -1, -1)), "fixed_large")
+    chain = make_chain(alpha_bar, list(range(999, -1, -1)), "fixed_large")
     error = 0.25 * (1 - alpha_bar) / (0.25 * alpha_bar + 1 - alpha_bar)
     error = error.flip(0)
-    terms = step_kl(plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], error[:-1])
-    proposal = default_proposal(plan, error)
+    terms = step_kl(
+        chain.posterior_variance[:-1], chain.variance[:-1], chain.weight[:-1], error[:-1]
+    )
+    proposal = default_proposal(chain, error)
     spreads = {}
     for name in ("uniform", "stratified", "importance"):
         values = _spread(name, terms, 63, proposal)
@@ -357,7 +359,7 @@ def test_learned_variance_lies_between_the_fixed_ones():
         return variational_bound(
             predict,
             x0,
-            make_plan(alpha_bar, tau, variance),
+            make_chain(alpha_bar, tau, variance),
             num_bins=None,
             noise=noise,
             dtype=torch.float64,
@@ -380,15 +382,15 @@ def test_learned_variance_lies_between_the_fixed_ones():
     # L_0's upper bound is beta_0, which no fixed variance uses
     assert not torch.allclose(high.decoder, large.decoder)
     middle = run("learned_range", network(0.3))
-    plan = make_plan(alpha_bar, tau, "learned_range")
-    share = torch.exp(0.65 * plan.log_variance_range[:, 1] + 0.35 * plan.log_variance_range[:, 0])
+    chain = make_chain(alpha_bar, tau, "learned_range")
+    share = torch.exp(0.65 * chain.log_variance_range[:, 1] + 0.35 * chain.log_variance_range[:, 0])
     by_hand = bound_from_errors(
-        likelihood.Plan(
-            plan.timesteps,
-            plan.alpha_bar,
-            plan.alpha_bar_before,
-            plan.posterior_variance,
-            plan.weight,
+        likelihood.Chain(
+            chain.timesteps,
+            chain.alpha_bar,
+            chain.alpha_bar_before,
+            chain.posterior_variance,
+            chain.weight,
             share,
         ),
         x0,
@@ -397,7 +399,7 @@ def test_learned_variance_lies_between_the_fixed_ones():
     )
     torch.testing.assert_close(middle.value, by_hand.value)
     with pytest.raises(ValueError, match="learned variance"):
-        bound_from_errors(plan, x0, middle.x0_error, middle.decoder)
+        bound_from_errors(chain, x0, middle.x0_error, middle.decoder)
 
 
 def test_one_pass_serves_every_chain():
@@ -407,17 +409,17 @@ def test_one_pass_serves_every_chain():
     x0 = x0[:, :].clamp(-1, 1)
     gamma = torch.linspace(0.4, 1.01, 40)
     for variance, tau in (("optimal", [39, 12, 0]), ("fixed_large", [30, 29, 4, 0])):
-        plan = make_plan(alpha_bar, tau, variance, gamma=gamma)
+        chain = make_chain(alpha_bar, tau, variance, gamma=gamma)
         terms = variational_bound(
             _oracle(alpha_bar, means, variances),
             x0,
-            plan,
+            chain,
             num_bins=None,
             clip=0.9,
             noise=noise,
             dtype=torch.float64,
         )
-        again = bound_from_errors(plan, x0, terms.x0_error, terms.decoder)
+        again = bound_from_errors(chain, x0, terms.x0_error, terms.decoder)
         torch.testing.assert_close(again.total, terms.total)
 
 
@@ -425,12 +427,12 @@ def test_clipping_is_a_choice():
     alpha_bar = _alpha_bar(40)
     x0 = torch.full((8, 1), 1.0)
     noise = torch.linspace(-3, 3, 8)[:, None]
-    plan = make_plan(alpha_bar, [39, 20, 5, 0])
+    chain = make_chain(alpha_bar, [39, 20, 5, 0])
     free, clipped = (
         variational_bound(
             lambda x, t: torch.zeros_like(x),
             x0,
-            plan,
+            chain,
             num_bins=None,
             clip=limit,
             noise=noise,
@@ -447,11 +449,11 @@ def test_coding_curve_adds_up():
     alpha_bar, d = _alpha_bar(40), 12
     means, variances = torch.zeros(d), torch.full((d,), 0.1)
     levels = torch.randint(0, 256, (50, d))
-    plan = make_plan(alpha_bar, [39, 20, 5, 0], "fixed_large")
+    chain = make_chain(alpha_bar, [39, 20, 5, 0], "fixed_large")
     terms = variational_bound(
-        _oracle(alpha_bar, means, variances), levels / 127.5 - 1, plan, dtype=torch.float64
+        _oracle(alpha_bar, means, variances), levels / 127.5 - 1, chain, dtype=torch.float64
     )
-    curve = coding_curve(plan, terms)
+    curve = coding_curve(chain, terms)
     assert [point.timestep for point in curve] == [39, 20, 5, 0]
     total = bits_per_dim(terms.total.mean(), d)
     assert curve[-1].rate + curve[-1].term == pytest.approx(float(total))
@@ -463,19 +465,19 @@ def test_coding_curve_adds_up():
     part = variational_bound(
         _oracle(alpha_bar, means, variances),
         levels / 127.5 - 1,
-        plan,
+        chain,
         estimator="stratified",
         num_calls=2,
         dtype=torch.float64,
     )
     with pytest.raises(ValueError, match="every step"):
-        coding_curve(plan, part)
+        coding_curve(chain, part)
 
 
 def test_a_float32_network_is_close_and_the_bound_stays_float64():
     alpha_bar, means, variances = _alpha_bar(40), torch.tensor([0.3]), torch.tensor([0.2])
     x0, noise, _ = _grid(means, variances)
-    plan, oracle = make_plan(alpha_bar, [39, 20, 5, 0]), _oracle(alpha_bar, means, variances)
+    chain, oracle = make_chain(alpha_bar, [39, 20, 5, 0]), _oracle(alpha_bar, means, variances)
     seen = []
 
     def single(x_t, t):
@@ -483,7 +485,7 @@ def test_a_float32_network_is_close_and_the_bound_stays_float64():
         return oracle(x_t.double(), t).float()
 
     half, full = (
-        variational_bound(f, x0, plan, num_bins=None, noise=noise, dtype=dtype).total
+        variational_bound(f, x0, chain, num_bins=None, noise=noise, dtype=dtype).total
         for f, dtype in ((single, torch.float32), (oracle, torch.float64))
     )
     assert set(seen) == {torch.float32} and half.dtype == torch.float64
@@ -508,15 +510,15 @@ def test_a_float32_network_is_close_and_the_bound_stays_float64():
 def test_plans_that_have_no_bound_are_refused(change, message):
     settings = {"timesteps": [39, 0], "variance": "fixed_small", **change}
     with pytest.raises(ValueError, match=message):
-        make_plan(_alpha_bar(40), **settings)
+        make_chain(_alpha_bar(40), **settings)
 
 
 @pytest.mark.parametrize("bad", [0.001, 1.1, -1.5, math.nan, 1.0 - 1e-5])
 def test_data_off_the_grid_are_refused(bad):
-    plan = make_plan(_alpha_bar(40), [39, 0])
+    chain = make_chain(_alpha_bar(40), [39, 0])
     x0 = torch.tensor([[1.0, bad]])
     with pytest.raises(ValueError, match="equally spaced"):
-        variational_bound(lambda x, t: x, x0, plan)
+        variational_bound(lambda x, t: x, x0, chain)
     digits = (torch.arange(17, dtype=torch.float32) / 8 - 1)[None]
     likelihood.grid_levels(digits, 17)
     with pytest.raises(ValueError, match="equally spaced"):
@@ -528,7 +530,7 @@ def test_data_off_the_grid_are_refused(bad):
 
 
 def test_bad_estimators_are_refused():
-    plan = make_plan(_alpha_bar(40), [39, 0])
+    chain = make_chain(_alpha_bar(40), [39, 0])
     x0 = torch.zeros(2, 1)
     for settings, message in (
         ({"estimator": "stratified"}, "num_calls"),
@@ -537,7 +539,7 @@ def test_bad_estimators_are_refused():
         ({"estimator": "importance", "num_calls": 4, "proposal": torch.zeros(1)}, "proposal"),
     ):
         with pytest.raises(ValueError, match=message):
-            variational_bound(lambda x, t: x, x0, plan, num_bins=None, **settings)
+            variational_bound(lambda x, t: x, x0, chain, num_bins=None, **settings)
 
 
 def test_small_pieces():

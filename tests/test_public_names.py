@@ -127,6 +127,20 @@ def test_a_former_name_is_the_same_object_and_names_its_new_place(former):
         getattr(importlib.import_module(f"{ROOM}.{place}"), name + "s")
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "now"),
+    [
+        ("ddim_schedulers.likelihood", "Plan", "Chain"),
+        ("ddim_schedulers.likelihood", "make_plan", "make_chain"),
+    ],
+)
+def test_a_former_word_is_the_same_object_and_gives_the_present_one(place, name, now):
+    module = importlib.import_module(place)
+    with pytest.warns(DeprecationWarning, match=f"{place}.{name} is now {place}.*{now};"):
+        assert getattr(module, name) is getattr(module, now)
+    assert name not in getattr(module, "__all__", ())
+
+
 def test_names_that_stayed_warn_of_nothing():
     code = """
 from ddim_schedulers.training.config import TrainingConfig

@@ -1,6 +1,6 @@
 """The former place of `ddim_schedulers.training.metrics.features`."""
 
-from ddim_schedulers.training.common.former import former
+from ddim_schedulers.former import former
 
 __getattr__ = former(
     __name__,

@@ -1,6 +1,6 @@
 """The former place of `ddim_schedulers.training.likelihood.learned_betas`."""
 
-from ddim_schedulers.training.common.former import former
+from ddim_schedulers.former import former
 
 __getattr__ = former(
     __name__,

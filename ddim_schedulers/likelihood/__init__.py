@@ -15,6 +15,7 @@ x_t follows q(x_t | x_0) for every member, hence one pass over t serves all memb
 trajectories: see `bound_from_errors`.
 """
 
+from ..former import former
 from .bound import (
     ESTIMATORS,
     Predict,
@@ -26,7 +27,7 @@ from .bound import (
     predict_x0,
     variational_bound,
 )
-from .chain import VARIANCES, Plan, first_posterior_variance, make_plan, reverse_pair
+from .chain import VARIANCES, Chain, first_posterior_variance, make_chain, reverse_pair
 from .coding import CodingPoint, Estimate, bits_per_dim, coding_curve, estimate
 from .terms import GRID_TOLERANCE, decoder_nll, grid_levels, log_normal_interval, prior_kl
 
@@ -34,9 +35,9 @@ __all__ = [
     "ESTIMATORS",
     "GRID_TOLERANCE",
     "VARIANCES",
+    "Chain",
     "CodingPoint",
     "Estimate",
-    "Plan",
     "Predict",
     "Terms",
     "bits_per_dim",
@@ -50,9 +51,11 @@ __all__ = [
     "first_posterior_variance",
     "grid_levels",
     "log_normal_interval",
-    "make_plan",
+    "make_chain",
     "predict_x0",
     "prior_kl",
     "reverse_pair",
     "variational_bound",
 ]
+
+__getattr__ = former(__name__, __name__, {"Plan": "Chain", "make_plan": "make_chain"})

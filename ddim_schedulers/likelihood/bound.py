@@ -10,7 +10,7 @@ from ..optimal import step_kl
 from ..parameterization import x0_from
 from ..process import Gaussian, gaussian_kl
 from ..reverse_noise import log_between
-from .chain import Plan
+from .chain import Chain
 from .terms import decoder_nll, grid_levels, prior_kl
 
 ESTIMATORS = ("all", "uniform", "stratified", "importance")
@@ -24,7 +24,7 @@ class Terms:
 
     Attributes:
         prior: L_T, (B,).
-        index: which step (position in `Plan.timesteps`) each of n draws is, int64 (B, n).
+        index: which step (position in `Chain.timesteps`) each of n draws is, int64 (B, n).
         value: its KL, (B, n).
         weight: what it counts in the estimate of the sum over all S - 1 steps, (B, n).
         decoder: L_0, (B,).
@@ -144,21 +144,21 @@ def draw_steps(
     return index, 1 / (count * share[index])
 
 
-def default_proposal(plan: Plan, x0_error: torch.Tensor | None = None) -> torch.Tensor:
+def default_proposal(chain: Chain, x0_error: torch.Tensor | None = None) -> torch.Tensor:
     """Return a proposal for `importance`, (S - 1,), sums to 1: the expected terms.
 
     Args:
-        plan: the chain.
+        chain: what each step does.
         x0_error: E||x_0 - x0_hat||^2 / d for each of its S timesteps (a calibration); without it,
             that of Gaussian data of variance 1/4.
 
     A tenth is spread evenly, so that a step whose cost was underestimated keeps a bounded weight.
     """
     if x0_error is None:
-        a = plan.alpha_bar
+        a = chain.alpha_bar
         x0_error = 0.25 * (1 - a) / (0.25 * a + (1 - a))
     expected = step_kl(
-        plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], x0_error[:-1]
+        chain.posterior_variance[:-1], chain.variance[:-1], chain.weight[:-1], x0_error[:-1]
     ).clamp(min=0)
     even = torch.full_like(expected, 1 / max(len(expected), 1))
     if float(expected.sum()) <= 0:
@@ -169,7 +169,7 @@ def default_proposal(plan: Plan, x0_error: torch.Tensor | None = None) -> torch.
 def variational_bound(
     predict: Predict,
     x0: torch.Tensor,
-    plan: Plan,
+    chain: Chain,
     *,
     prediction_type: str = "epsilon",
     clip: float | None = None,
@@ -186,7 +186,7 @@ def variational_bound(
     Args:
         predict: the network; called once for each term, in `dtype`.
         x0: images (B, ...), any floating dtype; on the grid of `num_bins`.
-        plan: the chain, from `make_plan`.
+        chain: what each step does, from `make_chain`.
         prediction_type: what the network predicts.
         clip: limit of |x0_hat| (1.0 in the protocol of the DDPM paper), or None for none.
         num_bins: bins of L_0, or None for a Gaussian density.
@@ -209,26 +209,26 @@ def variational_bound(
             f"`num_calls` is {num_calls!r}; estimator={estimator!r} needs at least 2, one of them "
             "for L_0."
         )
-    steps, x = len(plan) - 1, x0.to(torch.float64)
+    steps, x = len(chain) - 1, x0.to(torch.float64)
     if estimator == "importance" and proposal is None:
-        proposal = default_proposal(plan)
+        proposal = default_proposal(chain)
     index, weight = draw_steps(estimator, (num_calls or 2) - 1, steps, len(x), proposal, generator)
     last = torch.full((len(x), 1), steps)
     values, errors = [], []
     for column in torch.cat([index, last], dim=1).unbind(1):
         eps = noise if noise is not None else torch.randn(x.shape, generator=generator)
         x0_hat, variance = _reverse(
-            predict, x, plan, column, eps.to(x), prediction_type, clip, dtype
+            predict, x, chain, column, eps.to(x), prediction_type, clip, dtype
         )
         errors.append(((x - x0_hat) ** 2).flatten(1).mean(1))
         values.append((x0_hat, variance))
     value = [
-        _step_nats(plan, column, x, x0_hat, variance)
+        _step_nats(chain, column, x, x0_hat, variance)
         for column, (x0_hat, variance) in zip(index.unbind(1), values[:-1], strict=True)
     ]
     decoder = decoder_nll(x0, *values[-1], num_bins)
     return Terms(
-        prior_kl(x, plan.alpha_bar[0]),
+        prior_kl(x, chain.alpha_bar[0]),
         index,
         torch.stack(value, 1) if value else x.new_zeros(len(x), 0),
         weight,
@@ -241,7 +241,7 @@ def variational_bound(
 def _reverse(
     predict: Predict,
     x0: torch.Tensor,
-    plan: Plan,
+    chain: Chain,
     column: torch.Tensor,
     noise: torch.Tensor,
     prediction_type: str,
@@ -250,39 +250,43 @@ def _reverse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x0_hat and the reverse variance of one draw for each image."""
     shape = (-1,) + (1,) * (x0.ndim - 1)
-    t = torch.tensor(plan.timesteps)[column]
-    channels = x0.shape[1] if plan.log_variance_range is not None else None
+    t = torch.tensor(chain.timesteps)[column]
+    channels = x0.shape[1] if chain.log_variance_range is not None else None
     x0_hat, _, raw = predict_x0(
         predict,
         x0,
         t,
-        plan.alpha_bar[column],
-        plan.alpha_bar_before[column],
+        chain.alpha_bar[column],
+        chain.alpha_bar_before[column],
         noise,
         prediction_type,
         clip,
         dtype,
         channels,
     )
-    if plan.log_variance_range is None or raw is None:
-        return x0_hat, plan.variance[column].view(shape)
-    low, high = plan.log_variance_range[column].unbind(1)
+    if chain.log_variance_range is None or raw is None:
+        return x0_hat, chain.variance[column].view(shape)
+    low, high = chain.log_variance_range[column].unbind(1)
     return x0_hat, log_between(raw, low.view(shape), high.view(shape)).exp()
 
 
 def _step_nats(
-    plan: Plan, column: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor, variance: torch.Tensor
+    chain: Chain,
+    column: torch.Tensor,
+    x0: torch.Tensor,
+    x0_hat: torch.Tensor,
+    variance: torch.Tensor,
 ) -> torch.Tensor:
     shape = (-1,) + (1,) * (x0.ndim - 1)
-    posterior = plan.posterior_variance[column].view(shape)
-    weight = plan.weight[column].view(shape)
+    posterior = chain.posterior_variance[column].view(shape)
+    weight = chain.weight[column].view(shape)
     # the part of x_t is the same in both means, so that only their parts of x_0 differ
     kl = gaussian_kl(Gaussian(weight * x0, posterior), Gaussian(weight * x0_hat, variance))
     return kl.flatten(1).sum(1)
 
 
 def bound_from_errors(
-    plan: Plan, x0: torch.Tensor, x0_error: torch.Tensor, decoder: torch.Tensor
+    chain: Chain, x0: torch.Tensor, x0_error: torch.Tensor, decoder: torch.Tensor
 ) -> Terms:
     """Return the bound of any chain from one pass over its timesteps.
 
@@ -291,39 +295,39 @@ def bound_from_errors(
     arXiv:2106.03802, Sec. 3.2).
 
     Args:
-        plan: the chain; not `learned_range`.
+        chain: what each step does; not `learned_range`.
         x0: images (B, ...).
-        x0_error: ||x_0 - x0_hat||^2 / d at each of the plan's timesteps, float64 (B, S).
-        decoder: L_0 for the plan's last variance, (B,).
+        x0_error: ||x_0 - x0_hat||^2 / d at each of the chain's timesteps, float64 (B, S).
+        decoder: L_0 for the chain's last variance, (B,).
 
     Raises:
         ValueError: for `learned_range`, whose variance is not in `x0_error`.
     """
-    if plan.log_variance_range is not None:
-        raise ValueError("`plan` has a learned variance; use `variational_bound`.")
-    d, steps = x0[0].numel(), len(plan) - 1
+    if chain.log_variance_range is not None:
+        raise ValueError("`chain` has a learned variance; use `variational_bound`.")
+    d, steps = x0[0].numel(), len(chain) - 1
     value = d * step_kl(
-        plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], x0_error[:, :-1]
+        chain.posterior_variance[:-1], chain.variance[:-1], chain.weight[:-1], x0_error[:, :-1]
     )
     index, weight = draw_steps("all", 0, steps, len(x0))
-    return Terms(prior_kl(x0, plan.alpha_bar[0]), index, value, weight, decoder, x0_error, d)
+    return Terms(prior_kl(x0, chain.alpha_bar[0]), index, value, weight, decoder, x0_error, d)
 
 
 def expected_bound(
-    plan: Plan, x0_error: torch.Tensor, x0_square: torch.Tensor | float
+    chain: Chain, x0_error: torch.Tensor, x0_square: torch.Tensor | float
 ) -> torch.Tensor:
     """Return the expectation of the bound in nats per dimension, L_0 as a Gaussian density; 0-d.
 
     Args:
-        plan: the chain; not `learned_range`. Differentiable in what it was made of.
+        chain: what each step does; not `learned_range`. Differentiable in what it was made of.
         x0_error: E||x_0 - x0_hat||^2 / d at each of its timesteps, (S,).
         x0_square: E||x_0||^2 / d.
     """
-    a = plan.alpha_bar[0]
+    a = chain.alpha_bar[0]
     prior = 0.5 * (a * x0_square - a - torch.log1p(-a))
     steps = step_kl(
-        plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], x0_error[:-1]
+        chain.posterior_variance[:-1], chain.variance[:-1], chain.weight[:-1], x0_error[:-1]
     )
-    last = plan.variance[-1]
+    last = chain.variance[-1]
     decoder = 0.5 * (torch.log(2 * math.pi * last) + x0_error[-1] / last)
     return prior + steps.sum() + decoder

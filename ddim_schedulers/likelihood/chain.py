@@ -24,7 +24,7 @@ VARIANCES = BOUND_VARIANCES
 
 
 @dataclass(frozen=True)
-class Plan:
+class Chain:
     """A reverse chain: what each of its S steps does, in the order of sampling.
 
     Attributes:
@@ -61,7 +61,7 @@ def first_posterior_variance(alpha_bar: torch.Tensor) -> torch.Tensor:
     return sigma_eta(alpha_bar[1], alpha_bar[0], 1.0) ** 2
 
 
-def make_plan(
+def make_chain(
     alpha_bar: torch.Tensor,
     timesteps: Sequence[int],
     variance: str = "fixed_small",
@@ -70,7 +70,7 @@ def make_plan(
     sigma: Sequence[float] | torch.Tensor | None = None,
     gamma: torch.Tensor | None = None,
     x0_limit: float = 1.0,
-) -> Plan:
+) -> Chain:
     """Return the reverse chain whose bound is asked for.
 
     Args:
@@ -85,7 +85,7 @@ def make_plan(
         x0_limit: largest |x_0|; its square bounds Var(x_0 | x_t) in `optimal`.
 
     Returns:
-        A plan that is differentiable in `alpha_bar`.
+        A chain that is differentiable in `alpha_bar`.
 
     Raises:
         ValueError: for a trajectory without timestep 0, a member with sigma = 0 (its bound is
@@ -121,7 +121,7 @@ def make_plan(
             "(calibrate with more images, or take a fixed variance)."
         )
     one = torch.ones_like(a_t[:1])
-    return Plan(
+    return Chain(
         tau,
         a_t,
         alpha_bar_before(alpha_bar)[tau],

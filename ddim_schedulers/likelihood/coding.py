@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .bound import Terms
-from .chain import Plan
+from .chain import Chain
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class CodingPoint:
     term: float
 
 
-def coding_curve(plan: Plan, terms: Terms, num_bins: int | None = 256) -> list[CodingPoint]:
+def coding_curve(chain: Chain, terms: Terms, num_bins: int | None = 256) -> list[CodingPoint]:
     """Return the progressive lossy coding of DDPM (Sec. 4.3, Fig. 5 and Table 4), from T to 0.
 
     A receiver that has x_t has been sent L_T and the steps above t, and shows x0_hat(x_t). The last
     point's rate is the paper's rate, its `term` the paper's distortion in bits (L_0).
 
     Args:
-        plan: the chain.
+        chain: what each step does.
         terms: of it, with the estimator `all`.
         num_bins: scale of the distortion; None leaves it on [-1, 1].
 
     Raises:
         ValueError: if not every step was evaluated.
     """
-    if terms.index.shape[1] != len(plan) - 1 or not bool((terms.weight == 1).all()):
+    if terms.index.shape[1] != len(chain) - 1 or not bool((terms.weight == 1).all()):
         raise ValueError("`terms` must hold every step once: use estimator='all'.")
     scale = 1.0 if num_bins is None else (num_bins - 1) / 2
     nats = torch.cat([terms.value, terms.decoder[:, None]], dim=1).mean(0)
@@ -74,5 +74,5 @@ def coding_curve(plan: Plan, terms: Terms, num_bins: int | None = 256) -> list[C
     rmse = terms.x0_error.mean(0).sqrt() * scale
     return [
         CodingPoint(t, float(r), float(e), float(c))
-        for t, r, e, c in zip(plan.timesteps, rate, rmse, cost, strict=True)
+        for t, r, e, c in zip(chain.timesteps, rate, rmse, cost, strict=True)
     ]

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from pairing import paired, report
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
-from ddim_schedulers.likelihood import default_proposal, draw_steps, make_plan
+from ddim_schedulers.likelihood import default_proposal, draw_steps, make_chain
 from ddim_schedulers.optimal import statistics_of
 from ddim_schedulers.optimal import step_kl as nats
 
@@ -107,13 +107,13 @@ def estimators(args):
             batch_size=args.batch_size,
             work_dir=work,
         )
-    plan = make_plan(measured_model.alpha_bar, list(range(big_t - 1, -1, -1)), "fixed_large")
+    chain = make_chain(measured_model.alpha_bar, list(range(big_t - 1, -1, -1)), "fixed_large")
     error = result.statistics[2].flip(1)
     terms = nats(
-        plan.posterior_variance[:-1], plan.variance[:-1], plan.weight[:-1], error[:, :-1]
+        chain.posterior_variance[:-1], chain.variance[:-1], chain.weight[:-1], error[:, :-1]
     ) / math.log(2)
     known = statistics_of(measured_model.calibration, measured_model.alpha_bar).x0_error.flip(0)
-    proposal = default_proposal(plan, known)
+    proposal = default_proposal(chain, known)
     print(f"{len(images)} images; std of one image's estimate in bits/dim, over 1000 draws of t")
     print("| calls | uniform | stratified | importance |\n|---|---|---|---|")
     for calls in (16, 64, 256):

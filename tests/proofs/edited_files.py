@@ -44,7 +44,7 @@ from ddim_schedulers.training.likelihood.measured_model import (
     load_measured_model,
     measured_model_of,
 )
-from ddim_schedulers.training.likelihood.table import LikelihoodSettings, make_rows
+from ddim_schedulers.training.likelihood.table import LikelihoodSettings, make_chains
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.parsing import load_config
 from ddim_schedulers.training.train import train
@@ -369,7 +369,7 @@ def scheduler_config(count, root, pipeline):
 
     def use():
         found = load_measured_model(pipeline)
-        make_rows(found, settings)
+        make_chains(found, settings)
         return PLAUSIBLE
 
     content = json.loads(path.read_text())

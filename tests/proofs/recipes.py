@@ -40,7 +40,7 @@ RECIPES = {
         """
 import torch
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, to_portable
-from ddim_schedulers.likelihood import VARIANCES, make_plan
+from ddim_schedulers.likelihood import VARIANCES, make_chain
 from ddim_schedulers.bundle import bundle
 x, z = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
 made = []
@@ -54,9 +54,10 @@ torch.testing.assert_close(made[1] ** 2, made[0] * made[2])
 ddpm = MarkovianDDPMScheduler(variance_type="mean")
 ddpm.step(x, 500, x)
 assert "mean" in VARIANCES
-plan = make_plan(ddpm.alpha_bar, [999, 500, 0], "mean")
-small, large = (make_plan(ddpm.alpha_bar, [999, 500, 0], n) for n in ("fixed_small", "fixed_large"))
-torch.testing.assert_close(plan.variance[:-1] ** 2, (small.variance * large.variance)[:-1])
+chain = make_chain(ddpm.alpha_bar, [999, 500, 0], "mean")
+names = ("fixed_small", "fixed_large")
+small, large = (make_chain(ddpm.alpha_bar, [999, 500, 0], n) for n in names)
+torch.testing.assert_close(chain.variance[:-1] ** 2, (small.variance * large.variance)[:-1])
 stock, notes = to_portable(ddpm)
 assert stock.config.variance_type == "fixed_small" and "mean" in notes[0], notes
 back = MarkovianDDPMScheduler.from_config(stock.config)

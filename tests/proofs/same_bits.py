@@ -161,16 +161,17 @@ def bounds(x, m, z):
     a, found = alpha_bar_from_betas(make_betas()), {}
     gamma = torch.tensor(calibration()["gamma"], dtype=torch.float64)
     grid = ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
+    make_chain = getattr(likelihood, "make_chain", None) or likelihood.make_plan  # its former name
     for variance, tau in itertools.product(
         ("fixed_small", "fixed_large", "learned_range", "optimal"),
         ([999, 500, 30, 0], [70, 0], [0]),
     ):
-        plan = likelihood.make_plan(a, tau, variance, gamma=gamma)
+        chain = make_chain(a, tau, variance, gamma=gamma)
         raw = [m, z.clamp(-1, 1)] if variance == "learned_range" else [m]
         network = functools.partial(lambda output, x_t, t: output, torch.cat(raw, dim=1))
-        terms = likelihood.variational_bound(network, grid, plan, num_bins=17, noise=z)
+        terms = likelihood.variational_bound(network, grid, chain, num_bins=17, noise=z)
         parts = (terms.prior, terms.value, terms.decoder, terms.x0_error)
-        found[f"bound {variance} {tau}"] = hash_of(*parts, plan.weight, plan.variance)
+        found[f"bound {variance} {tau}"] = hash_of(*parts, chain.weight, chain.variance)
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ddim_schedulers.betas import alpha_bar_before, explicit_betas
-from ddim_schedulers.likelihood import Predict, make_plan, variational_bound
+from ddim_schedulers.likelihood import Predict, make_chain, variational_bound
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.plugin import SETTINGS_KEY
 from ddim_schedulers.reading import read_json
@@ -134,11 +134,11 @@ def learn_betas(
     tau = list(range(len(schedule.logits) - 2, -1, -1))
     history = []
     for step, x0 in enumerate(batches):
-        plan = make_plan(schedule.alpha_bar(), tau, variance)
+        chain = make_chain(schedule.alpha_bar(), tau, variance)
         terms = variational_bound(
             predict,
             x0,
-            plan,
+            chain,
             prediction_type=prediction_type,
             clip=clip,
             num_bins=num_bins,

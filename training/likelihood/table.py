@@ -17,7 +17,7 @@ import torch
 
 from ddim_schedulers.likelihood import (
     ESTIMATORS,
-    Plan,
+    Chain,
     Terms,
     bits_per_dim,
     bound_from_errors,
@@ -26,7 +26,7 @@ from ddim_schedulers.likelihood import (
     default_proposal,
     estimate,
     grid_levels,
-    make_plan,
+    make_chain,
     variational_bound,
 )
 from ddim_schedulers.optimal import Statistics, optimal_timesteps, statistics_of
@@ -73,20 +73,20 @@ class LikelihoodSettings:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cell of the table and its chain."""
+class NamedChain:
+    """A chain of the table, with the names that it has there."""
 
     steps: int
     variance: str
     trajectory: str
-    plan: Plan
+    chain: Chain
 
 
-def make_rows(measured_model: MeasuredModel, settings: LikelihoodSettings) -> list[Row]:
+def make_chains(measured_model: MeasuredModel, settings: LikelihoodSettings) -> list[NamedChain]:
     """Return the chains of the table.
 
     Raises:
-        ValueError: before any work, for all that `make_plan` refuses, a learned variance without a
+        ValueError: before any work, for all that `make_chain` refuses, a learned variance without a
             network that has one, or optimal choices without a calibration.
     """
     statistics = None
@@ -103,12 +103,12 @@ def make_rows(measured_model: MeasuredModel, settings: LikelihoodSettings) -> li
         if isinstance(noise_named("variance", name), LearnedNoise) and not measured_model.learned:
             raise ValueError(f"`variance` is {name!r}, but the network predicts no variance")
     limit = 1.0 if settings.clip is None else settings.clip
-    rows = []
+    chains = []
     for trajectory in settings.trajectories:
         for variance in settings.variances:
             for count in settings.steps:
                 tau = _trajectory(measured_model, statistics, settings, trajectory, variance, count)
-                plan = make_plan(
+                chain = make_chain(
                     measured_model.alpha_bar,
                     tau,
                     variance,
@@ -116,8 +116,8 @@ def make_rows(measured_model: MeasuredModel, settings: LikelihoodSettings) -> li
                     gamma=None if statistics is None else statistics.gamma,
                     x0_limit=limit,
                 )
-                rows.append(Row(count, variance, trajectory, plan))
-    return rows
+                chains.append(NamedChain(count, variance, trajectory, chain))
+    return chains
 
 
 def _trajectory(
@@ -130,7 +130,7 @@ def _trajectory(
 ) -> list[int]:
     if name != "optimal":
         return make_timesteps(SPACINGS.get(name, name), count, len(measured_model.alpha_bar))
-    assert statistics is not None  # `make_rows` looked
+    assert statistics is not None  # `make_chains` looked
     own = cost_name(noise_named("variance", variance))
     limit = 1.0 if settings.clip is None else settings.clip
     return optimal_timesteps(measured_model.alpha_bar, statistics, count, own, settings.eta, limit)
@@ -160,7 +160,7 @@ def evaluate(
         progress: called with a line of text, or None.
 
     Raises:
-        ValueError: as `make_rows`; for data off the grid; an unknown estimator, or a number of
+        ValueError: as `make_chains`; for data off the grid; an unknown estimator, or a number of
             calls with one that evaluates all t.
     """
     check_batch_size(settings.batch_size)
@@ -174,19 +174,19 @@ def evaluate(
         )
     if settings.num_bins is not None:
         grid_levels(images, settings.num_bins)
-    rows, begun = make_rows(measured_model, settings), time.perf_counter()
-    learns = any(row.plan.log_variance_range is not None for row in rows)
+    chains, begun = make_chains(measured_model, settings), time.perf_counter()
+    learns = any(named.chain.log_variance_range is not None for named in chains)
     if settings.estimator == "all" and not learns:
-        terms, calls = _one_pass(measured_model, images, rows, settings, work_dir, team, progress)
+        terms, calls = _one_pass(measured_model, images, chains, settings, work_dir, team, progress)
     else:
-        terms, calls = _row_by_row(measured_model, images, rows, settings, team, progress)
+        terms, calls = _chain_by_chain(measured_model, images, chains, settings, team, progress)
     chosen = asdict(settings)
     return {
         "settings": chosen,
         "num_images": len(images),
         "image_shape": list(images.shape[1:]),
         "network": measured_model.fingerprint(),
-        "rows": [_report(row, t, settings) for row, t in zip(rows, terms, strict=True)],
+        "rows": [_report(named, t, settings) for named, t in zip(chains, terms, strict=True)],
         "cost": {
             "network_calls": calls,
             "seconds": time.perf_counter() - begun,
@@ -198,13 +198,13 @@ def evaluate(
 def _one_pass(
     measured_model: MeasuredModel,
     images: torch.Tensor,
-    rows: Sequence[Row],
+    chains: Sequence[NamedChain],
     settings: LikelihoodSettings,
     work_dir: Path,
     team: Team,
     progress: Callable[[str], None] | None,
 ) -> tuple[list[Terms], int]:
-    union = sorted({t for row in rows for t in row.plan.timesteps})
+    union = sorted({t for named in chains for t in named.chain.timesteps})
     result = run_error_sweep(
         measured_model,
         images,
@@ -218,38 +218,38 @@ def _one_pass(
     )
     column = {t: i for i, t in enumerate(result.timesteps)}
     terms = []
-    for row in rows:
-        picked = result.statistics[2][:, [column[t] for t in row.plan.timesteps]]
-        decoder = decoder_nll(images, result.x0_hat, row.plan.variance[-1], settings.num_bins)
-        terms.append(bound_from_errors(row.plan, images, picked, decoder))
+    for named in chains:
+        picked = result.statistics[2][:, [column[t] for t in named.chain.timesteps]]
+        decoder = decoder_nll(images, result.x0_hat, named.chain.variance[-1], settings.num_bins)
+        terms.append(bound_from_errors(named.chain, images, picked, decoder))
     return terms, result.calls
 
 
-def _row_by_row(
+def _chain_by_chain(
     measured_model: MeasuredModel,
     images: torch.Tensor,
-    rows: Sequence[Row],
+    chains: Sequence[NamedChain],
     settings: LikelihoodSettings,
     team: Team,
     progress: Callable[[str], None] | None,
 ) -> tuple[list[Terms], int]:
     size = settings.batch_size
     chunks = math.ceil(len(images) / size)
-    work = [(r, c) for r in range(len(rows)) for c in range(chunks)]
-    done, calls = [], 0
+    work = [(r, c) for r in range(len(chains)) for c in range(chunks)]
+    done, calls, importance = [], 0, settings.estimator == "importance"
     for number, (r, c) in enumerate(work[team.index :: team.count]):
-        row = rows[r]
-        learned = row.plan.log_variance_range is not None
+        named = chains[r]
+        learned = named.chain.log_variance_range is not None
         terms = variational_bound(
             measured_model.predict if learned else measured_model.predict_mean,
             images[c * size : (c + 1) * size],
-            row.plan,
+            named.chain,
             prediction_type=measured_model.prediction_type,
             clip=settings.clip,
             num_bins=settings.num_bins,
             estimator=settings.estimator,
             num_calls=settings.num_calls,
-            proposal=_proposal(measured_model, row) if settings.estimator == "importance" else None,
+            proposal=_proposal(measured_model, named) if importance else None,
             generator=generator(settings.seed, "bound", r, c),
             dtype=measured_model.dtype,
         )
@@ -259,18 +259,18 @@ def _row_by_row(
             progress(f"part {number + 1} of {len(work[team.index :: team.count])}")
     gathered = {(r, c): terms for r, c, terms in team.gather(done)}
     calls = sum(team.gather([calls]))
-    return [_joined([gathered[r, c] for c in range(chunks)]) for r in range(len(rows))], calls
+    return [_joined([gathered[r, c] for c in range(chunks)]) for r in range(len(chains))], calls
 
 
-def _proposal(measured_model: MeasuredModel, row: Row) -> torch.Tensor:
+def _proposal(measured_model: MeasuredModel, named: NamedChain) -> torch.Tensor:
     error = None
     if measured_model.calibration is not None:
         table = statistics_of(measured_model.calibration, measured_model.alpha_bar).x0_error
-        error = table[row.plan.timesteps]
-    plan = row.plan
-    if plan.log_variance_range is not None:  # what the fixed variances cost is a fair guess
-        plan = dataclasses.replace(plan, variance=plan.log_variance_range.mean(1).exp())
-    return default_proposal(plan, error)
+        error = table[named.chain.timesteps]
+    chain = named.chain
+    if chain.log_variance_range is not None:  # what the fixed variances cost is a fair guess
+        chain = dataclasses.replace(chain, variance=chain.log_variance_range.mean(1).exp())
+    return default_proposal(chain, error)
 
 
 def _joined(parts: Sequence[Terms]) -> Terms:
@@ -281,7 +281,7 @@ def _joined(parts: Sequence[Terms]) -> Terms:
     )
 
 
-def _report(row: Row, terms: Terms, settings: LikelihoodSettings) -> dict[str, Any]:
+def _report(named: NamedChain, terms: Terms, settings: LikelihoodSettings) -> dict[str, Any]:
     sums = {
         "total": terms.total,
         "prior": terms.prior,
@@ -289,10 +289,10 @@ def _report(row: Row, terms: Terms, settings: LikelihoodSettings) -> dict[str, A
         "decoder": terms.decoder,
     }
     report: dict[str, Any] = {
-        "steps": row.steps,
-        "variance": row.variance,
-        "trajectory": row.trajectory,
-        "timesteps": row.plan.timesteps,
+        "steps": named.steps,
+        "variance": named.variance,
+        "trajectory": named.trajectory,
+        "timesteps": named.chain.timesteps,
         "calls_per_image": terms.index.shape[1] + 1,
     }
     for name, nats in sums.items():
@@ -301,7 +301,7 @@ def _report(row: Row, terms: Terms, settings: LikelihoodSettings) -> dict[str, A
         error = None if math.isnan(got.std_error) else got.std_error
         report[name] = {"mean": got.mean, "std_error": error}
     if settings.estimator == "all":
-        report["curve"] = [asdict(p) for p in coding_curve(row.plan, terms, settings.num_bins)]
+        report["curve"] = [asdict(p) for p in coding_curve(named.chain, terms, settings.num_bins)]
     return report
 
 

@@ -1,6 +1,6 @@
 """How far two sets of images are apart."""
 
-from ddim_schedulers.training.common.former import former
+from ddim_schedulers.former import former
 
 __getattr__ = former(
     __name__,
