@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddim_schedulers.class_labels import MOST_CLASSES, labels_in
 from ddim_schedulers.reading import Place, check_archive, read_json, safetensors_shapes
 
 # Far above every published network.
@@ -65,7 +66,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         ("num_class_embeds", "num_train_timesteps"),
-        (_or_null(_integer(1, 10**6)), "null or an integer, 1 to 1000000"),
+        (_or_null(_integer(1, MOST_CLASSES)), f"null or an integer, 1 to {MOST_CLASSES}"),
     ),
     "downsample_padding": (_integer(0, 8), "an integer, 0 to 8"),
     "norm_eps": (_number(0, 1), "a number, 0 to 1"),
@@ -112,6 +113,11 @@ def check_network_config(config: Mapping[str, Any], path: Place) -> None:
             f"{str(path)!r}: `sample_size` is {size!r} and `in_channels` is {channels}, images of "
             f"{values} values; they must have at most {VALUES}."
         )
+    if config.get("class_embed_type") is None:
+        try:
+            labels_in(config)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}.") from None
     _check_parameters(config, path)
 
 
