@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.export import export_folder
-from ddim_schedulers.likelihood import make_plan, variational_bound
+from ddim_schedulers.likelihood import make_chain, variational_bound
 from ddim_schedulers.pipelines.files import write_atomically
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
@@ -312,8 +312,8 @@ def test_the_table_is_the_bound_of_each_chain(tmp_path, monkeypatch):
             return value
 
     monkeypatch.setattr("ddim_schedulers.likelihood.bound.torch", _Torch())
-    plan = make_plan(model.alpha_bar, tau, "fixed_large")
-    terms = variational_bound(model.predict_mean, images, plan, clip=1.0, num_bins=17)
+    chain = make_chain(model.alpha_bar, tau, "fixed_large")
+    terms = variational_bound(model.predict_mean, images, chain, clip=1.0, num_bins=17)
     want = float(terms.total.mean()) / 64 / math.log(2)
     assert report["rows"][1]["total"]["mean"] == pytest.approx(want, rel=1e-9)
 

@@ -127,8 +127,8 @@ def test_the_name_of_a_row_is_true_whatever_the_pipeline_samples_with(tiny_ddpm,
         config = _config(tmp_path / name, tmp_path / f"{name}-out", tables=tables)
         evaluation = Evaluation(config)
         found.append([evaluation._pipe_of(cell).scheduler.config for cell in config.cells])
-        unsaid = {cell.row.name: evaluation.unsaid(cell) for cell in config.cells}
-    member, chosen, auto, mine = (cell.row.name for cell in config.cells)
+        unsaid = {cell.sampler.name: evaluation.unsaid(cell) for cell in config.cells}
+    member, chosen, auto, mine = (cell.sampler.name for cell in config.cells)
     assert (member, chosen) == ("eta 0, trailing", "eta 0, trailing, solver_order 3")
     keys = [*solver, "lower_order_final", "steps_offset", "eta", "timestep_spacing", "sigma"]
     assert all(found[0][0][key] == found[1][0][key] for key in keys)

@@ -95,7 +95,7 @@ def _run(settings: DemoSettings, wanted: EvaluationConfig, owner: Owner) -> dict
     notes = save_pipeline(pipe, settings.output / "pipeline", form="portable")
     evaluation, measured, _ = evaluate(wanted, device=trained.unet.device, warns=False)
     owner.check()
-    samples = {(cell.row.name, cell.steps): _samples(evaluation, cell) for cell in wanted.cells}
+    samples = {(cell.sampler.name, cell.steps): _samples(evaluation, cell) for cell in wanted.cells}
     _draw_samples(settings, samples)
     results = {
         "training": {
@@ -177,11 +177,11 @@ def _cell(
     """Return a line of the table: the figures of a cell, and what the classifier makes of it."""
     kept = evaluation.files.read(cell)
     network: Any = evaluation.real.networks["classifier"]
-    images = samples[cell.row.name, cell.steps].to(evaluation.device)
+    images = samples[cell.sampler.name, cell.steps].to(evaluation.device)
     with torch.no_grad():
         probability = network.head(network(images)).softmax(1)
     return {
-        "member": cell.row.name,
+        "member": cell.sampler.name,
         "steps": cell.steps,
         "network_calls": kept["network_calls"],
         "seconds": kept["seconds"],

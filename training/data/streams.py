@@ -39,14 +39,14 @@ from ddim_schedulers.training.data.sources import (
 # Images of a stream that are looked at before training, to learn what its images are like.
 LOOKED_AT = 64
 
-Row = dict[str, Any] | None
+Example = dict[str, Any] | None
 
 
 @dataclass
 class ListSource:
     """The first images of a stream, undecoded, which are kept."""
 
-    rows: list[Row]
+    examples: list[Example]
     label: str
     reading: Reading
     uniform: bool = field(default=False, init=False)
@@ -54,29 +54,29 @@ class ListSource:
     understood: str = field(default="", init=False)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
 
     def name(self, index: int) -> str:
         """Return the place in the stream, with the file name where there is one."""
-        return f"{self.label}[{index}]{path_note(self.rows[index])}"
+        return f"{self.label}[{index}]{path_note(self.examples[index])}"
 
     def header(self, index: int) -> Any:
         """Read the header from the first bytes."""
-        return header_of(raw_file(self.rows[index]), self.name(index), self.reading)
+        return header_of(raw_file(self.examples[index]), self.name(index), self.reading)
 
     def read(
         self, index: int, fit: Fit | None = None, crop: np.ndarray | None = None
     ) -> np.ndarray:
         """Return the decoded image."""
-        return decode(raw_file(self.rows[index]), self.name(index), self.reading, fit, crop)
+        return decode(raw_file(self.examples[index]), self.name(index), self.reading, fit, crop)
 
     def raw(self, index: int) -> tuple[str, Any]:
-        """Return file name and bytes, or path, as the row holds them."""
-        return raw_row(self.rows[index])
+        """Return file name and bytes, or path, as the example holds them."""
+        return raw_row(self.examples[index])
 
     def stored_bytes(self) -> int:
-        """Return the bytes of the rows that are kept."""
-        return sum(len(row["bytes"] or b"") for row in self.rows if row is not None)
+        """Return the bytes of the examples that are kept."""
+        return sum(len(e["bytes"] or b"") for e in self.examples if e is not None)
 
     def listing(self) -> Iterable[str]:
         """Return nothing: every image that is kept can be read."""
@@ -107,16 +107,16 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
     table = table.select_columns([column]).cast_column(column, Image(decode=False))
     held_out = held_out_of_stream(config.validate_every, config.validation_images)
     reference = config.validation_images if config.frechet_images else 0
-    rows = [row[column] for row in table.take(max(held_out + 1, reference, LOOKED_AT))]
-    if not rows:
+    examples = [row[column] for row in table.take(max(held_out + 1, reference, LOOKED_AT))]
+    if not examples:
         raise ValueError(f"`data`: the stream {config.data} is empty")
-    if len(rows) <= held_out:
+    if len(examples) <= held_out:
         raise ValueError(
-            f"`validation_images` is {held_out}, but the stream {config.data} has only {len(rows)} "
-            "images, which leaves none to train on"
+            f"`validation_images` is {held_out}, but the stream {config.data} has only "
+            f"{len(examples)} images, which leaves none to train on"
         )
-    data = checked(ListSource(rows, config.data, reading_of(config)), config)
-    data.inventory.looked_at = len(rows)
+    data = checked(ListSource(examples, config.data, reading_of(config)), config)
+    data.inventory.looked_at = len(examples)
     if held_out == 0:
         return Stream(table, column, config), data, None
     kept = replace(data, ids=data.ids[data.ids < held_out])
@@ -139,7 +139,7 @@ class Stream:
     column: str
     config: DataConfig
 
-    def rows(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, Row]]:
+    def examples(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, Example]]:
         """Give (epoch, number in it, image) from image `offset` of `epoch` on, without end.
 
         Raises:
@@ -147,17 +147,18 @@ class Stream:
         """
         while True:
             number = 0
-            for row in self._shuffled(np.random.default_rng(derive_seed(seed, "stream", epoch))):
+            random = np.random.default_rng(derive_seed(seed, "stream", epoch))
+            for example in self._shuffled(random):
                 if number >= offset:
-                    yield epoch, number, row
+                    yield epoch, number, example
                 number += 1
             if number == 0:
                 raise ValueError(f"`data`: the stream {self.config.data} is empty")
             epoch, offset = epoch + 1, 0
 
-    def _shuffled(self, random: np.random.Generator) -> Iterator[Row]:
+    def _shuffled(self, random: np.random.Generator) -> Iterator[Example]:
         # The shuffle of `datasets` gives another order in a worker process than in the main one.
-        held: list[Row] = []
+        held: list[Example] = []
         for row in self.table:
             if len(held) < self.config.shuffle_buffer:
                 held.append(row[self.column])
@@ -186,9 +187,9 @@ class StreamBatches(IterableDataset[Batch]):
         return [f"{self.stream.config.data}, image {i} of the shuffled stream" for i in ids]
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = self.stream.rows(self.draws.seed, *self.stream_position)
+        examples = self.stream.examples(self.draws.seed, *self.stream_position)
         for step in range(self.start, self.stop):
-            taken = [next(rows) for _ in range(self.share.batch_size)]
+            taken = [next(examples) for _ in range(self.share.batch_size)]
             after = torch.tensor([taken[-1][0], taken[-1][1] + 1])
             crops = self.draws.small(step)[2] if self.draws.random_crop else None
             for part in range(self.share.parts):

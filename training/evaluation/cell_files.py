@@ -100,7 +100,7 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
         if not holds:
             raise DamagedFileError(path, f"its {name} is {str(value)[:80]!r}")
 
-    own = {"row": cell.row.name, "steps": cell.steps, "n": cell.n, "repeat": cell.repeat}
+    own = {"row": cell.sampler.name, "steps": cell.steps, "n": cell.n, "repeat": cell.repeat}
     for name, value in own.items():
         found = content.get(name)
         require(type(found) is type(value) and found == value, name, found)

@@ -103,13 +103,15 @@ class Evaluation:
         try:
             scheduler = self._pipe_of(cell).scheduler
             scheduler.set_timesteps(cell.steps)
-            step_arguments(scheduler, None, None, cell.row.use_clipped_model_output)
+            step_arguments(scheduler, None, None, cell.sampler.use_clipped_model_output)
         except ValueError as error:
-            raise ValueError(f"row {cell.row.name!r}, S = {cell.steps}: {error}") from error
+            raise ValueError(f"row {cell.sampler.name!r}, S = {cell.steps}: {error}") from error
 
     def _pipe_of(self, cell: Cell) -> GenerationPipeline:
-        cls: Any = scheduler_class(cell.row.scheduler)
-        scheduler = cls.from_config(self.pipe.scheduler.config, **copy.deepcopy(cell.row.settings))
+        cls: Any = scheduler_class(cell.sampler.scheduler)
+        scheduler = cls.from_config(
+            self.pipe.scheduler.config, **copy.deepcopy(cell.sampler.settings)
+        )
         return self.pipe.sibling(GenerationPipeline, scheduler=scheduler)
 
     def unsaid(self, cell: Cell) -> dict[str, Any]:
@@ -117,8 +119,8 @@ class Evaluation:
 
         What describes the process is the network's, the same in every row.
         """
-        defaults, config = defaults_of(cell.row.scheduler), self._pipe_of(cell).scheduler.config
-        silent = {*PROCESS_KEYS, "calibration", *cell.row.said}
+        defaults, config = defaults_of(cell.sampler.scheduler), self._pipe_of(cell).scheduler.config
+        silent = {*PROCESS_KEYS, "calibration", *cell.sampler.said}
         return {
             key: config[key]
             for key, default in sorted(defaults.items())
@@ -132,7 +134,7 @@ class Evaluation:
             seed=self.config.seed + cell.repeat * cell.n,
             file_format="npz",
             num_inference_steps=cell.steps,
-            use_clipped_model_output=cell.row.use_clipped_model_output,
+            use_clipped_model_output=cell.sampler.use_clipped_model_output,
         )
 
     def missing(self, cell: Cell) -> list[str]:
@@ -186,7 +188,7 @@ class Evaluation:
             if self.team.index == 0:
                 found[name] = self.real.figures(name, fake)
         result = {
-            "row": cell.row.name,
+            "row": cell.sampler.name,
             "steps": cell.steps,
             "n": cell.n,
             "repeat": cell.repeat,
@@ -248,7 +250,7 @@ class Evaluation:
         pixels = fake[0].numel()
         rms = distance / 2 / pixels**0.5
         return {
-            "row": cell.row.name,
+            "row": cell.sampler.name,
             "steps": cell.steps,
             "n": count,
             "held_out_n": len(real),

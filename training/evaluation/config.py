@@ -14,8 +14,8 @@
           - steps: [10, 20]
             schedulers: [{class: DPMSolverMultistepScheduler, use_karras_sigmas: true}]
 
-A *row* of a table is a scheduler with its settings, a *cell* a row at one number of steps and one
-repetition. Every cell of a table has the table's n.
+A *row* of a table is a sampler: a scheduler with its settings. A *cell* is a row at one number of
+steps and one repetition. Every cell of a table has the table's n.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ _DATA_KEYS = frozenset(f.name for f in dataclasses.fields(DataConfig)) | {"valid
 
 
 @dataclass(frozen=True)
-class Row:
+class Sampler:
     """A scheduler with its settings.
 
     Attributes:
@@ -84,13 +84,13 @@ class Cell:
     """A row at one number of steps; repetition r has the seeds seed + r n .. seed + (r + 1) n - 1.
 
     Attributes:
-        row: the scheduler.
+        sampler: the scheduler with its settings.
         steps: S.
         n: number of samples.
         repeat: r.
     """
 
-    row: Row
+    sampler: Sampler
     steps: int
     n: int
     repeat: int
@@ -98,7 +98,7 @@ class Cell:
     @property
     def label(self) -> str:
         """Return a name for its files."""
-        return f"{slug(self.row.name)}-S{self.steps}-n{self.n}-r{self.repeat}"
+        return f"{slug(self.sampler.name)}-S{self.steps}-n{self.n}-r{self.repeat}"
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class EvaluationConfig:
 
     def _check_rows(self) -> None:
         """Check that the rows that are pictured and expected are there."""
-        names = {cell.row.name for cell in self.cells}
+        names = {cell.sampler.name for cell in self.cells}
         expected = [_mapping(e, "expected") for e in _list(self.expected, "expected")]
         for e in expected:
             _known(e, _EXPECTED, "expected")
@@ -209,7 +209,7 @@ class EvaluationConfig:
                 raise ValueError(f"{name!r} is no name of a row")
             if name not in names:
                 raise ValueError(f"{name!r} is no row of a table{nearest(name, sorted(names), '')}")
-        measured = {(cell.row.name, cell.steps) for cell in self.cells}
+        measured = {(cell.sampler.name, cell.steps) for cell in self.cells}
         for e in expected:
             for key, value, allowed in (
                 ("steps", e["steps"], sorted(s for row, s in measured if row == e["row"])),
@@ -315,15 +315,15 @@ def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
         )
     if not steps:
         raise ValueError(f"{where}: `steps` is empty; it must be a list of integers >= 1")
-    rows = list(_rows(block, where))
-    if not rows:
+    samplers = list(_samplers(block, where))
+    if not samplers:
         raise ValueError(f"{where}: a block of the grid needs members or schedulers")
-    # all rows of one S before the next: a run that is stopped has whole columns
-    for s, row, repeat in itertools.product(steps, rows, range(repeats)):
-        yield Cell(row, s, n, repeat)
+    # all samplers of one S before the next: a run that is stopped has whole columns
+    for s, sampler, repeat in itertools.product(steps, samplers, range(repeats)):
+        yield Cell(sampler, s, n, repeat)
 
 
-def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
+def _samplers(block: Mapping[str, Any], where: str) -> Iterator[Sampler]:
     common = _mapping(block.get("settings", {}), f"{where}: settings")
     clipped = block.get("use_clipped_model_output")
     for key in ("spacing", "settings", "use_clipped_model_output"):
@@ -342,7 +342,7 @@ def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
             label = ", ".join([name, spacing, *(f"{key} {common[key]}" for key in chosen)])
             said = ("timestep_spacing", *settings, *chosen)
             plain = {key: defaults_of(FAMILY)[key] for key in SAMPLING_KEYS}
-            yield _checked_row(Row(label, FAMILY, {**plain, **own}, clipped, said), where)
+            yield _checked_sampler(Sampler(label, FAMILY, {**plain, **own}, clipped, said), where)
     for given in _list(block.get("schedulers", []), f"{where}: schedulers"):
         settings = dict(_mapping(given, f"{where}: schedulers"))
         scheduler, name = str(settings.pop("class", "")), settings.pop("name", None)
@@ -350,7 +350,7 @@ def _rows(block: Mapping[str, Any], where: str) -> Iterator[Row]:
         parts = [scheduler.removesuffix("Scheduler"), *(f"{k} {v}" for k, v in settings.items())]
         label = ", ".join(parts) if name is None else str(name)
         said = tuple(settings) if name is None else ()
-        yield _checked_row(Row(label, scheduler, settings, own_clipped, said), where)
+        yield _checked_sampler(Sampler(label, scheduler, settings, own_clipped, said), where)
 
 
 def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
@@ -364,26 +364,26 @@ def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _checked_row(row: Row, where: str) -> Row:
-    """Return `row` if its class has all its settings: diffusers would ignore an unknown one."""
-    cls = scheduler_class(row.scheduler)
+def _checked_sampler(sampler: Sampler, where: str) -> Sampler:
+    """Return `sampler` if its class has all its settings: diffusers would ignore an unknown one."""
+    cls = scheduler_class(sampler.scheduler)
     if cls is None:
         raise ValueError(
-            f"{where}: `class` is {row.scheduler!r}; it must be a scheduler of this package or of "
-            "diffusers"
+            f"{where}: `class` is {sampler.scheduler!r}; it must be a scheduler of this package or "
+            "of diffusers"
         )
-    if row.use_clipped_model_output not in (None, True, False):
+    clipped = sampler.use_clipped_model_output
+    if clipped not in (None, True, False):
         raise ValueError(
-            f"{where}: `use_clipped_model_output` is {row.use_clipped_model_output!r}; it must be "
-            "true, false or null"
+            f"{where}: `use_clipped_model_output` is {clipped!r}; it must be true, false or null"
         )
     known = list(inspect.signature(cls).parameters)
-    for key in row.settings:
+    for key in sampler.settings:
         if key not in known:
             raise ValueError(
-                f"{where}: {row.scheduler} has no setting {key!r}{nearest(key, known, '')}"
+                f"{where}: {sampler.scheduler} has no setting {key!r}{nearest(key, known, '')}"
             )
-    return row
+    return sampler
 
 
 def defaults_of(scheduler: str) -> dict[str, Any]:
@@ -410,10 +410,10 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
     kept: dict[str, Cell] = {}
     for cell in cells:
         first = kept.setdefault(cell.label, cell)
-        if first.row != cell.row:
+        if first.sampler != cell.sampler:
             raise ValueError(
-                f"two rows have the name {cell.row.name!r}: {first.row} and {cell.row}; "
-                "give one of them another name"
+                f"two rows have the name {cell.sampler.name!r}: {first.sampler} and "
+                f"{cell.sampler}; give one of them another name"
             )
     return list(kept.values())
 

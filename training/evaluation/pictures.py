@@ -77,7 +77,7 @@ def curves(
 def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
     """Return rows of samples from the same seeds: one for each scheduler, a block for each S."""
     cells = {
-        (c.row.name, c.steps): c
+        (c.sampler.name, c.steps): c
         for t in evaluation.config.tables
         if t.name == table["name"]
         for c in t.cells
@@ -105,7 +105,7 @@ def nearest_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
     cell = next(
         c
         for c in evaluation.config.cells
-        if (c.row.name, c.steps, c.n, c.repeat) == (found["row"], found["steps"], table["n"], 0)
+        if (c.sampler.name, c.steps, c.n, c.repeat) == (found["row"], found["steps"], table["n"], 0)
     )
     samples = from_uint8(evaluation.files.preview(cell))[: found["n"]]
     nearest = evaluation.real.train.batch(np.array(found["nearest"]))[0]

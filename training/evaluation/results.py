@@ -44,7 +44,7 @@ def _run(evaluation: Evaluation, sample: bool, owner: Owner) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": table.name, "n": table.n}
         entry["cells"] = summarise([done[cell.label] for cell in cells], config.features)
         entry["missing"] = [cell.label for cell in table.cells if cell.label not in done]
-        entry["unsaid"] = {cell.row.name: evaluation.unsaid(cell) for cell in cells}
+        entry["unsaid"] = {cell.sampler.name: evaluation.unsaid(cell) for cell in cells}
         if team.index == 0:
             entry["real"] = evaluation.real.self_check[table.n]
         if cells and team.index == 0:

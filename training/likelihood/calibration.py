@@ -163,11 +163,11 @@ def measure_trajectory(
         )
     check_batch_size(batch_size)
     begun = time.perf_counter()
-    plan = make_timesteps("linspace", steps, big_t)
+    planned = make_timesteps("linspace", steps, big_t)
     # the member, the noise and the solver of sampling, which the config may hold, are not the ODE's
     scheduler = GeneralizedDDIMScheduler.from_config(
         measured_model.config,
-        timesteps=plan,
+        timesteps=planned,
         timestep_spacing="leading",
         clip_sample=False,
         thresholding=False,
@@ -188,7 +188,7 @@ def measure_trajectory(
     for part in noise.split(batch_size):
         scheduler.set_timesteps()
         x, seen = part.to(measured_model.dtype), []
-        for t in plan:
+        for t in planned:
             output = measured_model.predict_mean(x, torch.full((len(x),), t))
             now, before = measured_model.alpha_bar[t], measured_model.alpha_bar[max(t - 1, 0)]
             before = before if t else torch.ones_like(now)
@@ -199,7 +199,7 @@ def measure_trajectory(
         calls += steps
         if progress is not None:
             progress(f"{calls} network calls")
-    record = {"trajectory": trajectory_record(plan, gram / noise.numel())}
+    record = {"trajectory": trajectory_record(planned, gram / noise.numel())}
     return record, {"network_calls": calls, "seconds": time.perf_counter() - begun}
 
 

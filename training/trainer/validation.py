@@ -121,17 +121,17 @@ class Watcher:
     def draw(self, unet: UNet2DModel, rows: Tensor) -> Tensor:
         """Draw the samples `rows`, (n, C, H, W): DDIM with eta 0, each from its own seed."""
         dtype, device = self.objective.rows.dtype, self.accelerator.device
-        plan = GeneralizedDDIMScheduler.from_config(
+        scheduler = GeneralizedDDIMScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing"
         )
-        plan.set_timesteps(
+        scheduler.set_timesteps(
             min(self.config.sample_steps, self.config.num_train_timesteps), device=device
         )
         x = noise_of("samples", self.config.seed, rows, self.data.shape).to(device, dtype)
-        for t in plan.timesteps:
+        for t in scheduler.timesteps:
             with self.accelerator.autocast():
                 output = unet(x, t, return_dict=False)[0][:, : self.data.channels]
-            x = plan.step(output.to(dtype), t, x, eta=0.0).prev_sample
+            x = scheduler.step(output.to(dtype), t, x, eta=0.0).prev_sample
         return x
 
     def _distances(self, parts: list[Tensor], count: int) -> dict[str, Any]:
