@@ -308,7 +308,7 @@ def _our_class(entry: list[Any], config: Mapping[str, Any]) -> str | None:
     private = config.get(SETTINGS_KEY)
     if library == "diffusers" and isinstance(private, dict):
         stock_name, class_name = class_name, private.get("class")
-        # the record outlives a swap to another stock scheduler, which must not be turned back
+        # they outlive a swap to another stock scheduler, which must not be turned back
         if isinstance(class_name, str) and STOCK_CLASSES.get(class_name, stock_name) != stock_name:
             return None
     elif library != "ddim_schedulers" and not library.startswith(

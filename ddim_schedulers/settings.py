@@ -1,4 +1,4 @@
-"""The private record in which a stock scheduler carries our settings, and how it is read back.
+"""The private key in which a stock scheduler carries our settings, and how it is read back.
 
 Kept apart from `plugin`, so that the self-contained export needs nothing that knows this package by
 name.
@@ -16,7 +16,7 @@ def restore_settings(config: dict[str, Any]) -> dict[str, Any]:
     values are checked by the constructor, like those of any config.
 
     Raises:
-        ValueError: if the record is not one that this package writes.
+        ValueError: if the private key holds something that this package does not write.
     """
     private = config.get(SETTINGS_KEY)
     if private is None:
@@ -25,8 +25,8 @@ def restore_settings(config: dict[str, Any]) -> dict[str, Any]:
     stand_ins = private.get("stand_ins", {}) if isinstance(private, dict) else None
     if not isinstance(settings, dict) or not isinstance(stand_ins, dict):
         raise ValueError(
-            f"`{SETTINGS_KEY}` in the config is not a record of this package; it must hold the "
-            f"dictionaries `settings` and `stand_ins`, got {str(private)[:80]}."
+            f"`{SETTINGS_KEY}` in the config is {str(private)[:80]}; it must hold the dictionaries "
+            "`settings` and `stand_ins`."
         )
     restored = {k: v for k, v in config.items() if k != SETTINGS_KEY}
     for key, value in settings.items():

@@ -64,15 +64,15 @@ def trajectory_of(calibration: Any, num_train_timesteps: int) -> Trajectory:
     Raises:
         ValueError: if it has none, or one with timesteps or points that do not fit.
     """
-    record = calibration.get("trajectory") if isinstance(calibration, Mapping) else None
-    if not isinstance(record, Mapping):
+    measured = calibration.get("trajectory") if isinstance(calibration, Mapping) else None
+    if not isinstance(measured, Mapping):
         raise ValueError(
             "`calibration` has no `trajectory`, which timestep_spacing='calibrated' needs; "
             "`ddim-schedulers calibrate --objective trajectory` measures it and puts it into the "
             "config."
         )
-    timesteps = check_timesteps(record.get("timesteps"), num_train_timesteps)  # type: ignore[arg-type]
-    rows = record.get("points")
+    timesteps = check_timesteps(measured.get("timesteps"), num_train_timesteps)  # type: ignore[arg-type]
+    rows = measured.get("points")
     if timesteps[0] != num_train_timesteps - 1 or not 2 <= len(timesteps) <= MAX_FINE_STEPS:
         raise ValueError(
             f"`calibration['trajectory']['timesteps']` has {len(timesteps)} values from "
@@ -208,7 +208,7 @@ def _best_path(cost: torch.Tensor, steps: int) -> list[int]:
     return path[::-1]
 
 
-def trajectory_record(timesteps: Sequence[int], gram: torch.Tensor) -> dict[str, Any]:
+def pack_trajectory(timesteps: Sequence[int], gram: torch.Tensor) -> dict[str, Any]:
     """Return what `trajectory_of` reads: plain lists, with nine digits."""
     rows = embed(gram).tolist()
     points = [[float(f"{value:.9g}") for value in row] for row in rows]

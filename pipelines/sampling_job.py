@@ -13,7 +13,6 @@ writes its files under a temporary name and renames them.
     OUTPUT/grid.png             the first images, once all files exist
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ import torch
 
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_json, write_png
+from ddim_schedulers.pipelines.fingerprints import weights_fingerprint
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
@@ -289,17 +289,6 @@ def _is_channels_last(network: torch.nn.Module) -> bool:
         p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
         for p in network.parameters()
     )
-
-
-def weights_fingerprint(network: torch.nn.Module) -> str:
-    """Return the SHA-256 of a network's weights, with their names, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def _origin(pipe: GenerationPipeline) -> dict[str, Any]:

@@ -415,7 +415,7 @@ def test_package_exports_work_as_documented():
 
 
 def test_a_stock_scheduler_swapped_in_is_not_turned_back(tmp_path, tiny_ddpm):
-    """Our record survives in the config of whatever stock scheduler is made from it."""
+    """Our private settings survive in the config of whatever stock scheduler is made from it."""
     ours = GeneralizedDDIMScheduler(eta=0.5, timestep_spacing="quadratic")
     portable, _ = ddim_schedulers.to_portable(ours)
     other = DPMSolverMultistepScheduler.from_config(portable.config)

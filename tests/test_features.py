@@ -11,12 +11,12 @@ from ddim_schedulers.training.metrics import features
 from ddim_schedulers.training.metrics.features import (
     DinoFeatures,
     InceptionFeatures,
-    classifier_record,
+    classifier_facts,
     extract,
-    fingerprint,
     load_classifier,
     make_feature_space,
     save_classifier,
+    space_fingerprint,
     train_classifier,
 )
 
@@ -60,10 +60,10 @@ def test_pixels_are_averages():
 
 
 def test_a_classifier_learns_and_comes_back_from_its_file(classifier, rounding, tmp_path):
-    network, record = classifier
-    assert record["accuracy"] >= 0.9 and record["classes"] == 2
-    assert record["held_out_n"] + record["train_n"] == 300
-    save_classifier(network, record, tmp_path / "c.safetensors")
+    network, facts = classifier
+    assert facts["accuracy"] >= 0.9 and facts["classes"] == 2
+    assert facts["held_out_n"] + facts["train_n"] == 300
+    save_classifier(network, facts, tmp_path / "c.safetensors")
     again = make_feature_space(str(tmp_path / "c.safetensors"), SHAPE)
     images, labels = _striped(40, seed=1)
     got, before = (extract(n, images, batch_size=40) for n in (again, network))
@@ -72,7 +72,7 @@ def test_a_classifier_learns_and_comes_back_from_its_file(classifier, rounding, 
     pairs = zip(again.parameters(), network.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert (again.head(got).argmax(1).numpy() == labels).mean() >= 0.9
-    assert classifier_record(tmp_path / "c.safetensors") == record
+    assert classifier_facts(tmp_path / "c.safetensors") == facts
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
     with pytest.raises(ValueError, match="that the classifier was trained on"):
         again(torch.zeros(1, 1, 9, 9))
@@ -95,11 +95,11 @@ def test_any_module_is_a_feature_space_and_its_weights_are_its_name(monkeypatch)
     space = make_feature_space("somewhere:Stand", SHAPE)
     assert not space.training
     assert torch.equal(extract(space, torch.ones(2, *SHAPE)), torch.full((2, 64), 2.0))
-    before = fingerprint("somewhere:Stand", space)
-    assert fingerprint("somewhere:Stand", Stand()) == before
+    before = space_fingerprint("somewhere:Stand", space)
+    assert space_fingerprint("somewhere:Stand", Stand()) == before
     space.scale.data += 1e-3
-    assert fingerprint("somewhere:Stand", space) != before
-    assert fingerprint("pixels", make_feature_space("pixels", SHAPE)) != before
+    assert space_fingerprint("somewhere:Stand", space) != before
+    assert space_fingerprint("pixels", make_feature_space("pixels", SHAPE)) != before
     for name, message in (
         ("somewhere:wrong", "no class of torch.nn.Module, and is not called"),
         ("somewhere:none", "feature_space"),
@@ -120,7 +120,7 @@ def test_an_imported_space_is_its_code_too(tmp_path, monkeypatch):
         source.write_text(text.format(change))
         monkeypatch.delitem(sys.modules, source.stem, raising=False)
         name = f"{source.stem}:Space"
-        found.append(fingerprint(name, make_feature_space(name, SHAPE)))
+        found.append(space_fingerprint(name, make_feature_space(name, SHAPE)))
     assert found[0] == found[2] != found[1]
 
 

@@ -100,9 +100,7 @@ MOVED = {
     "features.PooledPixels": "metrics.features",
     "features.SmallClassifier": "metrics.features",
     "features.class_names": "metrics.features",
-    "features.classifier_record": "metrics.features",
     "features.extract": "metrics.features",
-    "features.fingerprint": "metrics.features",
     "features.load_classifier": "metrics.features",
     "features.make_feature_space": "metrics.features",
     "features.save_classifier": "metrics.features",
@@ -132,12 +130,16 @@ def test_a_former_name_is_the_same_object_and_names_its_new_place(former):
     [
         ("ddim_schedulers.likelihood", "Plan", "Chain"),
         ("ddim_schedulers.likelihood", "make_plan", "make_chain"),
+        (f"{ROOM}.features", "classifier_record", "classifier_facts"),
+        (f"{ROOM}.features", "fingerprint", "space_fingerprint"),
     ],
 )
 def test_a_former_word_is_the_same_object_and_gives_the_present_one(place, name, now):
     module = importlib.import_module(place)
-    with pytest.warns(DeprecationWarning, match=f"{place}.{name} is now {place}.*{now};"):
-        assert getattr(module, name) is getattr(module, now)
+    with pytest.warns(DeprecationWarning, match=f"{place}.{name} is now .*[.]{now};") as warned:
+        found = getattr(module, name)
+    home = str(warned[0].message).split(" is now ")[1].partition(f".{now};")[0]
+    assert found is getattr(importlib.import_module(home), now)
     assert name not in getattr(module, "__all__", ())
 
 

@@ -106,7 +106,7 @@ def test_a_revision_that_is_not_there_is_said(two_states):
             load_it("me/model@gone")
 
 
-def test_the_records_say_which_state_was_used(two_states, tmp_path, capsys):
+def test_the_files_say_which_state_was_used(two_states, tmp_path, capsys):
     first, second = two_states
     at = f"me/model@{first}"
     words = ["sample", "--pipeline", "me/model", *SAMPLE]

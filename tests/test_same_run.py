@@ -13,7 +13,7 @@ from ddim_schedulers.training.data.sources import ArraySource, FolderSource, Rea
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.train import train
 from ddim_schedulers.training.trainer import contents, same_run
-from ddim_schedulers.training.trainer.contents import digest_of_images
+from ddim_schedulers.training.trainer.contents import images_fingerprint
 from ddim_schedulers.training.trainer.trainer import Trainer
 
 UNET = {
@@ -140,9 +140,7 @@ def test_a_run_from_before_goes_on_with_a_warning(settings, warned, tmp_path):
     change_state(settings(), before)
     picture(tmp_path / "images" / "3.png", 99)
     assert Trainer(settings()).step == 1
-    assert (
-        len(warned) == 1 and "holds no record of the images, their bytes or their nam" in warned[0]
-    )
+    assert len(warned) == 1 and "does not hold the images, their bytes or their nam" in warned[0]
     (tmp_path / "images").rename(tmp_path / "moved")  # without a record the name must do
     with pytest.raises(ValueError, match=r"data was .*images' and is .*moved'"):
         Trainer(settings(data=str(tmp_path / "moved")))
@@ -187,9 +185,9 @@ def folder(path, names="abcdefgh"):
 def test_a_large_set_is_told_by_a_sample_that_is_stated(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "WHOLE", 100)
     monkeypatch.setattr(contents, "SAMPLE", 3)
-    one = digest_of_images(folder(tmp_path / "one"))
+    one = images_fingerprint(folder(tmp_path / "one"))
     assert "names and sizes of all 8 images" in one["of"] and "of 3 of them" in one["of"]
-    assert digest_of_images(folder(tmp_path / "two")) == one
+    assert images_fingerprint(folder(tmp_path / "two")) == one
     for change in (
         lambda at: picture(at / "h.png", 99),  # the last one is in every sample
         lambda at: (at / "c.png").rename(at / "cc.png"),  # names and sizes are compared for all
@@ -202,7 +200,7 @@ def test_a_large_set_is_told_by_a_sample_that_is_stated(tmp_path, monkeypatch):
         (tmp_path / "three" / "i.png").unlink(missing_ok=True)
         change(tmp_path / "three")
         source = FolderSource(tmp_path / "three", Reading(), "train")
-        assert digest_of_images(source)["sha256"] != one["sha256"]
+        assert images_fingerprint(source)["sha256"] != one["sha256"]
 
 
 @pytest.mark.parametrize("whole", [10, 2**20])
@@ -219,9 +217,9 @@ def test_arrays_are_told_apart_by_a_value_a_shape_or_a_dtype(monkeypatch, whole)
         images[::-1],
         images[:3],
     ]
-    digests = [digest_of_images(ArraySource(array, "a"))["sha256"] for array in arrays]
+    digests = [images_fingerprint(ArraySource(array, "a"))["sha256"] for array in arrays]
     assert len(set(digests)) == len(arrays)
-    assert digest_of_images(ArraySource(images.copy(), "b"))["sha256"] == digests[0]
+    assert images_fingerprint(ArraySource(images.copy(), "b"))["sha256"] == digests[0]
 
 
 COUNTED = """
@@ -231,11 +229,11 @@ from ddim_schedulers.training.trainer import contents
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.common.processes import settle
 from ddim_schedulers.training.trainer.trainer import Trainer
-real = contents.digest_of_images
+real = contents.images_fingerprint
 def counted(*arguments):
     Path(sys.argv[2], os.environ["RANK"]).write_text("")
     return real(*arguments)
-contents.digest_of_images = counted
+contents.images_fingerprint = counted
 trainer = Trainer(TrainingConfig(**json.loads(sys.argv[1])))
 assert trainer.accelerator.num_processes == 2
 assert len(trainer.contents["data"]["sha256"]) == 64

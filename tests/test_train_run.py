@@ -34,10 +34,10 @@ from ddim_schedulers.training.trainer.compiling import (
     loses_gradients,
 )
 from ddim_schedulers.training.trainer.engine import LearningRate
-from ddim_schedulers.training.trainer.records import Records, Window
 from ddim_schedulers.training.trainer.result import NonFiniteError
 from ddim_schedulers.training.trainer.signals import StopSignals
 from ddim_schedulers.training.trainer.trainer import Trainer
+from ddim_schedulers.training.trainer.training_log import TrainingLog, Window
 
 UNET = {
     "block_out_channels": [8, 16],
@@ -180,14 +180,14 @@ def test_what_a_dead_session_wrote_is_not_there_twice(settings, monkeypatch):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["loss"] for line in lines] == expected.losses
-    # The records are whole at any moment: a rewind that fails changes nothing.
-    before, records = path.read_bytes(), Records(path.parent, is_main=True)
+    # The log is whole at any moment: a rewind that fails changes nothing.
+    before, log = path.read_bytes(), TrainingLog(path.parent, is_main=True)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *paths: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            records.rewind(3)
+            log.rewind(3)
     assert path.read_bytes() == before
-    records.rewind(3)
+    log.rewind(3)
     assert len(path.read_text().splitlines()) == 3
 
 

@@ -17,8 +17,8 @@ from ddim_schedulers.trajectory import (
     embed,
     fine_path,
     jump_costs,
+    pack_trajectory,
     trajectory_of,
-    trajectory_record,
 )
 
 T = 1000
@@ -110,9 +110,9 @@ def test_the_path_is_the_best_of_all(gaussian):
 
 def _calibrated(gaussian, **settings):
     _, plan, eps = gaussian
-    record = {"trajectory": trajectory_record(plan, eps @ eps.T)}
+    measured = {"trajectory": pack_trajectory(plan, eps @ eps.T)}
     return GeneralizedDDIMScheduler(
-        timestep_spacing="calibrated", calibration=record, clip_sample=False, **settings
+        timestep_spacing="calibrated", calibration=measured, clip_sample=False, **settings
     )
 
 
@@ -147,11 +147,11 @@ def test_any_number_of_steps_and_the_classes_that_share_the_plan(gaussian):
         scheduler.set_timesteps(61)
 
 
-def test_bad_records(gaussian):
+def test_bad_measured_trajectories(gaussian):
     with pytest.raises(ValueError, match="no `trajectory`.*--objective trajectory"):
         GeneralizedDDIMScheduler(timestep_spacing="calibrated")
     _, plan, eps = gaussian
-    good = trajectory_record(plan, eps @ eps.T)
+    good = pack_trajectory(plan, eps @ eps.T)
     for change, message in (
         ({"timesteps": plan[1:]}, "from T - 1 on"),
         ({"timesteps": "many"}, "`timesteps"),
@@ -181,7 +181,7 @@ def test_the_command_measures_and_writes_what_a_scheduler_reads(tiny_ddpm, tmp_p
     assert len(scheduler.timesteps) == 6 and scheduler.timesteps[0] == 999
     first = config.read_text()
     assert main([*command, "--num_images", "3", "--trajectory_steps", "24"]) == 0
-    assert config.read_text() == first  # a seed gives the same record
+    assert config.read_text() == first  # a seed gives the same trajectory
     for bad, word in (
         (["--num_images", "0"], "num_images"),
         (["--trajectory_steps", "1"], "trajectory_steps"),

@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks.models import make_unet
-from ddim_schedulers.training.trainer.records import Window
 from ddim_schedulers.training.trainer.trainer import Trainer
+from ddim_schedulers.training.trainer.training_log import Window
 
 STEPS = 1_000_000  # more than any run takes
 
@@ -64,7 +64,7 @@ def ours(images, folder, preset, batch_size, **options):
             trainer.step += 1
             trainer.average.step()
         reading = window.read(trainer.accelerator, False)
-        trainer.records.take(reading, trainer.step, config.lr, batch_size)
+        trainer.log.take(reading, trainer.step, config.lr, batch_size)
 
     return steps
 

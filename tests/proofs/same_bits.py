@@ -79,16 +79,18 @@ def calibration():
     """Returns statistics of a network of T = 1000 that are near those of data of variance 1/4."""
     import torch
 
+    from ddim_schedulers import trajectory
     from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
-    from ddim_schedulers.trajectory import trajectory_record
 
     a = alpha_bar_from_betas(make_betas())
     fine = list(range(999, -1, -37))
     drawn = torch.randn(
         len(fine), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    record = trajectory_record(fine, drawn @ drawn.T / 3)
-    return {"gamma": ((1 - a) / (0.25 * a + 1 - a)).tolist(), "trajectory": record}
+    former = "trajectory_record"  # of revisions that have no `pack_trajectory`
+    pack = getattr(trajectory, "pack_trajectory", None) or getattr(trajectory, former)
+    measured = pack(fine, drawn @ drawn.T / 3)
+    return {"gamma": ((1 - a) / (0.25 * a + 1 - a)).tolist(), "trajectory": measured}
 
 
 def noises(x, m, z):

@@ -315,7 +315,7 @@ def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]]
     silent = {"trained_betas", "beta_schedule", "calibration"}
     if args.eta == restored.get("eta"):
         silent.add("eta")
-    # the record also holds what travels with the class unused: its own settings alone are applied
+    # the private key also holds what travels with the class unused: its own settings are applied
     settings = [
         f"{key}={reprlib.repr(restored[key])}"
         for key in sorted((private["settings"].keys() & defaults.keys()) - silent)

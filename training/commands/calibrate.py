@@ -188,7 +188,7 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     measured_model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
-    record, cost = calibration.measure_trajectory(
+    measured, cost = calibration.measure_trajectory(
         measured_model,
         num_samples=48 if args.num_images is None else args.num_images,
         steps=args.trajectory_steps,
@@ -197,10 +197,10 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     owner.check()
-    calibration.save_record(record, target, measured_model.saved)
+    calibration.add_to_calibration(measured, target, measured_model.saved)
     scheduler = GeneralizedDDIMScheduler.from_config(
         measured_model.config,
-        calibration=record,
+        calibration=measured,
         timestep_spacing="calibrated",
         solver_order=2,
         reverse_variance="sigma",

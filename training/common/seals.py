@@ -1,4 +1,4 @@
-"""Check sums inside the files that a later run uses again: parts, features, figures.
+"""Check sums inside the files that a later run uses again: parts, features, measurements.
 
 A file that was changed, by a disk or by hand, is found before its numbers are used. Files from
 before there were seals have none: `unsealed` says whether such a one is taken as it is.
@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from ddim_schedulers.pipelines.fingerprints import fingerprint_of
 from ddim_schedulers.reading import DamagedFileError, read_json, read_safetensors
 
 SEAL = "sha256"
 
 
 def pack_sealed(tensors: Mapping[str, torch.Tensor], about: str) -> bytes:
-    """Return tensors as a safetensors file with a digest of their contents.
+    """Return tensors as a safetensors file with a check sum of their contents.
 
     Args:
         tensors: what is kept.
         about: what they are of; a file of something else does not pass for this one.
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return save(
-        ready, metadata={SEAL: digest_of_tensors(ready, about)}
-    )  # of two keys the order would vary
+    # one key: of two the order would vary
+    return save(ready, metadata={SEAL: fingerprint_of(ready, about)})
 
 
 def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Te
     Args:
         path: the file.
         about: as it was when they were written.
-        unsealed: take a file without a digest, of an earlier version.
+        unsealed: take a file without a check sum, of an earlier version.
 
     Raises:
         DamagedFileError: it is not whole, was changed, is of something else, or holds numbers that
@@ -48,7 +48,7 @@ def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Te
         pass
     elif metadata.keys() != {SEAL}:
         raise DamagedFileError(path, "it has no check sum")
-    elif metadata[SEAL] != digest_of_tensors(tensors, about):
+    elif metadata[SEAL] != fingerprint_of(tensors, about):
         raise DamagedFileError(path, "its contents have changed, or are of something else")
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
@@ -56,32 +56,23 @@ def read_sealed(path: Path, about: str, *, unsealed: bool) -> dict[str, torch.Te
     return tensors
 
 
-def digest_of_tensors(tensors: Mapping[str, torch.Tensor], about: str) -> str:
-    """Return the SHA-256 of what the tensors are of, their names, dtypes, shapes and values."""
-    digest = hashlib.sha256(f"{about}\n".encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON content with a digest of the rest under `SEAL`."""
-    return {**content, SEAL: _digest_of_json(content)}
+    """Return JSON content with a check sum of the rest under `SEAL`."""
+    return {**content, SEAL: _check_sum(content)}
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Return what `sealed` was given, of a file; one without a digest is taken as it is.
+    """Return what `sealed` was given, of a file; one without a check sum is taken as it is.
 
     Raises:
         DamagedFileError: it is not whole, or was changed.
     """
     content = read_json(path, finite=True)
     claimed = content.pop(SEAL, None)
-    if claimed is not None and claimed != _digest_of_json(content):
+    if claimed is not None and claimed != _check_sum(content):
         raise DamagedFileError(path, "its contents have changed")
     return content
 
 
-def _digest_of_json(content: Mapping[str, Any]) -> str:
+def _check_sum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a set of images was found to be: a line when a run starts, and the same in its record."""
+"""What a set of images was found to be: a line when a run starts, and its `data.json`."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from ddim_schedulers.pipelines.image_files import Header
 
 _SHOWN = 6  # kinds of one thing that are named in a line
-_KEPT = 100  # and in a record
+_KEPT = 100  # and in `data.json`
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Inventory:
         return " ".join("; ".join(parts).split())  # names of folders may hold line breaks
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same for the record of a run."""
+        """Return the same for `data.json` of a run."""
         return {"line": self.line(), "place": self.place, **self.counts()}
 
     def counts(self) -> dict[str, Any]:

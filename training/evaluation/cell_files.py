@@ -51,7 +51,7 @@ class CellFiles:
         path = self.path_of(cell).with_suffix(".npz")
 
         def read() -> bool:
-            if kept.get("preview") not in (None, digest_of_images(self.preview(cell))):
+            if kept.get("preview") not in (None, check_sum_of_images(self.preview(cell))):
                 raise DamagedFileError(path, "its images are not those of the cell")
             return True
 
@@ -80,7 +80,7 @@ class CellFiles:
         """Write a cell's figures and its first images, uint8 (n, H, W, C)."""
         path = self.path_of(cell)
         write_npz(path.with_suffix(".npz"), {"images": first})
-        write_json(path, sealed({**figures, "preview": digest_of_images(first)}))
+        write_json(path, sealed({**figures, "preview": check_sum_of_images(first)}))
 
     def _tell(self, error: DamagedFileError) -> None:
         line = f"{error} The cell is measured again."
@@ -133,6 +133,6 @@ def _is_number(value: Any, low: float, high: float = math.inf, integer: bool = F
     return type(value) in kinds and low <= value <= high
 
 
-def digest_of_images(images: np.ndarray) -> str:
+def check_sum_of_images(images: np.ndarray) -> str:
     """Return the SHA-256 of uint8 images."""
     return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()

@@ -159,7 +159,8 @@ class Evaluation:
         pipe, job = self._pipe_of(cell), self._job(cell)
         path, images = self.files.path_of(cell), self.files.images_of(cell)
         told = settings_of(pipe, job)
-        settings, earlier = digest_of(told), digest_of(without_later_keys(told))
+        settings = settings_fingerprint(told)
+        earlier = settings_fingerprint(without_later_keys(told))
         kept, missing = self.files.kept(cell), self.missing(cell)
         self.team.wait()  # nobody writes before all have looked
         if kept and kept["settings"] not in (settings, earlier):
@@ -262,6 +263,6 @@ class Evaluation:
         }
 
 
-def digest_of(settings: dict[str, Any]) -> str:
+def settings_fingerprint(settings: dict[str, Any]) -> str:
     """Return the SHA-256 of everything that a cell's samples depend on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -141,7 +141,7 @@ class RealImages:
         self.team.wait()  # nobody writes before all have looked
         if not there and self.team.index == 0:
             labels = labels_of(self.train, self.config)
-            network, record = spaces.train_classifier(
+            network, facts = spaces.train_classifier(
                 lambda rows: as_uint8_sees(self.train.batch(rows)[0]),
                 labels,
                 self.train.shape,
@@ -149,7 +149,7 @@ class RealImages:
                 seed=self.config.seed,
                 progress=self.progress,
             )
-            spaces.save_classifier(network, record, path)
+            spaces.save_classifier(network, facts, path)
         self.team.wait()
         return path
 
@@ -159,16 +159,16 @@ class RealImages:
         Raises:
             ValueError: it was trained in another way than is asked for.
         """
-        record = whole(
+        facts = whole(
             path,
-            lambda: spaces.classifier_record(path),
+            lambda: spaces.classifier_facts(path),
             lambda error: self.progress(f"{error} It is trained again."),
         )
-        if record is None:
+        if facts is None:
             return False
         wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
         wanted["images"] = len(self.train)
-        found = {**record, "images": record["train_n"] + record["held_out_n"]}
+        found = {**facts, "images": facts["train_n"] + facts["held_out_n"]}
         for name, value in wanted.items():
             if found[name] != value:
                 raise ValueError(
@@ -182,7 +182,7 @@ class RealImages:
         """Return features of the real images, from the cache where they are in it."""
         parts = {"train": (self.train, self.order)}
         parts["held_out"] = (self.held_out, np.arange(len(self.held_out)))
-        digest = hashlib.sha256(spaces.fingerprint(name, self.networks[name]).encode())
+        digest = hashlib.sha256(spaces.space_fingerprint(name, self.networks[name]).encode())
         for part, (data, rows) in parts.items():
             digest.update(f"{part} {len(rows)} {data.shape}".encode())
             for images in _batches(data, rows):

@@ -14,7 +14,7 @@ from ddim_schedulers.training.common.versions import device_name, versions
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import CLASSIFIER
 from ddim_schedulers.training.metrics.distances import METRICS
-from ddim_schedulers.training.metrics.features import classifier_record, commit_of
+from ddim_schedulers.training.metrics.features import classifier_facts, commit_of
 
 
 def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
     config = evaluation.config
     classifier = None
     if CLASSIFIER in config.features:
-        classifier = classifier_record(evaluation.real.classifier_path())
+        classifier = classifier_facts(evaluation.real.classifier_path())
     network: Any = evaluation.pipe.unet
     return {
         "data": {

@@ -23,11 +23,11 @@ def how(results: dict[str, Any]) -> list[str]:
         f"processes. Sample i of repetition r has the seed {results['seed']} + r n + i.",
     ]
     if results["classifier"]:
-        record = results["classifier"]
+        facts = results["classifier"]
         lines += [
             "",
-            f"The feature space `classifier` is a small network that tells the {record['classes']} "
-            f"classes apart ({record['accuracy']:.1%} right on {record['held_out_n']:,} images "
+            f"The feature space `classifier` is a small network that tells the {facts['classes']} "
+            f"classes apart ({facts['accuracy']:.1%} right on {facts['held_out_n']:,} images "
             "that it was not trained on): its features, and its probabilities for the Inception "
             "score.",
         ]

@@ -27,7 +27,7 @@ from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, ErrorSweep, run_error_sweep
 from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
-from ddim_schedulers.trajectory import MAX_FINE_STEPS, trajectory_record
+from ddim_schedulers.trajectory import MAX_FINE_STEPS, pack_trajectory
 
 CONFIG_NAME = "scheduler_config.json"
 # Not `.json`: such a file is no part of the pipeline, and is not pushed.
@@ -199,18 +199,18 @@ def measure_trajectory(
         calls += steps
         if progress is not None:
             progress(f"{calls} network calls")
-    record = {"trajectory": trajectory_record(planned, gram / noise.numel())}
-    return record, {"network_calls": calls, "seconds": time.perf_counter() - begun}
+    measured = {"trajectory": pack_trajectory(planned, gram / noise.numel())}
+    return measured, {"network_calls": calls, "seconds": time.perf_counter() - begun}
 
 
 def save_calibration(
     calibration: Calibration, config_file: Path, source: dict[str, Any] | None = None
 ) -> None:
-    """Put the statistics into a scheduler's config file, as `save_record`."""
-    save_record(asdict(calibration), config_file, source)
+    """Put the statistics into a scheduler's config file, as `add_to_calibration`."""
+    add_to_calibration(asdict(calibration), config_file, source)
 
 
-def save_record(
+def add_to_calibration(
     values: dict[str, Any], config_file: Path, source: dict[str, Any] | None = None
 ) -> None:
     """Put values into `calibration` of a scheduler's config file, atomically; the rest stays.
@@ -234,10 +234,10 @@ def save_record(
     if config["_class_name"] in STOCK_CLASSES:
         settings = config
     else:
-        record = config.setdefault(
+        private = config.setdefault(
             SETTINGS_KEY, {"class": "GeneralizedDDIMScheduler", "settings": {}, "stand_ins": {}}
         )
-        settings = record.get("settings") if isinstance(record, dict) else None
+        settings = private.get("settings") if isinstance(private, dict) else None
     before = settings.get("calibration") if isinstance(settings, dict) else 0
     if not isinstance(settings, dict) or not isinstance(before, dict | None):
         raise ValueError(

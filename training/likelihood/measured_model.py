@@ -69,7 +69,10 @@ class MeasuredModel:
         return self.predict(x_t, t)[:, : self.channels]
 
     def fingerprint(self) -> str:
-        """Hash of the weights and of what the statistics depend on besides."""
+        """Return the SHA-256 of the weights and of what the statistics depend on besides.
+
+        Files of earlier versions hold it, so it is not made of `weights_fingerprint`.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.unet.state_dict().items()):
             digest.update(name.encode())

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.fingerprints import fingerprint_of, weights_fingerprint
 from ddim_schedulers.reading import DamagedFileError, parse_json, read_safetensors
 from ddim_schedulers.training.common.repositories import divided
-from ddim_schedulers.training.common.seals import SEAL, digest_of_tensors
+from ddim_schedulers.training.common.seals import SEAL
 from ddim_schedulers.training.common.seeds import generator
 
 CLASSIFIER_KIND = "ddim_schedulers.small_classifier"
@@ -233,10 +234,11 @@ def _unavailable(name: str, package: str, error: OSError) -> str:
     )
 
 
-def fingerprint(name: str, network: torch.nn.Module) -> str:
-    """Hash of a feature space: its name and class, every weight, and an imported one's code."""
-    from ddim_schedulers.pipelines.sampling_job import weights_fingerprint
+def space_fingerprint(name: str, network: torch.nn.Module) -> str:
+    """Return the SHA-256 of a feature space.
 
+    It covers name and class, every weight, and the code of an imported one.
+    """
     # the weights identify a classifier, not the place of its file
     label = "" if isinstance(network, SmallClassifier) else name
     module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
@@ -302,7 +304,7 @@ def train_classifier(
         progress: called with a line of text after each epoch, or None.
 
     Returns:
-        the network in evaluation mode, and a record: `accuracy` on the `held_out_n` images that it
+        the network in evaluation mode, and a facts: `accuracy` on the `held_out_n` images that it
         has not seen, `train_n`, `classes` and the settings.
 
     Raises:
@@ -341,7 +343,7 @@ def train_classifier(
         chosen = test[start : start + 500]
         guess = network.head(network(images(chosen))).argmax(1).numpy()
         right += int((guess == labels[chosen]).sum())
-    record = {
+    facts = {
         "accuracy": round(right / len(test), 4),
         "held_out_n": len(test),
         "train_n": len(train),
@@ -351,21 +353,21 @@ def train_classifier(
         "lr": lr,
         "seed": seed,
     }
-    return network, record
+    return network, facts
 
 
-def save_classifier(network: SmallClassifier, record: dict[str, Any], path: Path) -> None:
-    """Write a classifier and its record as one safetensors file, whole or not at all."""
+def save_classifier(network: SmallClassifier, facts: dict[str, Any], path: Path) -> None:
+    """Write a classifier and its facts as one safetensors file, whole or not at all."""
     from safetensors.torch import save
 
     metadata = {
         "kind": CLASSIFIER_KIND,
         "shape": json.dumps(network.shape),
         "num_classes": str(network.num_classes),
-        "record": json.dumps(record),
+        "record": json.dumps(facts),
     }
     tensors = network.state_dict()
-    metadata[SEAL] = digest_of_tensors(tensors, json.dumps(metadata, sort_keys=True))
+    metadata[SEAL] = fingerprint_of(tensors, json.dumps(metadata, sort_keys=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save(tensors, metadata))
 
@@ -379,8 +381,8 @@ def load_classifier(path: str | Path) -> SmallClassifier:
     return _read_classifier(path)[0]
 
 
-def classifier_record(path: str | Path) -> dict[str, Any]:
-    """Return the record that `train_classifier` made of the classifier in a file."""
+def classifier_facts(path: str | Path) -> dict[str, Any]:
+    """Return the facts that `train_classifier` made of the classifier in a file."""
     return _read_classifier(path)[1]
 
 
@@ -390,16 +392,16 @@ def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]
         raise ValueError(f"`feature_space`: {path} holds no classifier that this package trained")
     if SEAL in metadata:  # classifiers of earlier versions have none
         rest = {name: text for name, text in metadata.items() if name != SEAL}
-        if metadata[SEAL] != digest_of_tensors(tensors, json.dumps(rest, sort_keys=True)):
+        if metadata[SEAL] != fingerprint_of(tensors, json.dumps(rest, sort_keys=True)):
             raise DamagedFileError(path, "its contents have changed")
     shape = parse_json(metadata.get("shape", ""), path, list)
     count = parse_json(metadata.get("num_classes", ""), path, int)
-    record = parse_json(metadata.get("record", ""), path, dict, finite=True)
+    facts = parse_json(metadata.get("record", ""), path, dict, finite=True)
     if [type(side) for side in shape] != [int] * 3 or min(*shape, count) < 1:
         raise DamagedFileError(path, f"its images are {shape}, its classes {count}")
     counts = ("epochs", "seed", "train_n", "held_out_n", "classes")
-    if not all(type(record.get(name)) is int for name in counts):
-        raise DamagedFileError(path, f"its record does not say {', '.join(counts)}")
+    if not all(type(facts.get(name)) is int for name in counts):
+        raise DamagedFileError(path, f"its facts does not say {', '.join(counts)}")
     with torch.device("meta"):  # shapes alone: nothing is allocated before they are known to fit
         network = SmallClassifier(tuple(shape), count)
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -408,7 +410,7 @@ def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]
     if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in tensors.values()):
         raise DamagedFileError(path, "its weights hold values that are not finite")
     network.to_empty(device="cpu").load_state_dict(tensors)
-    return network.eval().requires_grad_(False), record
+    return network.eval().requires_grad_(False), facts
 
 
 def class_names(labels: Sequence[Any]) -> tuple[list[Any], np.ndarray]:

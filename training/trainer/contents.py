@@ -1,4 +1,4 @@
-"""What a run is made from, as digests, so that a resumed run can tell whether it is still the same.
+"""What a run is made from, as fingerprints: a resumed run can tell whether it is the same.
 
 Settings name files; what decides is what is in them. A set of images of up to `WHOLE` bytes is read
 whole; of a larger one the names and sizes count, and the bytes of `SAMPLE` images that are spread
@@ -23,7 +23,7 @@ SAMPLE = 1024
 _FIRST = 256 * 2**10  # bytes of a sampled image that are read
 
 
-def digest_of_images(source: ImageSource, first: int | None = None) -> dict[str, str]:
+def images_fingerprint(source: ImageSource, first: int | None = None) -> dict[str, str]:
     """Return the SHA-256 of a source's images in their order, and what it was taken of.
 
     With `first` only so many count: how many of a stream are held depends on what is looked at.
@@ -71,7 +71,7 @@ def contents_of(trainer: "Trainer") -> dict[str, Any]:
         weights = read_vector(str(config.gamma)).numpy()
         gamma = hashlib.sha256(weights.tobytes()).hexdigest()
     return {
-        "data": digest_of_images(
+        "data": images_fingerprint(
             trainer.data.source, LOOKED_AT if trainer.stream is not None else None
         ),
         "gamma": gamma,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ddim_schedulers.training.parsing import to_yaml
-from ddim_schedulers.training.trainer.records import Window
+from ddim_schedulers.training.trainer.training_log import Window
 
 if TYPE_CHECKING:
     from ddim_schedulers.training.trainer.trainer import Trainer

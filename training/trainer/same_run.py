@@ -30,7 +30,7 @@ _MEANING = {
 def require_same_run(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
     """Compare settings, data, network and precision with those of a checkpoint.
 
-    Other versions of packages, and what an old checkpoint has no record of, are only warned about.
+    Other versions of packages, and what an old checkpoint does not hold, are only warned about.
 
     Args:
         trainer: of the run that goes on.
@@ -52,7 +52,7 @@ def require_same_run(trainer: "Trainer", state: dict[str, Any], folder: Path) ->
         return
     if unknown := [_MEANING[name] for name in now if name not in before]:
         logger.warning(
-            f"checkpoint {folder} is of an older version and holds no record of {_and(unknown)}; "
+            f"checkpoint {folder} is of an older version and does not hold {_and(unknown)}; "
             "whether they changed since cannot be compared"
         )
     was, are = state.get("versions", {}), versions(*STAMPED)

@@ -184,7 +184,7 @@ def _export(trainer: "Trainer") -> Path:
 
         _replace(trainer, target, write_pipeline)
         _replace(trainer, trainer.root / "unet_raw", trainer.unet.save_pretrained)
-        plot_losses(*trainer.records.curve(), trainer.root / "pictures" / "loss.png")
+        plot_losses(*trainer.log.curve(), trainer.root / "pictures" / "loss.png")
     trainer.accelerator.wait_for_everyone()
     return target
 

@@ -31,13 +31,13 @@ from ddim_schedulers.training.trainer import saving
 from ddim_schedulers.training.trainer.contents import contents_of
 from ddim_schedulers.training.trainer.engine import make_accelerator
 from ddim_schedulers.training.trainer.parts import Parts
-from ddim_schedulers.training.trainer.records import Records, Window
 from ddim_schedulers.training.trainer.result import (
     NonFiniteError,
     TrainingResult,
     describe_left_out,
 )
 from ddim_schedulers.training.trainer.signals import StopSignals
+from ddim_schedulers.training.trainer.training_log import TrainingLog, Window
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +89,7 @@ class Trainer(Parts):
         self.start_from = saving.choose_checkpoint(config, accelerator)
         super().__init__(config, accelerator)
         self.contents = from_main(self.accelerator, lambda: contents_of(self))
-        self.records = Records(self.root, self.accelerator.is_main_process)
+        self.log = TrainingLog(self.root, self.accelerator.is_main_process)
         self.step = 0
         self.updates = 0  # steps that were applied, in all sessions
         self.skipped_in_a_row = 0
@@ -131,8 +131,8 @@ class Trainer(Parts):
         self.watcher.prepare()
         began = time.perf_counter()
         try:
-            self._start_records()
-            with StopSignals() as signals, self.records.progress(config, self.step):
+            self._start_log()
+            with StopSignals() as signals, self.log.progress(config, self.step):
                 stopped_by = self._steps(stop, signals)
             seconds = time.perf_counter() - began
             if self.step < config.max_train_steps and stopped_by is None:
@@ -196,7 +196,7 @@ class Trainer(Parts):
             if look and self._look() or due:
                 saving.save(self)
             if look or due:
-                self.records.restart_clock(self.step)
+                self.log.restart_clock(self.step)
         if self.saved != self.step:
             nothing = self.updates == 0 and self.step >= config.max_train_steps
             saving.save(self, "no step was finite and applied" if nothing else None)
@@ -218,13 +218,13 @@ class Trainer(Parts):
         if unet is self.unet:
             unet.train()
         self.evaluations.append(report)
-        self.records.write(report)
+        self.log.write(report)
         if config.tracker != "none":
             numbers = {
                 k: v for k, v in report.items() if isinstance(v, int | float) and k != "step"
             }
             self.accelerator.log(numbers, step=self.step)
-            self.records.show_pictures(self.accelerator.trackers, self.watcher.folder, self.step)
+            self.log.show_pictures(self.accelerator.trackers, self.watcher.folder, self.step)
         metric = "frechet" if config.best_by == "frechet" else "validation_loss"
         value = report.get(metric)
         if value is None or not math.isfinite(value) or value >= self.best.get("value", math.inf):
@@ -314,7 +314,7 @@ class Trainer(Parts):
         longest = self._count(reading.norms)
         self.owner.check()
         rate = self.learning_rate(self.step - 1)
-        values = self.records.take(reading, self.step, rate, self.config.batch_size)
+        values = self.log.take(reading, self.step, rate, self.config.batch_size)
         if self.config.tracker != "none":
             self.accelerator.log(values, step=self.step)
         failed = reading.failed_steps(fp16=self.accelerator.scaler is not None)
@@ -383,12 +383,12 @@ class Trainer(Parts):
         except Exception as second:  # the first error is the one to tell
             logger.warning(f"The {self.step} finished steps could not be saved: {second}")
 
-    def _start_records(self) -> None:
+    def _start_log(self) -> None:
         if self.accelerator.is_main_process:
             write_bytes(self.root / "config.yaml", to_yaml(self.config).encode())
             found = self.data.inventory.to_dict() | {"digest": self.contents["data"]}
             write_bytes(self.root / "data.json", to_json(found))
-        self.records.rewind(self.step)
+        self.log.rewind(self.step)
         if self.config.tracker != "none":
             plain = {
                 k: v if isinstance(v, int | float | str | bool) else str(v)
@@ -406,12 +406,12 @@ class Trainer(Parts):
             scheduler=self.scheduler,
             weights=self.average.name,
             steps=self.step,
-            losses=self.records.losses,
-            final_loss=self.records.recent_loss,
+            losses=self.log.losses,
+            final_loss=self.log.recent_loss,
             seconds=seconds,
             stopped_by=stopped_by,
-            skipped_steps=self.records.skipped,
-            replaced_images=self.records.replaced,
+            skipped_steps=self.log.skipped,
+            replaced_images=self.log.replaced,
             left_out=self.data.skipped,
             evaluations=self.evaluations,
         )

@@ -121,7 +121,7 @@ class Window:
         return reading
 
 
-class Records:
+class TrainingLog:
     """The history of a session: progress bar, `metrics.jsonl`, and the losses of the result."""
 
     def __init__(self, root: Path, is_main: bool) -> None:
