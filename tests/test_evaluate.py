@@ -100,9 +100,9 @@ def test_every_cell_is_there_with_its_n_and_its_cost(whole):
         assert cell["n"] == 10 and cell["network_calls"] == steps and cell["seconds"] > 0
         assert cell["repeats"] == (1 if row == "DDIM" else 2)
         for name in ("pixels", "classifier"):
-            figures = cell["metrics"][name]
-            assert (figures["frechet"]["std"] is None) == (cell["repeats"] == 1)
-            assert ("inception_score" in figures) == (name == "classifier")
+            measured = cell["metrics"][name]
+            assert (measured["frechet"]["std"] is None) == (cell["repeats"] == 1)
+            assert ("inception_score" in measured) == (name == "classifier")
     assert results["classifier"]["classes"] == 10
 
 
@@ -175,7 +175,7 @@ def test_a_classifier_that_was_trained_in_another_way_is_not_taken_for_the_one_a
     assert real.features["classifier"].fingerprint
 
 
-def test_a_figure_is_that_of_the_stored_images_and_the_training_images(whole):
+def test_a_measurement_is_that_of_the_stored_images_and_the_training_images(whole):
     output, results = whole
     folder = output / "cells" / "eta-0-trailing-S2-n10-r1"
     shards = sorted((folder / "shards").iterdir())
@@ -207,7 +207,7 @@ def test_real_images_come_out_better_than_samples_of_an_untrained_network(whole)
         assert table["real"][name]["n"] == 10 and table["real"][name]["frechet"] < worst
 
 
-def test_the_report_shows_the_figures_and_the_pictures_are_not_blank(whole):
+def test_the_report_shows_the_measurements_and_the_pictures_are_not_blank(whole):
     output, results = whole
     page = (output / "report.md").read_text()
     assert page == markdown(results)
@@ -284,8 +284,8 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same(
     assert (calls[0].written, calls[0].present) == (2, 1)
     kept = json.loads((tmp_path / "b" / "cells" / f"{config.cells[0].label}.json").read_text())
     assert kept["sampled"] == 6  # 0 .. 3 and the short last shard, 8 and 9
-    figures = [r["tables"][0]["cells"][0]["metrics"] for r in (alone, resumed)]
-    assert_close(*figures, 1e-3)  # two loads; a pixel that rounds to its neighbour is 1e-3 here
+    measured = [r["tables"][0]["cells"][0]["metrics"] for r in (alone, resumed)]
+    assert_close(*measured, 1e-3)  # two loads; a pixel that rounds to its neighbour is 1e-3 here
     assert not (tmp_path / "b" / "cells" / config.cells[0].label).exists()  # keep_images is off
 
 
@@ -342,13 +342,13 @@ def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
         features=["classifier"],
         classifier_epochs=1,
     )
-    figures = run(Evaluation(config))["tables"][0]["cells"][0]["metrics"]
+    measured = run(Evaluation(config))["tables"][0]["cells"][0]["metrics"]
     said = []
 
     def again():
         said.clear()
         results = run(Evaluation(config, progress=said.append))
-        assert results["tables"][0]["cells"][0]["metrics"] == figures
+        assert results["tables"][0]["cells"][0]["metrics"] == measured
         return " ".join(said)
 
     label = config.cells[0].label
@@ -369,7 +369,7 @@ def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
     header = safetensors_header(classifier.read_bytes(), classifier)["__metadata__"]
     cell_changes = [
         edited(whole, frechet=-1.0),
-        edited(whole, frechet=figures["classifier"]["frechet"]["mean"] + 1),
+        edited(whole, frechet=measured["classifier"]["frechet"]["mean"] + 1),
     ]
     cell_changes += [json.dumps({**whole, "network_calls": 3}).encode()]
     cell_changes += [
@@ -531,22 +531,22 @@ def test_a_table_puts_the_smallest_of_a_column_in_bold():
     assert lines[2:] == ["| a | 2.0 | **3.0** |", "| b | **1.0** |  |"]
 
 
-def test_expected_figures_stand_beside_ours(whole):
+def test_expected_measurements_stand_beside_ours(whole):
     _, results = whole
-    figure = results["tables"][0]["cells"][0]["metrics"]["pixels"]["frechet"]["mean"]
+    found = results["tables"][0]["cells"][0]["metrics"]["pixels"]["frechet"]["mean"]
     expected = {
         "row": "eta 0, trailing",
         "steps": 2,
         "features": "pixels",
         "metric": "frechet",
-        "value": round(figure, 2) + 1,
+        "value": round(found, 2) + 1,
         "tolerance": 2,
         "source": "someone",
     }
     page = markdown({**results, "expected": [expected], "not_run": "Not run here."})
-    assert f"| someone | {figure:.2f} | true |" in page and "**Not run here.**" in page
+    assert f"| someone | {found:.2f} | true |" in page and "**Not run here.**" in page
     page = markdown({**results, "expected": [{**expected, "tolerance": 0.1}]})
-    assert f"| someone | {figure:.2f} | false |" in page
+    assert f"| someone | {found:.2f} | false |" in page
 
 
 @pytest.mark.parametrize(

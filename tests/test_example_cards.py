@@ -22,9 +22,9 @@ CARDS = sorted(path.parent for path in FOLDER.glob("*/metrics.json"))
 
 
 def _cell(row, steps, value):
-    figures = {"frechet": {"mean": value, "std": 0.25}, "kernel": {"mean": 0.001, "std": None}}
+    measured = {"frechet": {"mean": value, "std": 0.25}, "kernel": {"mean": 0.001, "std": None}}
     for name in ("precision", "recall", "density", "coverage"):
-        figures[name] = {"mean": 0.5, "std": None}
+        measured[name] = {"mean": 0.5, "std": None}
     return {
         "row": row,
         "steps": steps,
@@ -34,7 +34,7 @@ def _cell(row, steps, value):
         "images_per_second": 12.5,
         "seconds": 3.2,
         "processes": 1,
-        "metrics": {"pixels": figures},
+        "metrics": {"pixels": measured},
     }
 
 
@@ -94,12 +94,12 @@ def test_a_card_says_what_was_measured_and_how(results):
     data = yaml.safe_load(head)
     assert data["library_name"] == "diffusers" and data["license"] == "mit"
     assert "ddim-schedulers" in data["tags"] and data["datasets"] == ["some/data"]
-    figures = data["model-index"][0]["results"][0]["metrics"]
-    assert [(f["type"], f["value"]) for f in figures] == [
+    measured = data["model-index"][0]["results"][0]["metrics"]
+    assert [(f["type"], f["value"]) for f in measured] == [
         ("frechet_distance", 7.125),
         ("frechet_distance", 3.0),
     ]
-    assert "n = 40" in figures[0]["name"] and "S = 5" in figures[0]["name"]
+    assert "n = 40" in measured[0]["name"] and "S = 5" in measured[0]["name"]
     for name in CARD_TEXTS:
         if name not in ("licence", "datasets", "limits"):
             assert f"The {name}." in body, name
@@ -122,7 +122,7 @@ def test_a_row_of_the_table_of_metrics_is_all_that_a_page_needs(results, monkeyp
     assert text.count("2.5000 +- 5.0000") == 3 and "| 1.2500 |" in text
 
 
-def test_a_figure_that_changes_changes_the_card(results):
+def test_a_measurement_that_changes_changes_the_card(results):
     before = render_example(results)
     results["tables"][0]["cells"][1]["metrics"]["pixels"]["frechet"]["mean"] = 9.501
     assert render_example(results) != before
@@ -142,11 +142,11 @@ def test_texts_that_are_missing_or_unknown_are_named(results):
     with pytest.raises(ValueError, match=r"missing \['limits'\], unknown \['limit'\]"):
         check_card({**card, "limit": []})
     without = {k: v for k, v in results["card"].items() if k != "discussion"}
-    assert "What the figures say" not in render_example({**results, "card": without})
+    assert "What the numbers say" not in render_example({**results, "card": without})
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
-def test_committed_cards_are_rendered_from_their_figures(folder):
+def test_committed_cards_are_rendered_from_their_measurements(folder):
     results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert render_example(results) == text

@@ -232,7 +232,7 @@ class ValidationConfig:
         "one needs --trust_code",
     )
     eval_batch_size: int = option(64, "images at a time, for each process, in evaluation")
-    best_by: Literal["loss", "frechet"] = option("loss", "figure that decides the best checkpoint")
+    best_by: Literal["loss", "frechet"] = option("loss", "metric that decides the best checkpoint")
 
 
 @dataclass

@@ -174,7 +174,7 @@ def _samples(evaluation: Evaluation, cell: Cell) -> torch.Tensor:
 def _cell(
     evaluation: Evaluation, cell: Cell, samples: dict[tuple[str, int], torch.Tensor]
 ) -> dict[str, Any]:
-    """Return a line of the table: the figures of a cell, and what the classifier makes of it."""
+    """Return a line of the table: a cell's measurements, and how the classifier reads it."""
     kept = evaluation.files.read(cell)
     network: Any = evaluation.real.networks["classifier"]
     images = samples[cell.sampler.name, cell.steps].to(evaluation.device)
@@ -276,7 +276,7 @@ def render(results: dict[str, Any], measured: dict[str, Any]) -> str:
         "",
         "![A sample as it forms, a way between two, and digits encoded and decoded](ways.png)",
         "",
-        "More figures and pictures: [evaluation/report.md](evaluation/report.md).",
+        "More measurements and pictures: [evaluation/report.md](evaluation/report.md).",
     ]
     return "\n".join(lines) + "\n"
 

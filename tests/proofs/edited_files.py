@@ -10,7 +10,7 @@ NaN; every file is emptied, cut short, filled with random bytes and has bits fli
 - plausible: another value that a file may have; of files that carry their check sum there must be
   none, and of settings these are the edits that a user makes.
 
-Anything else, a raw error of the libraries or a wrong figure, ends the proof with exit code 1.
+Anything else, a raw error of the libraries or a wrong number, ends the proof with exit code 1.
 """
 
 import copy
@@ -275,7 +275,7 @@ def evaluation(count, root, pipeline):
     path = made.files.path_of(cell)
     kept, preview = made.files.kept(cell), made.files.preview(cell)
 
-    def figures():
+    def measured():
         found = made.files.kept(cell)
         return HARMLESS if found == kept else WRONG if found else NOTICED
 
@@ -286,17 +286,17 @@ def evaluation(count, root, pipeline):
         return HARMLESS if np.array_equal(made.files.preview(cell), preview) else WRONG
 
     content = json.loads(path.read_text())
-    count.try_all("evaluation: a cell", path, edited_bytes(path.read_bytes()), figures)
-    count.try_all("evaluation: a cell", path, edited_values(content), figures)
+    count.try_all("evaluation: a cell", path, edited_bytes(path.read_bytes()), measured)
+    count.try_all("evaluation: a cell", path, edited_values(content), measured)
     old = {k: v for k, v in content.items() if k not in ("sha256", "preview")}
     path.write_text(json.dumps(old))
     kept_now = made.files.kept(cell)
 
-    def old_figures():
+    def old_measured():
         found = made.files.kept(cell)
         return HARMLESS if found == kept_now else PLAUSIBLE if found else NOTICED
 
-    count.try_all("evaluation: a cell without seal", path, edited_values(old), old_figures)
+    count.try_all("evaluation: a cell without seal", path, edited_values(old), old_measured)
     path.write_text(json.dumps(content))
     npz = path.with_suffix(".npz")
     count.try_all("evaluation: first images", npz, edited_bytes(npz.read_bytes()), pictures)

@@ -152,21 +152,21 @@ real = Made(
     networks={"pixels": None},
 )
 real.note = lambda name: RealImages.note(real, name)
-figures = RealImages.figures(real, "pixels", rows[:10])
+found = RealImages.measure(real, "pixels", rows[:10])
 own = {"row": "eta 0", "steps": 3, "n": 10, "repeat": 0}
-cell = Made(row=Made(name="eta 0"), steps=3, n=10, repeat=0)
+cell = Made(sampler=Made(name="eta 0"), steps=3, n=10, repeat=0)
 content = own | {"network_calls": 3, "processes": 1, "settings": ""}
-check_cell(content | {"metrics": {"pixels": figures}}, cell, "file")
+check_cell(content | {"metrics": {"pixels": found}}, cell, "file")
 try:
-    check_cell(content | {"metrics": {"pixels": figures | {"spread": -1.0}}}, cell, "file")
+    check_cell(content | {"metrics": {"pixels": found | {"spread": -1.0}}}, cell, "file")
     raise AssertionError("a value out of its limits passes")
 except DamagedFileError:
     pass
-measured = {"pixels": {k: {"mean": v, "std": None} for k, v in figures.items()}}
+measured = {"pixels": {k: {"mean": v, "std": None} for k, v in found.items()}}
 cell = own | {"repeats": 1, "network_calls": 3, "seconds": 1.0, "images_per_second": 10.0}
-table = {"n": 10, "real": {"pixels": figures}, "cells": [cell | {"metrics": measured}]}
+table = {"n": 10, "real": {"pixels": found}, "cells": [cell | {"metrics": measured}]}
 lines = everything(table, "pixels")
-assert "spread x 10" in lines[0] and f"{10 * figures['spread']:.5f}" in lines[-1], lines
+assert "spread x 10" in lines[0] and f"{10 * found['spread']:.5f}" in lines[-1], lines
 """,
     ),
     "config key": (

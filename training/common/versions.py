@@ -1,4 +1,4 @@
-"""The versions, commit and device that figures, checkpoints and reports are stamped with."""
+"""The versions, commit and device that measurements, checkpoints and reports are stamped with."""
 
 import platform
 import shutil

@@ -1,4 +1,4 @@
-"""The card of an example model: its texts, and the figures of its metrics.json."""
+"""The card of an example model: its texts, and the measurements of its metrics.json."""
 
 import re
 from importlib import resources
@@ -7,7 +7,7 @@ from typing import Any
 from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.evaluation.tables import how, section
 
-# What the card of an example model says besides its figures: the keys of `card` in the settings.
+# The texts of the card of an example model: the keys of `card` in the settings.
 CARD_TEXTS = (
     "title",
     "summary",
@@ -47,7 +47,7 @@ def render_example(results: dict[str, Any]) -> str:
 
     card = results["card"]
     check_card(card)
-    figures = [
+    measured = [
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=results["data"]["name"],
@@ -68,7 +68,7 @@ def render_example(results: dict[str, Any]) -> str:
         pipeline_tag="unconditional-image-generation",
         datasets=card["datasets"],
         model_name=card["title"],
-        eval_results=figures or None,
+        eval_results=measured or None,
     )
     versions = ", ".join(
         f"{name} {version}" for name, version in sorted(results["versions"].items())

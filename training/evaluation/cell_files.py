@@ -1,4 +1,4 @@
-"""The files of a cell: its figures, checked value by value, and its first images."""
+"""The files of a cell: its measurements, checked value by value, and its first images."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ PREVIEW = 16
 
 
 class CellFiles:
-    """The figures and first images of the cells in a folder.
+    """The measurements and first images of the cells in a folder.
 
     Args:
         folder: of the evaluation.
@@ -34,7 +34,7 @@ class CellFiles:
         self._told: set[str] = set()
 
     def path_of(self, cell: Cell) -> Path:
-        """Return the file of a cell's figures."""
+        """Return the file of a cell's measurements."""
         return self.folder / f"{cell.label}.json"
 
     def images_of(self, cell: Cell) -> Path:
@@ -47,7 +47,7 @@ class CellFiles:
         return whole(path, lambda: self.read(cell), self._tell) or {}
 
     def has_preview(self, cell: Cell, kept: dict[str, Any]) -> bool:
-        """Return whether a cell's first images are there, and those of its figures."""
+        """Return whether a cell's first images are there, and those of its measurements."""
         path = self.path_of(cell).with_suffix(".npz")
 
         def read() -> bool:
@@ -76,11 +76,11 @@ class CellFiles:
             raise DamagedFileError(path, f"it holds {images.shape} of {images.dtype}, not {shape}")
         return images
 
-    def write(self, cell: Cell, figures: dict[str, Any], first: np.ndarray) -> None:
-        """Write a cell's figures and its first images, uint8 (n, H, W, C)."""
+    def write(self, cell: Cell, measured: dict[str, Any], first: np.ndarray) -> None:
+        """Write a cell's measurements and its first images, uint8 (n, H, W, C)."""
         path = self.path_of(cell)
         write_npz(path.with_suffix(".npz"), {"images": first})
-        write_json(path, sealed({**figures, "preview": check_sum_of_images(first)}))
+        write_json(path, sealed({**measured, "preview": check_sum_of_images(first)}))
 
     def _tell(self, error: DamagedFileError) -> None:
         line = f"{error} The cell is measured again."
@@ -114,16 +114,18 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
     require(isinstance(made_with, dict), "made_with", made_with)
     metrics = content.get("metrics")
     require(isinstance(metrics, dict), "metrics", metrics)
-    for space, figures in content["metrics"].items():
-        require(isinstance(figures, dict), f"metrics of {space}", figures)
-        require(isinstance(figures.get("reference"), dict), f"reference of {space}", figures)
+    for space, measured in content["metrics"].items():
+        require(isinstance(measured, dict), f"metrics of {space}", measured)
+        require(isinstance(measured.get("reference"), dict), f"reference of {space}", measured)
         for name in ("n", "k"):
-            found = figures.get(name)
+            found = measured.get(name)
             require(_is_number(found, 1, integer=True), f"{name} of {space}", found)
-        has_classes = any(metric.of_classes and name in figures for name, metric in METRICS.items())
+        has_classes = any(
+            metric.of_classes and name in measured for name, metric in METRICS.items()
+        )
         for name, metric in sorted(METRICS.items()):
             if has_classes or not metric.of_classes:
-                found = figures.get(name)
+                found = measured.get(name)
                 require(_is_number(found, metric.low, metric.high), f"{name} of {space}", found)
     return content
 

@@ -1,13 +1,13 @@
 """The evaluation of a trained model: which scheduler, how many steps, which eta, at what cost.
 
     OUTPUT/cells/LABEL/        sample.json and the samples of a cell (with `keep_images`)
-    OUTPUT/cells/LABEL.json    its figures, written when they are all there
+    OUTPUT/cells/LABEL.json    its measurements, written when they are all there
     OUTPUT/cells/LABEL.npz     its first images
     OUTPUT/reference-*.safetensors   features of the real images, by fingerprint (or in cache_dir)
     OUTPUT/metrics.json        everything; report.md and the pictures are made of it
 
 Both sides are uint8. Processes share the samples of a cell and their features; the features are
-then put in the order of the samples, so the figures do not depend on the number of processes.
+then put in the order of the samples, so the measurements do not depend on the number of processes.
 """
 
 import copy
@@ -151,7 +151,7 @@ class Evaluation:
         ]
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        """Return the figures of a cell: from its file, or by sampling what is missing.
+        """Return the measurements of a cell: from its file, or by sampling what is missing.
 
         Raises:
             ValueError: if the folder holds the cell with other settings, naming what differs.
@@ -187,7 +187,7 @@ class Evaluation:
             ]
             fake = self.real.joined(mine)
             if self.team.index == 0:
-                found[name] = self.real.figures(name, fake)
+                found[name] = self.real.measure(name, fake)
         result = {
             "row": cell.sampler.name,
             "steps": cell.steps,

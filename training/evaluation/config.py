@@ -144,10 +144,10 @@ class EvaluationConfig:
         channels_last: memory format of the network.
         keep_images: keep the samples of every cell, not only the first ones.
         cache_dir: where features of the reference are kept; None puts them into `output_dir`.
-        pictured: names of the rows that the figures of samples show; None: the first eight.
-        expected: figures of others to compare with: `row`, `steps`, `features`, `metric`, `value`,
-            `tolerance`, `source`.
-        not_run: a sentence that marks a recipe whose figures nobody here has reproduced.
+        pictured: names of the rows that the pictures of samples show; None: the first eight.
+        expected: measurements of others to compare with: `row`, `steps`, `features`, `metric`,
+            `value`, `tolerance`, `source`.
+        not_run: a sentence that marks a recipe whose measurements nobody here has reproduced.
         card: texts of a model card, see `card.py`.
     """
 

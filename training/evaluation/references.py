@@ -88,7 +88,7 @@ class RealImages:
         # the self-check: what a perfect sampler would get, by the n of the tables
         self.self_check: dict[int, dict[str, Any]] = {}
         if self.team.index == 0:
-            self.self_check = {n: self.held_out_figures(n) for n in {t.n for t in config.tables}}
+            self.self_check = {n: self.measure_held_out(n) for n in {t.n for t in config.tables}}
 
     def _load_data(self, shape: tuple[int, int, int]) -> tuple[ImageData, ImageData]:
         reference, held_out = load_data(self.config.data)
@@ -242,12 +242,12 @@ class RealImages:
         )
 
     def note(self, name: str) -> dict[str, Any]:
-        """Return what a cell's figures in a feature space are compared with."""
+        """Return what a cell's measurements in a feature space are compared with."""
         real = self.features[name]
         return {"fingerprint": real.fingerprint, "n": len(real.train)}
 
-    def figures(self, name: str, fake: torch.Tensor) -> dict[str, Any]:
-        """Return all figures of features (n, F), each with what it was compared to."""
+    def measure(self, name: str, fake: torch.Tensor) -> dict[str, Any]:
+        """Return all measurements of features (n, F), each with what it was compared to."""
         real = self.features[name]
         k = min(self.config.neighbours, len(fake) - 1)
         shuffled = np.random.default_rng(self.config.seed).permutation(len(real.train))
@@ -271,14 +271,14 @@ class RealImages:
                 found["inception_score"] = inception_score(network.head(fake.to(self.device)).cpu())
         return found
 
-    def held_out_figures(self, n: int) -> dict[str, Any]:
+    def measure_held_out(self, n: int) -> dict[str, Any]:
         """Measure n held-out images in each feature space, as if a perfect sampler had made them.
 
-        If fewer are held out, all of them; their figures then have an n of their own.
+        If fewer are held out, all of them; their measurements then have an n of their own.
         """
         rows = np.random.default_rng(self.config.seed).permutation(len(self.held_out))[:n]
         return {
-            name: self.figures(name, self.features[name].held_out[rows]) for name in self.features
+            name: self.measure(name, self.features[name].held_out[rows]) for name in self.features
         }
 
     def nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

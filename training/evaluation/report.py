@@ -37,7 +37,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def short(results: dict[str, Any]) -> str:
-    """Return what the terminal shows: row by S the first figure of every feature space."""
+    """Return what the terminal shows: row by S the Frechet distance in every feature space."""
     lines = []
     for table in results["tables"]:
         lines += [f"## {table['name']}", "", *distances(table, results), *unsaid_lines(table)]

@@ -105,7 +105,7 @@ def _mean_and_std(values: list[float]) -> dict[str, float | None]:
 
 
 def about(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what the figures depend on besides the cells, as JSON types."""
+    """Return what the measurements depend on besides the cells, as JSON types."""
     config = evaluation.config
     classifier = None
     if CLASSIFIER in config.features:

@@ -9,7 +9,7 @@ from ddim_schedulers.training.metrics.distances import METRICS
 
 
 def how(results: dict[str, Any]) -> list[str]:
-    """Return how the figures were got, in a few sentences."""
+    """Return how the measurements were made, in a few sentences."""
     data, network = results["data"], results["network"]
     lines = [
         f"Reference: {data['reference_n']:,} images of {data['name']}, {shape(data['shape'])}; "
@@ -112,19 +112,19 @@ def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:
 
 
 def everything(table: dict[str, Any], name: str) -> list[str]:
-    """Return all figures of a table in one feature space, a line for each cell."""
-    measured = [cell["metrics"][name] for cell in table["cells"]]
-    keys = [key for key in METRICS if any(key in figures for figures in measured)]
+    """Return all measurements of a table in one feature space, a line for each cell."""
+    of_cells = [cell["metrics"][name] for cell in table["cells"]]
+    keys = [key for key in METRICS if any(key in measured for measured in of_cells)]
     headings = [METRICS[key].heading for key in keys]
     head = ["", "S", "seeds", *headings, "network calls", "seconds", "images/s"]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
-    if real["n"] == table["n"]:  # a table holds figures of one n
+    if real["n"] == table["n"]:  # a table holds measurements of one n
         own = [_value({"mean": real[key], "std": None}, key) for key in keys]
         lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
     for cell in table["cells"]:
-        figures = cell["metrics"][name]
-        values = [_value(figures[key], key) for key in keys]
+        measured = cell["metrics"][name]
+        values = [_value(measured[key], key) for key in keys]
         cost = [
             "" if cell[key] is None else format(cell[key], ".1f")
             for key in ("seconds", "images_per_second")
@@ -153,11 +153,11 @@ def nearest_lines(table: dict[str, Any], stem: str) -> list[str]:
 
 
 def expectations(results: dict[str, Any]) -> list[str]:
-    """Return figures of others beside ours, for a recipe that names them."""
+    """Return measurements of others beside ours, for a recipe that names them."""
     if not results["expected"]:
         return []
-    head = ["row", "S", "features", "figure", "expected", "tolerance", "source", "found", "within"]
-    lines = ["## Expected figures", "", _line(head), "|---|" * 1 + "---|" * (len(head) - 1)]
+    head = ["row", "S", "features", "metric", "expected", "tolerance", "source", "found", "within"]
+    lines = ["## Expected measurements", "", _line(head), "|---|" * 1 + "---|" * (len(head) - 1)]
     for e in results["expected"]:
         found = _find(results, e)
         within = "not run" if found is None else str(abs(found - e["value"]) <= e["tolerance"])
@@ -179,9 +179,9 @@ def expectations(results: dict[str, Any]) -> list[str]:
 def _find(results: dict[str, Any], wanted: dict[str, Any]) -> float | None:
     for table in results["tables"]:
         for cell in table["cells"]:
-            figures = cell["metrics"].get(wanted["features"], {})
+            measured = cell["metrics"].get(wanted["features"], {})
             if (cell["row"], cell["steps"]) == (wanted["row"], wanted["steps"]):
-                return figures[wanted["metric"]]["mean"] if wanted["metric"] in figures else None
+                return measured[wanted["metric"]]["mean"] if wanted["metric"] in measured else None
     return None
 
 
@@ -227,7 +227,7 @@ def _frechet_mean(name: str, cell: dict[str, Any]) -> float:
     return float(cell["metrics"][name]["frechet"]["mean"])
 
 
-def _value(figure: dict[str, Any], key: str) -> str:
+def _value(measured: dict[str, Any], key: str) -> str:
     scale, form = METRICS[key].scale, METRICS[key].form
-    text = format(figure["mean"] * scale, form)
-    return text if figure["std"] is None else f"{text} +- {figure['std'] * scale:{form}}"
+    text = format(measured["mean"] * scale, form)
+    return text if measured["std"] is None else f"{text} +- {measured['std'] * scale:{form}}"

@@ -1,8 +1,8 @@
 """Distances between two sets of images, from their features; everything in float64 on the CPU.
 
 Frechet and kernel distance are torchmetrics'; the features are computed once and handed to it.
-Figures of different numbers of samples cannot be compared: every one of these estimates moves with
-n.
+Measurements of different numbers of samples cannot be compared: each of these estimates moves
+with n.
 """
 
 import math
@@ -18,7 +18,7 @@ class Metric(NamedTuple):
 
     Attributes:
         name: in a report.
-        low: the least value that can be; a figure below it is damage.
+        low: the least value that can be; a value below it is damage.
         high: the largest.
         scale: the factor of the values in a table.
         of_classes: whether it is measured only where a feature space has a classifier.
@@ -40,7 +40,7 @@ class Metric(NamedTuple):
         return self.name if self.scale == 1 else f"{self.name} x {self.scale:g}"
 
 
-# Every metric of an evaluation, in the order of the columns; `RealImages.figures` measures them.
+# Every metric of an evaluation, in the order of the columns; `RealImages.measure` measures them.
 # A Frechet distance that is zero may be negative by rounding; the kernel one is unbiased, so that
 # it may be negative anyway.
 METRICS = {
@@ -87,7 +87,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
         ValueError: fewer than two rows, other shapes, or values that are not finite.
     """
     real, fake = _checked(real, fake)
-    # every process has all features in one order, so the figure is the same for any number of them
+    # every process has all features in one order: any number of processes gives one distance
     metric = frechet_metric(_Given(real.shape[1]), sync_on_compute=False)
     # The same centre for both changes nothing in the distance; moments about it lose fewer digits.
     centre = real.mean(0)

@@ -60,7 +60,7 @@ def require_same_run(trainer: "Trainer", state: dict[str, Any], folder: Path) ->
         f"{n} was {was[n]} and is {are[n]}" for n in STAMPED if was.get(n, are[n]) != are[n]
     ]:
         logger.warning(
-            f"checkpoint {folder} was written by other versions: {', '.join(other)}; figures may "
+            f"checkpoint {folder} was written by other versions: {', '.join(other)}; numbers may "
             "differ from those of a run without a break"
         )
 
