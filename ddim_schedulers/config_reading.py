@@ -74,6 +74,8 @@ DISTILLED = ("LCMScheduler", "TCDScheduler")
 # Settings of ours, beside flags, that mean nothing as null and that not all our classes read.
 NEVER_NULL = (
     "dynamic_thresholding_ratio",
+    "end_scale",
+    "eps_scale",
     "quadratic_end",
     "reverse_variance",
     "sample_max_value",

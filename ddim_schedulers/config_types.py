@@ -29,6 +29,7 @@ NUMBERS = (
     "beta_start",
     "clip_sample_range",
     "dynamic_thresholding_ratio",
+    "end_scale",
     "quadratic_end",
     "sample_max_value",
     "snr_shift_scale",
@@ -43,7 +44,8 @@ NAMES = (
     "timestep_spacing",
     "variance_type",
 )
-NUMBER_LISTS = ("sigma", "trained_betas")
+NUMBER_LISTS = ("eta_interval", "sigma", "trained_betas")
+NUMBERS_OR_LISTS = ("eps_scale",)
 INTEGER_LISTS = ("timesteps",)
 STATISTICS = ("gamma", "eps_error", "x0_error")  # lists in the dictionary `calibration`
 
@@ -65,6 +67,11 @@ def check_types(config: Mapping[str, Any]) -> None:
         _require(config, name, _is_name, "a name")
     for name in NUMBER_LISTS:
         _check_list(name, config.get(name), _is_number, "numbers")
+    for name in NUMBERS_OR_LISTS:
+        if isinstance(listed(name, config.get(name)), list | tuple):
+            _check_list(name, config[name], _is_number, "numbers")
+        else:
+            _require(config, name, _is_number, "a number of at most 64 bits, or a list of two")
     for name in INTEGER_LISTS:
         _check_list(name, config.get(name), _is_integer, "integers")
     statistics = config.get("calibration")

@@ -21,6 +21,7 @@ from .config_reading import (
 )
 from .parameterization import check_prediction_type
 from .reverse_noise import LEARNED
+from .scales import check_scales
 from .settings import restore_settings
 from .sigmas import check_sigma
 from .timesteps import TIMESTEP_SPACINGS, check_original_steps, check_quadratic_end, check_timesteps
@@ -31,6 +32,7 @@ FAMILY_KEYS = (
     "calibration",
     "dynamic_thresholding_ratio",
     "eta",
+    "eta_interval",
     "late_noise_cap",
     "lower_order_final",
     "quadratic_end",
@@ -282,6 +284,8 @@ def check_names(config: Any, own: Collection[str]) -> None:
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number > 0.")
     if "sample_max_value" in clipping and config.sample_max_value < 1:
         raise ValueError(f"`sample_max_value` is {config.sample_max_value!r}; it must be >= 1.")
+    if "eps_scale" in own:
+        check_scales(config.eps_scale, config.end_scale)
     cap = config.get("late_noise_cap")
     if "late_noise_cap" in own and cap is not None and not (np.isfinite(cap) and cap > 0):
         raise ValueError(f"`late_noise_cap` is {cap!r}; it must be None or a finite number > 0.")

@@ -23,6 +23,7 @@ from .config_types import check_types
 from .family_config import BETA_KEYS, FamilyConfigMixin, check_names, check_planned
 from .modes import outside_modes
 from .planning import bound_member, planned_timesteps
+from .scales import is_one
 from .step_inputs import pick_rows
 from .timesteps import check_num_inference_steps, landing, make_timesteps, pairs
 
@@ -185,6 +186,13 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
                 "`prediction_type` is 'epsilon' and the trajectory holds a timestep with alpha_bar "
                 "= 0, where eps says nothing about x_0; use 'v_prediction', 'sample' or "
                 "'posterior_mean', or timesteps that avoid it (e.g. timestep_spacing='leading')."
+            )
+        scale = self.config.eps_scale
+        if self._plan_has_zero_snr and not is_one(scale):
+            raise ValueError(
+                f"`eps_scale` is {scale!r} and the trajectory holds a timestep with alpha_bar = 0, "
+                "where x_t is eps itself; it must be 1 there, or the timesteps avoid it (e.g. "
+                "timestep_spacing='leading')."
             )
 
     def _bound_member(self) -> tuple[str, float]:

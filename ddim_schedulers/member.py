@@ -5,10 +5,11 @@ from typing import Any
 from .multistep import MAX_ORDER, SOLVER_FORMS
 from .reverse_noise import ANY_MEMBER, noise_named
 from .sigmas import check_eta
+from .timesteps import check_interval
 
 
 def check_member(config: Any) -> None:
-    """Check `eta`, `sigma`, `reverse_variance` and the solver of a config against each other.
+    """Check the noise and the solver of a config: settings that would contradict each other.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
@@ -20,12 +21,20 @@ def check_member(config: Any) -> None:
                 f"`eta` is {config.eta!r} and `sigma` is given; they are two ways to say the "
                 "same, set one of them."
             )
+    if config.eta_interval is not None:
+        check_interval("eta_interval", config.eta_interval)
+        if config.sigma is not None:
+            raise ValueError(
+                f"`eta_interval` is {config.eta_interval!r} and `sigma` is given, which says the "
+                "noise of every step itself; set one of them."
+            )
     noise_named("reverse_variance", config.reverse_variance)
-    if config.reverse_variance not in ANY_MEMBER and (config.eta != 1 or config.sigma is not None):
+    others = [k for k in ("sigma", "eta_interval") if config[k] is not None]
+    if config.reverse_variance not in ANY_MEMBER and (config.eta != 1 or others):
         raise ValueError(
             f"`reverse_variance` is {config.reverse_variance!r}, which needs `eta=1.0` in the "
-            f"config; it is eta={config.eta!r}"
-            + (", and `sigma` is set" if config.sigma is not None else "")
+            f"config, for every step; it is eta={config.eta!r}"
+            + (f", and `{others[0]}` is set" if others else "")
             + f". Every other member goes with one of {ANY_MEMBER}."
         )
     _check_solver(config)

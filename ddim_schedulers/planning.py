@@ -114,11 +114,11 @@ def largest_x0(config: Any) -> float:
 def bound_member(config: Any) -> tuple[str, float]:
     """Return the variance and eta whose bound `timestep_spacing='optimal'` minimises.
 
-    Where sigma may be 0 the bound is infinite, and the Markovian member's with the optimal variance
-    takes its place.
+    Where sigma may be 0, also outside an `eta_interval`, the bound is infinite, and the Markovian
+    member's with the optimal variance takes its place.
     """
     eta = config.get("eta")
-    if not eta:
+    if not eta or config.get("eta_interval") is not None:
         return "optimal", 1.0
     name = config.get("reverse_variance", "sigma")
     return cost_name(noise_named("reverse_variance", name)), float(eta)

@@ -43,6 +43,9 @@ SAME_VARIANCE = {"fixed_large_log": "fixed_large"}
 # Settings that no stock class has, with the values that change nothing.
 NEUTRAL = {
     "eta": (None, 0.0),
+    "eta_interval": (None,),
+    "eps_scale": (None, 1, [1, 1]),
+    "end_scale": (None, 1),
     "sigma": (None,),
     "timesteps": (None,),
     "original_inference_steps": (None,),

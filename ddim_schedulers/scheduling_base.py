@@ -28,6 +28,7 @@ from .optimal import x0_variance
 from .parameterization import dynamic_threshold
 from .planning import check_calibration, largest_x0, measured_statistics
 from .reverse_noise import OWN, LearnedNoise, Noise, Steps, noise_named
+from .scales import Scales, scales_of
 from .step_inputs import (
     cast_to,
     check_tensors,
@@ -151,7 +152,12 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
         self._check_plan_snr()
         noise, prediction = self._settings.noise, self.config.prediction_type
         steps = self._steps(noise, sigma)
-        return reverse_table(steps, noise, prediction, self._clips(), rederive, dtype)
+        return reverse_table(
+            steps, noise, prediction, self._clips(), rederive, dtype, self._scales()
+        )
+
+    def _scales(self) -> Scales:
+        return scales_of(self.config.eps_scale, self.config.end_scale, self._landing)
 
     def _warn_of_terminal_signal(self) -> None:
         """Say once where sampling cannot start from what training ended with."""

@@ -16,6 +16,7 @@ from .scheduling_base import FamilySchedulerMixin, logger
 from .sigmas import as_sigma, check_eta, check_sigma, sigma_eta
 from .step_inputs import check_on_plan, check_one_timestep, check_tensors, compute_dtype
 from .tables import Multistep, Table, multistep_of
+from .timesteps import in_interval
 
 # Settings for good pictures in 5 to 50 network calls:
 # `GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **FEW_STEPS)`. With a trajectory in
@@ -92,6 +93,12 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             second-to-last step may move a pixel in the mean, > 0 (Analytic-DPM, App. F). `None`
             takes the paper's numbers, where x0_hat is clipped: 2 for eta = 1 and linear betas, 1
             otherwise (the authors use 1 for LSUN, too).
+        eta_interval: [low, high], shares of t / T between which eta acts, both ends included, 0 <=
+            low < high <= 1; steps from any other t have sigma = 0. It excludes `sigma`, and goes
+            with `reverse_variance` `sigma` and `optimal`. `None` is every t.
+        eps_scale: eps_hat is divided by it, before x0_hat is made of it and clipped (`scales`): a
+            number > 0, or a line in t as two numbers [at t = 0, at t = T].
+        end_scale: what the finished sample is multiplied by, > 0.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -132,6 +139,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         snr_shift_scale: float = 1.0,
         original_inference_steps: int | None = None,
         late_noise_cap: float | None = None,
+        eta_interval: Sequence[float] | None = None,
+        eps_scale: float | Sequence[float] = 1.0,
+        end_scale: float = 1.0,
     ) -> None:
         self._sigma: torch.Tensor | None = None
         self._zeros_of_sigma: frozenset[int] = frozenset()
@@ -186,12 +196,15 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         wanted = self.config.sigma if sigma is None else sigma
         member = None if wanted is None else as_sigma(wanted)
         if sigma is not None and (
-            self.config.eta is not None or self.config.reverse_variance not in ANY_MEMBER
+            self.config.eta is not None
+            or self.config.eta_interval is not None
+            or self.config.reverse_variance not in ANY_MEMBER
         ):
             raise ValueError(
-                f"`sigma` is given, but the config says eta={self.config.eta!r} and "
-                f"reverse_variance={self.config.reverse_variance!r}; explicit sigma needs eta=None "
-                f"and one of {ANY_MEMBER}."
+                f"`sigma` is given, but the config says eta={self.config.eta!r}, eta_interval="
+                f"{self.config.eta_interval!r} and reverse_variance="
+                f"{self.config.reverse_variance!r}; explicit sigma needs eta=None, "
+                f"eta_interval=None and one of {ANY_MEMBER}."
             )
         if member is not None and num_inference_steps is None and timesteps is None:
             num_inference_steps = len(member) if self.config.timesteps is None else None
@@ -237,10 +250,16 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         self._planned = True
 
     def _sigma_of(self, eta: float) -> torch.Tensor:
-        return sigma_eta(self._alpha_bar, self._alpha_bar_s, eta)
+        sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, eta)
+        interval = self.config.eta_interval
+        if interval is not None:
+            sigma = torch.where(in_interval(interval, len(self)), sigma, 0.0)
+        return sigma
 
     def _adds_none(self, t: int) -> bool:
-        return super()._adds_none(t) or t in self._zeros_of_sigma
+        interval = self.config.eta_interval
+        outside = interval is not None and not interval[0] <= t / len(self) <= interval[1]
+        return outside or super()._adds_none(t) or t in self._zeros_of_sigma
 
     def _member(self, eta: float) -> float | None:
         """Return the eta that counts, or `None` for an explicit sigma."""
@@ -293,6 +312,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             config.lower_order_final,
             prediction,
             dtype,
+            self._scales(),
         )
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:

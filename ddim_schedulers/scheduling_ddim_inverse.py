@@ -68,6 +68,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
             terminal SNR, > 0 (CogVideoX, arXiv:2408.06072).
         original_inference_steps: with `trailing`, pick the timesteps from this many equally spaced
             ones, those that a distilled network (LCM, TCD) knows.
+        eps_scale: the forward scheduler's, undone: eps_hat is divided here, too.
+        end_scale: the forward scheduler's, undone: the sample at the end is divided by it.
         **kwargs: settings of the forward schedulers (`thresholding`, `eta`, ...), which are kept in
             the config for them and do not act here, and stock's deprecated `set_alpha_to_zero`.
 
@@ -98,6 +100,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         calibration: dict[str, Any] | None = None,
         snr_shift_scale: float = 1.0,
         original_inference_steps: int | None = None,
+        eps_scale: float | Sequence[float] = 1.0,
+        end_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self._keep_others(kwargs)
@@ -190,7 +194,8 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
     def _make_table(self, dtype: torch.dtype) -> Table:
         self._check_plan_snr()
         process = self._alpha_bar, self._alpha_bar_s
-        return encoding_table(*process, self.config.prediction_type, self._clips(), dtype)
+        prediction = self.config.prediction_type
+        return encoding_table(*process, prediction, self._clips(), dtype, self._scales())
 
     def step(  # type: ignore[override]  # stock has a second class of this name
         self,

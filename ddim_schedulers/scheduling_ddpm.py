@@ -60,6 +60,9 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
             second-to-last step may move a pixel in the mean, > 0 (Analytic-DPM, App. F). `None`
             takes the paper's numbers, where x0_hat is clipped: 2 for eta = 1 and linear betas, 1
             otherwise (the authors use 1 for LSUN, too).
+        eps_scale: eps_hat is divided by it, before x0_hat is made of it and clipped (`scales`): a
+            number > 0, or a line in t as two numbers [at t = 0, at t = T].
+        end_scale: what the finished sample is multiplied by, > 0.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -93,6 +96,8 @@ class MarkovianDDPMScheduler(  # type: ignore[misc]  # stock types attributes by
         snr_shift_scale: float = 1.0,
         original_inference_steps: int | None = None,
         late_noise_cap: float | None = None,
+        eps_scale: float | Sequence[float] = 1.0,
+        end_scale: float = 1.0,
     ) -> None:
         self._custom_timesteps = False
         self._make_tables()

@@ -15,6 +15,7 @@ from .multistep import multistep_weights
 from .optimal import late_noise_cap
 from .parameterization import Coefficients, eps_coefficients, x0_coefficients
 from .reverse_noise import FixedNoise, LearnedNoise, Noise, Steps
+from .scales import UNSCALED, Scales, scaled_eps, scaled_predictions
 from .sigmas import sigma_eta
 from .transition import Transition, transition
 
@@ -60,6 +61,7 @@ def reverse_table(
     clips: bool,
     rederive: bool,
     dtype: torch.dtype,
+    scales: Scales = UNSCALED,
 ) -> Table:
     """Return the table of the reverse transitions.
 
@@ -74,11 +76,13 @@ def reverse_table(
             sqrt(1 - abar_t); otherwise it is the network's own, as in stock DDIM. It makes no
             difference where nothing is clipped.
         dtype: of the table.
+        scales: of eps_hat and of the finished sample.
     """
     a_t, a_s = steps.alpha_bar_t, steps.alpha_bar_s
     before = alpha_bar_before(a_t)
     x0 = x0_coefficients(prediction_type, a_t, before)
     eps = eps_coefficients(prediction_type, a_t, before)
+    x0, eps = scaled_predictions(x0, eps, a_t, scales.eps)
     bounds: list[torch.Tensor] = []
     if isinstance(noise, FixedNoise):
         std = noise.std(steps)
@@ -92,7 +96,10 @@ def reverse_table(
         out = [row.x0 - weight * a_t.sqrt(), weight, torch.zeros_like(weight)]
     else:
         out = fold(x0, eps, row, clips)
-    rows = torch.stack([*x0, *out, row.std, *bounds], dim=1)
+    moved = [*out, row.std]
+    if scales.end is not None:
+        moved = [column * scales.end for column in moved]
+    rows = torch.stack([*x0, *moved, *bounds], dim=1)
     return Table(rows.to(dtype), rederive or prediction_type != "epsilon", not rederive)
 
 
@@ -102,8 +109,12 @@ def encoding_table(
     prediction_type: str,
     clips: bool,
     dtype: torch.dtype,
+    scales: Scales = UNSCALED,
 ) -> Table:
     """Return the table of the deterministic member run backwards, from s up to t.
+
+    Scales of the forward steps are undone: eps_hat is that of the forward step, and a finished
+    sample is divided first.
 
     Args:
         alpha_bar: of every timestep t, (T,).
@@ -111,8 +122,12 @@ def encoding_table(
         prediction_type: what the network predicts.
         clips: whether x0_hat is clipped.
         dtype: of the table.
+        scales: those of the forward step from t.
     """
     x0, eps = _encoding_coefficients(alpha_bar, alpha_bar_s, prediction_type)
+    x0, eps = scaled_predictions(x0, eps, alpha_bar_s, scales.eps)
+    if scales.end is not None:
+        x0, eps = (x0[0] / scales.end, x0[1]), (eps[0] / scales.end, eps[1])
     none = torch.zeros_like(alpha_bar)
     rows = torch.stack([*x0, *fold(x0, eps, transition(alpha_bar, none), clips), none], dim=1)
     return Table(rows.to(dtype), prediction_type != "epsilon", True)
@@ -159,6 +174,7 @@ def multistep_of(
     lower_order_final: bool,
     prediction_type: str | None,
     dtype: torch.dtype,
+    scales: Scales = UNSCALED,
 ) -> Multistep:
     """Return what a step adds to the first-order one; rows that are not planned add nothing.
 
@@ -173,12 +189,15 @@ def multistep_of(
         lower_order_final: end with a step of order 1.
         prediction_type: where eps_hat is the network's own; None where it follows a clipped x0_hat.
         dtype: of the result.
+        scales: of eps_hat and of the finished sample.
     """
     planned = multistep_weights(
         form, order, alpha_bar[plan], alpha_bar_s[plan], sigma[plan], corrector, lower_order_final
     )
     weights = planned.new_zeros(planned.shape[0], len(alpha_bar), planned.shape[2])
     weights[:, plan] = planned
+    if scales.end is not None:
+        weights = weights * scales.end[:, None]
     # -1 means no step yet
     before = torch.full((len(alpha_bar),), -2, dtype=torch.int64, device="cpu")
     before[plan[1:]] = torch.tensor(plan, dtype=torch.int64, device="cpu")[:-1]
@@ -188,7 +207,8 @@ def multistep_of(
         columns = (-alpha_bar.sqrt() / rest, 1 / rest, zero)
         if prediction_type is not None:
             before_t = alpha_bar_before(alpha_bar)
-            columns = (zero, *eps_coefficients(prediction_type, alpha_bar, before_t))
+            eps = eps_coefficients(prediction_type, alpha_bar, before_t)
+            columns = (zero, *scaled_eps(eps, scales.eps))
         estimate = torch.stack(columns, dim=1).to(dtype)
     return Multistep(weights.to(dtype), before, estimate)
 

@@ -18,6 +18,29 @@ END = -1
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 
 
+def check_interval(name: str, interval: Sequence[float]) -> None:
+    """Check an interval of t / T.
+
+    Args:
+        name: of the setting.
+        interval: [low, high], a list of numbers.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"`{name}` is {interval!r}; it must be two numbers [low, high] with "
+            "0 <= low < high <= 1, shares of t / T."
+        )
+
+
+def in_interval(interval: Sequence[float], big_t: int) -> torch.Tensor:
+    """Tell for every timestep whether low <= t / T <= high, bool (T,)."""
+    share = torch.arange(big_t, dtype=torch.float64, device="cpu") / big_t
+    return (share >= interval[0]) & (share <= interval[1])
+
+
 def make_timesteps(
     spacing: str,
     num_inference_steps: int,

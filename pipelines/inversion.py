@@ -83,8 +83,9 @@ class InversionPipeline(UnconditionalPipeline):
     `GeneralizedDDIMInverseScheduler` and decoding `GeneralizedDDIMScheduler` at eta = 0, both built
     from it with clipping and thresholding **off**, because a clipped step has no inverse (a warning
     says so when the config has them on), and of order 1 for every `solver_order`, because a step
-    that depends on the steps before it has no inverse of its own. The component itself is neither
-    used to step nor changed.
+    that depends on the steps before it has no inverse of its own. `eps_scale` and `end_scale`,
+    which correct samples from noise, are left out both ways. The component itself is neither used
+    to step nor changed.
     """
 
     @torch.no_grad()
@@ -247,18 +248,27 @@ class InversionPipeline(UnconditionalPipeline):
                 f"{' and '.join(clipping)} is on in the scheduler's config; InversionPipeline "
                 "encodes and decodes with it off, because a clipped step has no inverse."
             )
+        scales = [k for k in ("eps_scale", "end_scale") if config.get(k, 1.0) != 1]
+        if scales:
+            logger.info(
+                f"{' and '.join(scales)} of the scheduler's config correct samples from noise; "
+                "InversionPipeline encodes and decodes without them."
+            )
         # of the decoder's config: an optimal or calibrated trajectory depends on member and solver
         return GeneralizedDDIMInverseScheduler.from_config(self.decoding_scheduler().config)
 
     def decoding_scheduler(self) -> GeneralizedDDIMScheduler:
-        """Return the decoding scheduler: clipping off, the member eta = 0, order 1."""
+        """Return the decoding scheduler: clipping and scales off, the member eta = 0, order 1."""
         return GeneralizedDDIMScheduler.from_config(
             self.scheduler.config,
             clip_sample=False,
             thresholding=False,
             eta=None,
+            eta_interval=None,
             sigma=None,
             reverse_variance="sigma",
+            eps_scale=1.0,
+            end_scale=1.0,
             solver_order=1,
             solver_corrector=False,
         )

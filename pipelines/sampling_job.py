@@ -42,7 +42,14 @@ SETTINGS = "sample.json"
 GRID = "grid.png"
 ORIGIN = "pipeline"
 # Keys of a scheduler's config that folders of earlier versions lack, with what those versions did.
-LATER_KEYS = {"late_noise_cap": None, "original_inference_steps": None, "snr_shift_scale": 1.0}
+LATER_KEYS = {
+    "end_scale": 1.0,
+    "eps_scale": 1.0,
+    "eta_interval": None,
+    "late_noise_cap": None,
+    "original_inference_steps": None,
+    "snr_shift_scale": 1.0,
+}
 GRID_IMAGES = 64
 
 

@@ -39,6 +39,7 @@ FLOORS = [
         "planning",
         "process",
         "reverse_noise",
+        "scales",
         "sigmas",
         "tables",
         "timesteps",

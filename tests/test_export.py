@@ -339,7 +339,12 @@ def test_a_bundle_refuses_a_name_that_two_modules_define(tmp_path):
         GeneralizedDDIMScheduler(
             rescale_betas_zero_snr=True, prediction_type="v_prediction", trained_betas=[0.1] * 1000
         ),
-        GeneralizedDDIMInverseScheduler(timestep_spacing="linspace", clip_sample=False),
+        GeneralizedDDIMScheduler(
+            eta=0.6, eta_interval=[0.2, 0.8], eps_scale=[1.0, 1.02], end_scale=1.03
+        ),
+        GeneralizedDDIMInverseScheduler(
+            timestep_spacing="linspace", clip_sample=False, eps_scale=1.01, end_scale=0.9
+        ),
     ],
     ids=lambda s: type(s).__name__,
 )

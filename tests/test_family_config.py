@@ -323,10 +323,13 @@ def test_null_in_a_config_of_ours_is_refused_by_each_class(cls):
             "solver_form",
             "solver_order",
             "thresholding",
+            "end_scale",
+            "eps_scale",
         ):
             with pytest.raises(ValueError, match=f"`{key}` is None"):
                 cls.from_config({"_class_name": named.__name__, key: None})
-        for key in ("calibration", "eta", "late_noise_cap", "sigma", "timesteps", "variance_type"):
+        optional = ("calibration", "eta", "eta_interval", "late_noise_cap", "sigma", "timesteps")
+        for key in (*optional, "variance_type"):
             cls.from_config({"_class_name": named.__name__, key: None})
     for wrong in (None, 5, "beta_end"):
         with pytest.raises(ValueError, match="`_use_default_values` is "):
@@ -341,6 +344,8 @@ def test_null_in_a_config_of_ours_is_refused_by_each_class(cls):
         "beta_end",
         "clip_sample_range",
         "dynamic_thresholding_ratio",
+        "end_scale",
+        "eps_scale",
         "eta",
         "late_noise_cap",
         "original_inference_steps",

@@ -438,6 +438,12 @@ def test_the_preset_and_the_solver_are_flags(model, tmp_path, capsys):
     expected = {"solver_order": 2, "solver_form": "epsilon", "lower_order_final": True}
     expected |= {"solver_corrector": True, "timestep_spacing": "quadratic", "quadratic_end": 0.9}
     assert expected.items() <= config.items() and config["clip_sample_range"] == 0.5
+    words = ["--eta", "0.6", "--eta_interval", "0.2", "0.8", "--end_scale", "1.02"]
+    config, _ = config_of(*few, *words, "--eps_scale", "1.01")
+    expected = {"eta": 0.6, "eta_interval": [0.2, 0.8], "eps_scale": 1.01, "end_scale": 1.02}
+    assert expected.items() <= config.items()
+    config, _ = config_of(*few[:2], "--scheduler", "ddpm", "--eps_scale", "1.0", "1.02")
+    assert config["eps_scale"] == [1.0, 1.02]
     capsys.readouterr()
     photo = str(tmp_path / "photo.png")
     Image.new("L", (SIZE, SIZE), 80).save(photo)
@@ -451,6 +457,12 @@ def test_the_preset_and_the_solver_are_flags(model, tmp_path, capsys):
             "--solver_order does not belong to --scheduler ddpm",
         ),
         ("reconstruct", ["--images", photo, "--preset", "few"], "--preset does nothing here"),
+        ("reconstruct", ["--images", photo, "--end_scale", "1.1"], "--end_scale does nothing here"),
+        (
+            "sample",
+            ["--num_images", "1", "--scheduler", "ddim", "--eps_scale", "1", "1", "1"],
+            "`eps_scale` is [1.0, 1.0, 1.0]",
+        ),
         ("interpolate", ["--images", photo, photo, "--solver_order", "2"], "does nothing here"),
     ):
         assert cli.main([verb, *output, *extra]) == 2

@@ -18,12 +18,15 @@ P = TypeVar("P", bound="UnconditionalPipeline")
 
 # Options that set something in a scheduler of ours, by the config key.
 SOLVER_OPTIONS = ("solver_order", "solver_form", "solver_corrector", "lower_order_final")
+# What else belongs to a sampler alone: encoding has no use for it.
+SCALE_OPTIONS = ("eta_interval", "eps_scale", "end_scale")
 SCHEDULER_OPTIONS = (
     "timestep_spacing",
     "quadratic_end",
     "reverse_variance",
     "variance_type",
     *SOLVER_OPTIONS,
+    *SCALE_OPTIONS,
     "clip_sample",
     "clip_sample_range",
 )
@@ -61,6 +64,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timesteps", type=int, nargs="+", help="explicit trajectory, decreasing")
     parser.add_argument("--eta", type=float, help="DDIM's eta; the saved one, else 0")
+    parser.add_argument(
+        "--eta_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="of ddim: the shares of t / T between which eta acts; the saved ones, else everywhere",
+    )
+    parser.add_argument(
+        "--eps_scale",
+        type=float,
+        nargs="+",
+        metavar="K",
+        help="of ddim or ddpm: divide eps by K, or by a line in t, K at t = 0 and K at t = T; the "
+        "saved one if not given",
+    )
+    parser.add_argument(
+        "--end_scale",
+        type=float,
+        help="of ddim or ddpm: multiply the finished sample by it; the saved one if not given",
+    )
     parser.add_argument(
         "--timestep_spacing",
         choices=SCHEDULER_SPACINGS,
@@ -169,12 +192,12 @@ def apply_preset(args: argparse.Namespace) -> None:
 
 
 def refuse_solver(args: argparse.Namespace, why: str) -> None:
-    """Refuse options of the solver where every step has order 1.
+    """Refuse options of the solver where every step is plain DDIM, of order 1.
 
     Raises:
         ValueError: naming the option.
     """
-    for key in ("preset", *SOLVER_OPTIONS):
+    for key in ("preset", *SOLVER_OPTIONS, *SCALE_OPTIONS):
         if getattr(args, key) is not None:
             raise ValueError(f"--{key} does nothing here: {why}.")
 
@@ -335,6 +358,8 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
         return saved
     from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 
+    if args.eps_scale is not None and len(args.eps_scale) == 1:
+        (given["eps_scale"],) = args.eps_scale
     cls = GeneralizedDDIMScheduler if args.scheduler == "ddim" else MarkovianDDPMScheduler
     own = inspect.signature(cls.__init__).parameters
     for key in given:
@@ -343,7 +368,7 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
     if args.scheduler == "ddim" and args.eta is not None:
         given["eta"] = args.eta
     if args.preset is not None:  # the trajectory and the noise of the saved one are not its own
-        given |= {"timesteps": None, "sigma": None}
+        given = {"timesteps": None, "sigma": None, "eta_interval": None, **given}
     if given.get("solver_order") == 1 and "solver_corrector" not in given:
         given["solver_corrector"] = False  # it goes with a higher order alone
     return cls.from_config(saved.config, **given)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.commands import _picture_files
 
     if args.images is not None and args.mode != "diffuse":
-        _model_options.refuse_solver(args, "--images are encoded and decoded with order 1")
+        _model_options.refuse_solver(args, "--images go through plain DDIM of order 1 both ways")
     _model_options.apply_preset(args)
     if args.mode == "diffuse" and (args.images is None or args.timestep is None):
         raise ValueError("--mode diffuse needs two --images and a --timestep.")

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.training.commands import _picture_files
 
-    _model_options.refuse_solver(args, "reconstruction encodes and decodes with order 1")
+    _model_options.refuse_solver(args, "reconstruction is plain DDIM of order 1 both ways")
     if args.eta:
         raise ValueError(
             f"--eta {args.eta} does not fit: reconstruction is deterministic, eta = 0."

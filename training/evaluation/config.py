@@ -46,6 +46,9 @@ MEMBERS: dict[str, dict[str, Any]] = {
 # What else decides how a member is sampled. A row does not inherit it from the pipeline's
 # scheduler, so that its name says what it is.
 SAMPLING_KEYS = (
+    "end_scale",
+    "eps_scale",
+    "eta_interval",
     "lower_order_final",
     "quadratic_end",
     "set_alpha_to_one",

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.utils import logging
 
 from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.scales import is_one
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.networks.places import pipeline_folder
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,13 @@ def measured_model_of(unet: Any, config: dict[str, Any]) -> MeasuredModel:
     neutral = {"timestep_spacing": "leading", "timesteps": None, "steps_offset": 0}
     scheduler = MarkovianDDPMScheduler.from_config(config, variance_type="fixed_small", **neutral)
     own = dict(scheduler.config)
+    if not (is_one(own["eps_scale"]) and own["end_scale"] == 1):
+        logger.warning(
+            f"`eps_scale` is {own['eps_scale']} and `end_scale` {own['end_scale']} in the "
+            "scheduler's config: they correct samples, and the likelihood and statistics of the "
+            "network are measured without them."
+        )
+        own |= {"eps_scale": 1.0, "end_scale": 1.0}
     clip = float(own["clip_sample_range"]) if own["clip_sample"] else None
     return MeasuredModel(
         unet.eval(), own, scheduler.alpha_bar, own["prediction_type"], clip, made == 2 * given
