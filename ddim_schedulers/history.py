@@ -31,6 +31,13 @@ class FamilyHistoryMixin:
     _planned_times: int  # how often a plan was made
     _runs: dict[int, int]  # which plan each thread last saw: a history belongs to one
 
+    def forget_history(self) -> None:
+        """Forget the predictions of earlier steps: the next step has order 1, as the first one.
+
+        For a caller whose predictions change their meaning in the middle of a run.
+        """
+        self._past = None
+
     def _add_history(
         self,
         out: torch.Tensor,

@@ -1,5 +1,6 @@
-"""Diffusers pipelines that do with a trained unconditional model what the papers do."""
+"""Diffusers pipelines that do with a trained model, with or without classes, what the papers do."""
 
+from ddim_schedulers.pipelines.conditions import ClassMixture, Conditions
 from ddim_schedulers.pipelines.generation import (
     GenerationOutput,
     GenerationPipeline,
@@ -22,6 +23,8 @@ from ddim_schedulers.pipelines.slerp import slerp
 
 __all__ = [
     "AnnealedLangevinPipeline",
+    "ClassMixture",
+    "Conditions",
     "GenerationOutput",
     "GenerationPipeline",
     "InterpolationOutput",

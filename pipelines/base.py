@@ -22,10 +22,10 @@ P = TypeVar("P", bound="UnconditionalPipeline")
 
 
 class UnconditionalPipeline(DiffusionPipeline):
-    """Base of the pipelines: an unconditional network and a scheduler that fits it.
+    """Base of the pipelines: a network, with or without classes, and a scheduler that fits it.
 
     Args:
-        unet: a `UNet2DModel` without class embedding.
+        unet: a `UNet2DModel`; classes are rows of its embedding (`num_class_embeds`).
         scheduler: one of the classes that the pipeline accepts; kept as it is, never replaced.
 
     Raises:
@@ -80,7 +80,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         touch the other's.
 
         Args:
-            pipeline: any pipeline with an unconditional `unet` and a `scheduler`.
+            pipeline: any pipeline with a `unet` that fits and a `scheduler`.
             unet: replaces the pipeline's.
             scheduler: replaces the pipeline's; taken as it is, not copied.
 

@@ -9,6 +9,7 @@ inverse schedulers) raises.
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,6 +21,7 @@ from diffusers import (
 )
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers.class_labels import labels_in
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 
 # One network call a step, no memory between steps: may start anywhere on tau.
@@ -58,38 +60,51 @@ def check_scheduler(scheduler: Scheduler, accepted: tuple[type, ...], pipeline: 
         )
 
 
-def check_network(unet: Network) -> None:
-    """Check that `unet` is unconditional: it takes (sample, timestep) alone, as `UNet2DModel` does.
+def check_network(unet: Network, name: str = "unet") -> None:
+    """Check that a network takes (sample, timestep), and class numbers at most, as `UNet2DModel`.
+
+    Args:
+        unet: the network.
+        name: of the argument, for the message.
 
     Raises:
-        ValueError: for a class-conditional or otherwise conditioned network, or one whose config
+        ValueError: for another condition than the number of a class, or a network whose config
             does not tell its image size.
     """
     if not isinstance(unet, torch.nn.Module) or not hasattr(unet, "config"):
-        raise ValueError(f"`unet` is {type(unet).__name__}; it must be a UNet2DModel.")
+        raise ValueError(f"`{name}` is {type(unet).__name__}; it must be a UNet2DModel.")
     config = unet.config
-    conditioned = [k for k in ("num_class_embeds", "class_embed_type") if config.get(k) is not None]
-    if conditioned:
-        raise ValueError(
-            f"`unet` is class-conditional ({conditioned[0]}={config[conditioned[0]]!r}); these "
-            "pipelines sample unconditional networks and would have no class to pass."
-        )
+    try:
+        labels_in(config)
+    except ValueError as error:
+        raise ValueError(f"`{name}` does not fit: {error}.") from error
     extra = _required_arguments(unet)[2:]
     if extra:
         raise ValueError(
-            f"`unet` is a {type(unet).__name__} whose forward needs {extra}; an unconditional "
-            "UNet2DModel takes (sample, timestep) alone."
+            f"`{name}` is a {type(unet).__name__} whose forward needs {extra}; a UNet2DModel takes "
+            "(sample, timestep), and class_labels where it is conditional."
         )
     if config.get("sample_size") is None:
         raise ValueError(
-            "`unet.config.sample_size` is None; it must be the height and width of the images."
+            f"`{name}.config.sample_size` is None; it must be the height and width of the images."
         )
     channels = config.in_channels
     if config.out_channels not in (channels, 2 * channels):
         raise ValueError(
-            f"`unet` maps {channels} channels to {config.out_channels}; it must return {channels}, "
-            f"or {2 * channels} with a learned variance."
+            f"`{name}` maps {channels} channels to {config.out_channels}; it must return "
+            f"{channels}, or {2 * channels} with a learned variance."
         )
+
+
+def forget_history(scheduler: Scheduler) -> None:
+    """Let the next step of a scheduler have order 1, as the first one."""
+    if isinstance(scheduler, GeneralizedDDIMScheduler):
+        scheduler.forget_history()
+    elif isinstance(scheduler, MULTISTEP):
+        stock: Any = scheduler
+        stock.lower_order_nums = 0
+        if isinstance(scheduler, UniPCMultistepScheduler):
+            stock.last_sample = None  # the corrector's
 
 
 def has_argument(method: Callable, name: str) -> bool:

@@ -22,7 +22,16 @@ from ddim_schedulers.pipelines.compatibility import (
     check_scheduler,
     is_deterministic,
 )
+from ddim_schedulers.pipelines.conditions import (
+    BoundConditions,
+    ClassLabelInput,
+    Conditions,
+    Label,
+    count_of,
+    one_class,
+)
 from ddim_schedulers.pipelines.images import OutputBuffer
+from ddim_schedulers.pipelines.interfaces import Network
 from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
 from ddim_schedulers.pipelines.observers import (
     ClipCounter,
@@ -52,12 +61,14 @@ class GenerationOutput(BaseOutput):
         seeds: the seed of each image, None if the caller's generators drew the noise.
         path: x_t and x0_hat along tau, if asked for.
         clipped_share: see `ClipCounter`; None where nothing is clipped.
+        class_labels: the class of each image; None for an unconditional network, or mixtures.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     seeds: list[int] | None = None
     path: SamplingPath | None = None
     clipped_share: float | None = None
+    class_labels: list[int] | None = None
 
 
 @dataclass
@@ -88,6 +99,7 @@ class _Run:
     use_clipped_model_output: bool | None
     callback: Callback | None
     callback_inputs: tuple[str, ...]
+    conditions: BoundConditions
 
 
 class GenerationPipeline(UnconditionalPipeline):
@@ -110,6 +122,13 @@ class GenerationPipeline(UnconditionalPipeline):
         start_timestep: int | None = None,
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
+        class_labels: ClassLabelInput | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
+        negative_label: Label | None = None,
+        guide: Network | None = None,
+        classifier: torch.nn.Module | None = None,
         return_path: bool = False,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -119,10 +138,11 @@ class GenerationPipeline(UnconditionalPipeline):
         """Generate images.
 
         Args:
-            num_images: how many; None takes it from `seeds`, `generator` or `latents`, else 1.
+            num_images: how many; None takes it from `seeds`, `generator`, `latents` or a list of
+                `class_labels`, else 1.
             seeds: one for each image, 0 .. 2^63 - 1, or that of a single image: an image depends on
-                its seed alone. Without seeds and generator, seeds come from torch's global
-                generator and are returned.
+                its seed and its class alone. Without seeds and generator, seeds come from torch's
+                global generator and are returned.
             generator: instead of seeds, as in diffusers: one for all (the noise then depends on
                 `batch_size`), or a list with one for each image.
             latents: x_T (N, C, H, W) instead of drawn noise; seeds then serve the noise of the
@@ -135,6 +155,15 @@ class GenerationPipeline(UnconditionalPipeline):
                 Not for stock multistep schedulers; a `solver_order` of ours has no history there.
             eta: DDIM's eta, passed to schedulers that take one; None leaves theirs.
             use_clipped_model_output: passed to schedulers that take it; None leaves theirs.
+            class_labels: classes, one for all images or one for each; this and the six arguments
+                below are explained in `Conditions`.
+            guidance_scale: w; None is 1, without guidance.
+            guidance_interval: [low, high], shares of t / T where guidance acts. Where a step
+                crosses an edge, a scheduler of a higher order forgets its history.
+            guidance_rescale: phi in 0 .. 1.
+            negative_label: a class in the place of the null class.
+            guide: a weaker network, for auto guidance.
+            classifier: a module (x_t, t) -> logits, for classifier guidance.
             return_path: also return x_t and x0_hat along tau: (2 S + 1) times the memory of the
                 output, and a wait for the device at each step.
             callback_on_step_end: called as `callback(pipe, index, t, tensors)` after each step; may
@@ -161,7 +190,19 @@ class GenerationPipeline(UnconditionalPipeline):
             )
         if latents is not None:
             latents = self.check_latents(latents)
-        noise = make_noise(num_images, seeds, generator, latents)
+        conditions = Conditions(
+            class_labels,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            negative_label,
+            guide,
+            classifier,
+        )
+        noise = make_noise(num_images, seeds, generator, latents, count_of(class_labels))
+        bound = BoundConditions(
+            conditions, self.unet, self.scheduler, noise.num_images, self._execution_device
+        )
         run = _Run(
             noise,
             latents,
@@ -172,6 +213,7 @@ class GenerationPipeline(UnconditionalPipeline):
             use_clipped_model_output,
             callback_on_step_end,
             tuple(callback_on_step_end_tensor_inputs),
+            bound,
         )
         # with latents the seeds, if there are any, do not say which image it is
         named = noise.seeds if latents is None else None
@@ -185,7 +227,7 @@ class GenerationPipeline(UnconditionalPipeline):
         if not return_dict:
             return (output.result(),)  # type: ignore[return-value]
         kept = None if noise.seeds is None else list(noise.seeds)
-        return GenerationOutput(output.result(), kept, path, share)
+        return GenerationOutput(output.result(), kept, path, share, bound.numbers)
 
     def _generate(
         self, run: _Run, parts: list[tuple[int, int]], output: OutputBuffer, return_path: bool
@@ -206,7 +248,8 @@ class GenerationPipeline(UnconditionalPipeline):
                 self.scheduler, generator, run.eta, run.use_clipped_model_output
             )
             largest = parts[0][1] - parts[0][0]
-            output.add(start, denoise(self.unet, self.scheduler, x, tau, arguments, watch, largest))
+            network = run.conditions.of(start, stop)
+            output.add(start, denoise(network, self.scheduler, x, tau, arguments, watch, largest))
         watch.bar.close()
         path = None if watch.recorder is None else watch.recorder.path
         return path, watch.clipped.share()
@@ -245,6 +288,7 @@ class GenerationPipeline(UnconditionalPipeline):
         eta: float | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         output_type: str = "pil",
+        **conditions: Any,
     ) -> VariationsOutput:
         """Generate images that share x_t with one original, for several t (DDPM, Fig. 7).
 
@@ -261,6 +305,7 @@ class GenerationPipeline(UnconditionalPipeline):
             eta: as in generation; the sampler must draw noise, so 0 raises.
             batch_size: as in generation.
             output_type: as in generation.
+            **conditions: as in generation, `class_labels` and so on; one class for all.
 
         Raises:
             ValueError: for a deterministic sampler, whose variations would all be equal, or a level
@@ -278,6 +323,7 @@ class GenerationPipeline(UnconditionalPipeline):
             "eta": eta,
             "batch_size": batch_size,
             "output_type": output_type,
+            **one_class(conditions),
         }
         check_scheduler(self.scheduler, SINGLE_STEP, "`variations`")
         device = self._execution_device

@@ -6,7 +6,7 @@ what was guided. With m for the network's output (weights that sum to 1 mean the
 v and mu, for each is affine in m):
 
     classifier-free    m_null + w (m_c - m_null)          arXiv:2207.12598, written as in 2205.11487
-    auto guidance      m_guide + w (m - m_guide)          arXiv:2406.02507, Eq. 5
+    auto guidance      m_guide + w (m - m_guide)          arXiv:2406.02507
     classifier         eps - w sqrt(1 - abar_t) grad log p(c | x_t)        arXiv:2105.05233, Alg. 2
 
 w is `guidance_scale`: 1 is the conditional network itself in the first two, 0 the null class or the
@@ -93,7 +93,7 @@ class LabelledNetwork(BoundNetwork):
     """A class-conditional network with its labels: m_c, or a mixture sum_k u_k m_k of K classes.
 
     eps of a mixture is that of the product of the classes' densities of x_t to the powers u_k
-    (arXiv:2206.01714, Sec. 3.1, with weights that sum to 1), so it goes over from class to class.
+    (arXiv:2206.01714, with weights that sum to 1), so it goes over from class to class.
     K classes take one call of a batch of K B.
 
     Args:
@@ -294,9 +294,10 @@ def guided(
 
 
 def rescaled(result: torch.Tensor, conditional: torch.Tensor, phi: float) -> torch.Tensor:
-    """Return phi r std(m_c) / std(r) + (1 - phi) r, std over each sample (arXiv:2305.08891, Eq. 16).
+    """Return phi r std(m_c) / std(r) + (1 - phi) r (arXiv:2305.08891, Sec. 3.4).
 
-    It takes back the growth of the prediction under a large w, which oversaturates pictures.
+    The deviations are those of each sample. It takes back the growth of the prediction under a
+    large w, which oversaturates pictures.
 
     Args:
         result: r, the guided prediction, (B, C, H, W).

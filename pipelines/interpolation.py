@@ -16,6 +16,12 @@ from ddim_schedulers.pipelines.compatibility import (
     check_scheduler,
     is_deterministic,
 )
+from ddim_schedulers.pipelines.conditions import (
+    ClassLabelInput,
+    ClassMixture,
+    Conditions,
+    count_of,
+)
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import ImageInput, to_model_space
 from ddim_schedulers.pipelines.inversion import InversionOutput, InversionPipeline
@@ -77,6 +83,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         refinements: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
         output_type: str = "pil",
+        **conditions: Any,
     ) -> InterpolationOutput:
         """Interpolate along a chain of two or more ends.
 
@@ -90,22 +97,31 @@ class InterpolationPipeline(UnconditionalPipeline):
             refinements: of the encoding of images; see `InversionPipeline`.
             batch_size: images in one network call.
             output_type: pil, np, pt or latent.
+            **conditions: as in generation, `class_labels` and so on; see `Conditions`. One class
+                for all, or one for each end: in between, the prediction goes over linearly from
+                class to class, see `ClassMixture`. With `images` labels alone, for a guided sample
+                has no inverse that is as sure.
 
         Returns:
             (K - 1) (num_points - 1) + 1 images; each end appears once.
 
         Raises:
+            TypeError: for an argument that does not exist.
             ValueError: for a scheduler that draws noise in its steps, fewer than two ends, or
                 arguments that do not fit.
         """
         _check_count("num_points", num_points)
         common = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
-        ends = self._ends(seeds, latents, images, refinements, batch_size, common)
+        asked = Conditions(**conditions)
+        ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) < 2:
             raise ValueError("One end is given; interpolation needs at least two.")
         weights = [i / (num_points - 1) for i in range(num_points - 1)]
         mixed = slerp_chain(ends.latents, weights)
-        return self._decode(ends, mixed, 1, batch_size, output_type, common)
+        labels = _along_chain(asked.class_labels, weights)
+        return self._decode(
+            ends, mixed, 1, batch_size, output_type, common | conditions | {"class_labels": labels}
+        )
 
     @torch.no_grad()
     def grid(
@@ -121,6 +137,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         refinements: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
         output_type: str = "pil",
+        **conditions: Any,
     ) -> InterpolationOutput:
         """Interpolate between four corners (DDIM, App. D.5): down the sides, then across.
 
@@ -136,6 +153,7 @@ class InterpolationPipeline(UnconditionalPipeline):
             refinements: as in `__call__`.
             batch_size: as in `__call__`.
             output_type: as in `__call__`.
+            **conditions: as in `__call__`; one class for all, or one for each corner.
 
         Returns:
             rows * columns images, row by row.
@@ -146,11 +164,20 @@ class InterpolationPipeline(UnconditionalPipeline):
         _check_count("rows", rows)
         _check_count("columns", columns)
         common = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
-        ends = self._ends(seeds, latents, images, refinements, batch_size, common)
+        asked = Conditions(**conditions)
+        ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) != 4:
             raise ValueError(f"{len(ends.latents)} corners are given; the grid needs four.")
         mixed = slerp_grid(ends.latents, rows, columns)
-        return self._decode(ends, mixed, rows, batch_size, output_type, common)
+        labels = _over_grid(asked.class_labels, rows, columns)
+        return self._decode(
+            ends,
+            mixed,
+            rows,
+            batch_size,
+            output_type,
+            common | conditions | {"class_labels": labels},
+        )
 
     @torch.no_grad()
     def diffuse(
@@ -167,6 +194,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         eta: float | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         output_type: str = "pil",
+        **conditions: Any,
     ) -> InterpolationOutput:
         """Interpolate between two images the DDPM way (DDPM, Sec. 4.3 and Fig. 8).
 
@@ -191,6 +219,7 @@ class InterpolationPipeline(UnconditionalPipeline):
             eta: as in generation.
             batch_size: as in `__call__`.
             output_type: as in `__call__`.
+            **conditions: as in `__call__`.
 
         Raises:
             ValueError: unless there are two images, or for arguments that do not fit.
@@ -208,6 +237,8 @@ class InterpolationPipeline(UnconditionalPipeline):
         t = nearest_planned(self._check_timestep(timestep), planned, "timestep")
         x_t = q_sample(x0, eps, Levels(self.scheduler).at(t))
         weights = [i / (num_points - 1) for i in range(num_points)]
+        labels = Conditions(**conditions).class_labels
+        _check_ends(labels, 2)
         mixed = torch.stack([(1 - w) * x_t[0] + w * x_t[1] for w in weights])
         images_out = self.sibling(GenerationPipeline)(
             latents=mixed,
@@ -218,6 +249,7 @@ class InterpolationPipeline(UnconditionalPipeline):
             eta=eta,
             batch_size=batch_size,
             output_type=output_type,
+            **conditions | {"class_labels": _along_chain(labels, weights[:-1])},
         ).images
         return InterpolationOutput(images_out, mixed, 1, timestep=t)
 
@@ -251,13 +283,25 @@ class InterpolationPipeline(UnconditionalPipeline):
         refinements: int,
         batch_size: int,
         common: dict[str, Any],
+        asked: Conditions,
     ) -> _Ends:
         self.check()
         if sum(x is not None for x in (seeds, latents, images)) != 1:
             raise ValueError("Exactly one of `seeds`, `latents` and `images` must be given.")
         if images is not None:
+            if useless := sorted(asked.given() - {"class_labels"}):
+                raise ValueError(
+                    f"`{useless[0]}` is given with `images`, which are encoded and decoded without "
+                    "guidance; it must be left out."
+                )
             inverter = self.sibling(InversionPipeline)
-            inversion = inverter(images, refinements=refinements, batch_size=batch_size, **common)
+            inversion = inverter(
+                images,
+                refinements=refinements,
+                batch_size=batch_size,
+                class_labels=asked.class_labels,
+                **common,
+            )
             decoder = self.sibling(GenerationPipeline, scheduler=inverter.decoding_scheduler())
             return _Ends(inversion.latents, decoder, inversion)
         if not is_deterministic(self.scheduler):
@@ -272,6 +316,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         else:
             assert latents is not None
             x_end = self.check_latents(latents).cpu()
+        _check_ends(asked.class_labels, len(x_end))
         return _Ends(x_end, self.sibling(GenerationPipeline), None)
 
     def _decode(
@@ -281,7 +326,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         rows: int,
         batch_size: int,
         output_type: str,
-        common: dict[str, Any],
+        settings: dict[str, Any],
     ) -> InterpolationOutput:
         # the seeds serve nothing: the decoder is deterministic
         output = ends.decoder(
@@ -289,9 +334,45 @@ class InterpolationPipeline(UnconditionalPipeline):
             seeds=[0] * len(mixed),
             batch_size=batch_size,
             output_type=output_type,
-            **common,
+            **settings,
         )
         return InterpolationOutput(output.images, mixed, rows, ends.inversion)
+
+
+def _check_ends(labels: ClassLabelInput | None, ends: int) -> None:
+    if count_of(labels) not in (None, ends):
+        raise ValueError(
+            f"`class_labels` has {count_of(labels)} labels for {ends} ends; it must have one for "
+            "each, or be a single label for all."
+        )
+
+
+def _along_chain(labels: ClassLabelInput | None, weights: list[float]) -> ClassLabelInput | None:
+    """Return the labels of a chain of ends: each stretch at `weights`, then the last end."""
+    if count_of(labels) is None:
+        return labels
+    ends = _listed(labels)
+    pairs = [[a, b] for a, b in zip(ends, ends[1:], strict=False) for _ in weights]
+    shares = [[1 - u, u] for _ in ends[1:] for u in weights]
+    return ClassMixture([*pairs, [ends[-1]] * 2], [*shares, [1.0, 0.0]])
+
+
+def _over_grid(labels: ClassLabelInput | None, rows: int, columns: int) -> ClassLabelInput | None:
+    """Return the labels of a grid of four corners, row by row."""
+    if count_of(labels) is None:
+        return labels
+    down = [i / (rows - 1) for i in range(rows)]
+    across = [i / (columns - 1) for i in range(columns)]
+    shares = [[(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u] for v in down for u in across]
+    return ClassMixture(_listed(labels), shares)
+
+
+def _listed(labels: Any) -> list[Any]:  # noqa: ANN401
+    if isinstance(labels, ClassMixture):
+        raise ValueError(
+            "`class_labels` is a ClassMixture; it must be a class, or one for each end."
+        )
+    return labels.tolist() if isinstance(labels, np.ndarray | torch.Tensor) else list(labels)
 
 
 def _check_count(name: str, value: int) -> None:

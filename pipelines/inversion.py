@@ -25,6 +25,7 @@ from ddim_schedulers.pipelines.base import (
     check_batch_size,
     chunks,
 )
+from ddim_schedulers.pipelines.conditions import BoundConditions, ClassLabelInput, Conditions
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import (
     ImageInput,
@@ -98,6 +99,7 @@ class InversionPipeline(UnconditionalPipeline):
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        class_labels: ClassLabelInput | None = None,
     ) -> InversionOutput:
         """Encode images.
 
@@ -112,6 +114,9 @@ class InversionPipeline(UnconditionalPipeline):
                 warned about.
             batch_size: images in one network call; bounds the memory. A sample stops on its own, so
                 the result does not depend on the batch.
+            class_labels: of a conditional network: the class of all images, or one for each; see
+                `Conditions`. The guidance scale is 1: the iteration of `refinements` is the less
+                sure to converge, the larger it is.
 
         Returns:
             latents with residuals.
@@ -128,6 +133,7 @@ class InversionPipeline(UnconditionalPipeline):
             refinements=refinements,
             tolerance=tolerance,
             batch_size=batch_size,
+            class_labels=class_labels,
         )
 
     @torch.no_grad()
@@ -140,6 +146,7 @@ class InversionPipeline(UnconditionalPipeline):
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        class_labels: ClassLabelInput | None = None,
     ) -> InversionOutput:
         """Encode samples x0 (N, C, H, W) in model space, of any range; the rest as in `__call__`.
 
@@ -148,17 +155,19 @@ class InversionPipeline(UnconditionalPipeline):
                 that come out not finite.
         """
         x0 = self.check_latents(x0, "x0")
-        inverse = self.inverse_scheduler()
-        tau = plan(inverse, num_inference_steps, timesteps, self._execution_device)
+        inverse, device = self.inverse_scheduler(), self._execution_device
+        tau = plan(inverse, num_inference_steps, timesteps, device)
         parts = chunks(len(x0), check_batch_size(batch_size))
         largest = parts[0][1] - parts[0][0]
         refinement = Refinement(self.unet, inverse, refinements, tolerance, largest)
+        conditions = BoundConditions(Conditions(class_labels), self.unet, inverse, len(x0), device)
         latents = torch.empty(x0.shape, dtype=x0.dtype)
         with self.progress_bar(total=len(parts) * len(tau)) as bar:
             for start, stop in parts:
-                x = x0[start:stop].to(self._execution_device)
+                x = x0[start:stop].to(device)
+                refinement.network = network = conditions.of(start, stop)
                 after = refinement.following(bar.update)
-                x_t = denoise(self.unet, inverse, x, tau, {}, after, largest)
+                x_t = denoise(network, inverse, x, tau, {}, after, largest)
                 check_finite(x_t, start)
                 latents[start:stop] = x_t.cpu()
         self.maybe_free_model_hooks()
@@ -174,6 +183,7 @@ class InversionPipeline(UnconditionalPipeline):
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        class_labels: ClassLabelInput | None = None,
         output_type: str = "pil",
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         """Decode latents (N, C, H, W) with DDIM at eta = 0 and without clipping.
@@ -183,6 +193,7 @@ class InversionPipeline(UnconditionalPipeline):
             num_inference_steps: as for encoding.
             timesteps: as for encoding.
             batch_size: as for encoding.
+            class_labels: as for encoding.
             output_type: pil, np, pt or latent (the unclamped sample in model space).
 
         Raises:
@@ -195,6 +206,7 @@ class InversionPipeline(UnconditionalPipeline):
             timesteps=timesteps,
             eta=0.0,
             batch_size=batch_size,
+            class_labels=class_labels,
             output_type=output_type,
         ).images
 
@@ -207,6 +219,7 @@ class InversionPipeline(UnconditionalPipeline):
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        class_labels: ClassLabelInput | None = None,
         output_type: str = "pil",
     ) -> ReconstructionOutput:
         """Encode images and decode the latents, both on the same trajectory (DDIM, Sec. 5.4).
@@ -218,6 +231,7 @@ class InversionPipeline(UnconditionalPipeline):
             refinements: as in `__call__`.
             tolerance: as in `__call__`.
             batch_size: as in `__call__`.
+            class_labels: as in `__call__`, both ways.
             output_type: pil, np, pt or latent.
 
         Returns:
@@ -232,6 +246,7 @@ class InversionPipeline(UnconditionalPipeline):
             "num_inference_steps": num_inference_steps,
             "timesteps": timesteps,
             "batch_size": batch_size,
+            "class_labels": class_labels,
         }
         inversion = self.encode(x0, refinements=refinements, tolerance=tolerance, **common)
         again: Any = self.decode(inversion.latents, output_type="latent", **common)

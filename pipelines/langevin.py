@@ -10,7 +10,8 @@ down.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ddim_schedulers.pipelines.base import (
     check_batch_size,
     chunks,
 )
+from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions, count_of
 from ddim_schedulers.pipelines.images import OutputBuffer
 from ddim_schedulers.pipelines.interfaces import Bar, Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators, draw, make_noise
@@ -118,6 +120,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         final_denoising: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
+        **conditions: Any,
     ) -> LangevinOutput:
         """Generate images.
 
@@ -147,8 +150,12 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
                 rather than on its noisy sample.
             output_type: pil, np, pt or latent.
             return_dict: False returns the tuple `(images,)`.
+            **conditions: `class_labels`, `guidance_scale` and so on, as in generation; see
+                `Conditions`. With w not 1 the score is that of the guided field, which at a fixed
+                level is a density, but not that of the noisy data.
 
         Raises:
+            TypeError: for an argument that does not exist.
             ValueError: for arguments that are out of range or do not fit together, and for samples
                 that are not finite.
         """
@@ -166,10 +173,12 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         if eta is not None and not predictor:
             raise ValueError(f"`eta` is {eta!r} without `predictor`; it is the predictor's.")
         latents = None if latents is None else self.check_latents(latents)
-        noise = make_noise(num_images, seeds, generator, latents)
+        asked = Conditions(**conditions)
+        noise = make_noise(num_images, seeds, generator, latents, count_of(asked.class_labels))
         named = noise.seeds if latents is None else None
         output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
         device = self._execution_device
+        bound = BoundConditions(asked, self.unet, self.scheduler, noise.num_images, device)
         levels = (num_inference_steps, timesteps, self.scheduler.config.get("timesteps"))
         if predictor or any(said is not None for said in levels):
             tau = plan(self.scheduler, num_inference_steps, timesteps, device)
@@ -180,6 +189,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         with self.progress_bar(total=len(parts) * len(steps)) as bar:
             for start, stop in parts:
                 source = noise.of(start, stop)
+                corrector = replace(corrector, network=bound.of(start, stop))
                 if latents is None:
                     shape = (stop - start, *self.image_shape)
                     x = draw(shape, source, device, self.state_dtype)
@@ -225,7 +235,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         for t, s in zip(steps, [*steps[1:], -1], strict=True):
             x = corrector(x, t, source)
             if s < 0 and final_denoising:
-                x = levels.x0(predict(self.unet, x, t), x, t)
+                x = levels.x0(predict(corrector.network, x, t), x, t)
             else:
                 x = x * (levels.at(s) / levels.at(t)) ** 0.5
             bar.update()
@@ -247,7 +257,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
             bar.update()
 
         arguments = step_arguments(self.scheduler, source, eta)
-        return denoise(self.unet, self.scheduler, x, tau, arguments, correct)
+        return denoise(corrector.network, self.scheduler, x, tau, arguments, correct)
 
 
 def geometric_timesteps(scheduler: Scheduler, num_levels: int) -> list[int]:

@@ -40,6 +40,7 @@ def make_noise(
     seeds: Sequence[int] | int | None,
     generator: Generators | None,
     latents: torch.Tensor | None = None,
+    num_labels: int | None = None,
 ) -> Noise:
     """Settle how many images there are and where their noise comes from.
 
@@ -52,6 +53,7 @@ def make_noise(
         generator: one generator for all, drawn in diffusers' order (the noise then depends on the
             batch size like in diffusers), or a list with one for each image.
         latents: (N, C, H, W) starting points.
+        num_labels: how many class labels there are, where each image has its own.
 
     Raises:
         ValueError: for counts that contradict each other, both seeds and generator, seeds without
@@ -69,6 +71,7 @@ def make_noise(
     counts["seeds"] = None if seeds is None else len(seeds)
     counts["generator"] = len(generator) if isinstance(generator, list) else None
     counts["latents"] = None if latents is None else latents.shape[0]
+    counts["class_labels"] = num_labels
     given = {k: v for k, v in counts.items() if v is not None}
     if len(set(given.values())) > 1:
         raise ValueError(f"The numbers of images contradict each other: {given}.")

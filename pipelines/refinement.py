@@ -28,7 +28,7 @@ class Refinement:
     nothing at 0, where every x_t is its own eps_hat.
 
     Args:
-        network: the denoiser.
+        network: the denoiser; a caller may replace `refinement.network` between two chunks.
         inverse: the encoding scheduler, with its trajectory set.
         refinements: iterations of each step, >= 0.
         tolerance: root mean square change at which a sample stops, > 0.

@@ -17,7 +17,12 @@ from ddim_schedulers import (
     GeneralizedDDIMScheduler,
     parameterization,
 )
-from ddim_schedulers.pipelines.compatibility import has_argument, is_deterministic
+from ddim_schedulers.pipelines.compatibility import (
+    forget_history,
+    has_argument,
+    is_deterministic,
+)
+from ddim_schedulers.pipelines.guidance import BoundNetwork
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators
 from ddim_schedulers.scheduling_base import FamilySchedulerMixin
@@ -59,6 +64,8 @@ def state_dtype(network: Network) -> torch.dtype:
 
 def is_compiled(network: Network) -> bool:
     """Tell whether `network.compile()` or `torch.compile(network)` was used."""
+    if isinstance(network, BoundNetwork):
+        return any(map(is_compiled, network.networks))
     # by attribute: importing torch's compiler to ask for its class takes as long as torch itself
     marks = ("_compiled_call_impl", "_orig_mod")
     return any(getattr(network, mark, None) is not None for mark in marks)
@@ -210,6 +217,8 @@ def denoise(
 ) -> torch.Tensor:
     """Run the loop: one network call and one `scheduler.step` for each timestep.
 
+    At the edge of a guidance interval a scheduler of a higher order forgets its history.
+
     Args:
         network: the denoiser.
         scheduler: set up by `plan`.
@@ -225,7 +234,10 @@ def denoise(
     inverse = isinstance(scheduler, GeneralizedDDIMInverseScheduler)
     # a sampler without noise has no use for the variance that a network may have learned
     mean_alone = inverse or (is_deterministic(scheduler) and not arguments.get("eta"))
+    guided = isinstance(network, BoundNetwork)
     for index, t in enumerate(timesteps):
+        if guided and index and network.changes_between(timesteps[index - 1], t):
+            forget_history(scheduler)  # a step across the edge would mix two fields
         model_output = predict(network, x_t, t, batch_size)
         if mean_alone:
             model_output = model_output[:, : x_t.shape[1]]
@@ -275,6 +287,17 @@ class Levels:
         """Return grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t) (DDPM, Sec. 3.2)."""
         return self.eps(model_output, x_t, t) * (-1.0 / (1.0 - self.at(t)) ** 0.5)
 
+    def output_change(self, eps_change: torch.Tensor, t: int) -> torch.Tensor:
+        """Return the change of a network output that changes eps_hat by `eps_change` at t."""
+        _, k_m = self._coefficients(parameterization.eps_coefficients, t)
+        return eps_change * (1 / k_m)
+
+    def _coefficients(self, coefficients: Callable[..., Any], t: int) -> tuple[float, float]:
+        now = torch.tensor(self.at(t), dtype=torch.float64)
+        before = torch.tensor(self.at(t - 1), dtype=torch.float64)
+        k_x, k_m = coefficients(self.prediction_type, now, before)
+        return float(k_x), float(k_m)
+
     def _affine(
         self,
         coefficients: Callable[..., Any],
@@ -282,9 +305,7 @@ class Levels:
         x_t: torch.Tensor,
         t: int,
     ) -> torch.Tensor:
-        now = torch.tensor(self.at(t), dtype=torch.float64)
-        before = torch.tensor(self.at(t - 1), dtype=torch.float64)
-        k_x, k_m = coefficients(self.prediction_type, now, before)
+        k_x, k_m = self._coefficients(coefficients, t)
         # a network with a learned variance returns it in a second half of the channels
         mean = model_output[:, : x_t.shape[1]]
-        return float(k_x) * x_t + float(k_m) * mean
+        return k_x * x_t + k_m * mean

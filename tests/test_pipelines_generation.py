@@ -198,9 +198,10 @@ def test_schedulers_that_do_not_fit_raise():
         pipe()
 
 
-def test_conditional_networks_raise():
-    with pytest.raises(ValueError, match="class-conditional"):
-        pipeline(unet=tiny_unet(num_class_embeds=10))
+def test_other_conditions_than_a_class_raise():
+    for kind in ("timestep", "identity"):
+        with pytest.raises(ValueError, match=f"`unet` does not fit: `class_embed_type` is '{kind}"):
+            pipeline(unet=tiny_unet(class_embed_type=kind))
     conditioned = UNet2DConditionModel(
         sample_size=SIZE,
         block_out_channels=(4, 4),
