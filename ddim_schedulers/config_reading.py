@@ -81,6 +81,7 @@ NEVER_NULL = (
     "sample_max_value",
     "solver_form",
     "solver_order",
+    "solver_weights",
 )
 
 # The largest weight that a consistency model's boundary condition may give to x_t where it is left
@@ -324,7 +325,13 @@ def _without_null(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[
     """
     read = {**config, **overrides}
     limits = bool(read.get("thresholding")), bool(read.get("clip_sample", True))
-    unread = ["reverse_variance", "solver_form", "solver_order", "quadratic_end"]
+    unread = [
+        "quadratic_end",
+        "reverse_variance",
+        "solver_form",
+        "solver_order",
+        "solver_weights",
+    ]
     if read.get("trained_betas") is not None:
         unread.append("beta_schedule")
     if not _reads_ends(read):
@@ -367,6 +374,10 @@ def _without_solver(config: dict[str, Any]) -> dict[str, Any]:
     """
     if "solver_type" not in config:  # of DPM-Solver, UniPC, ...
         return config
-    higher = config.get("solver_corrector") or config.get("solver_form") == "epsilon"
+    higher = (
+        config.get("solver_corrector")
+        or config.get("solver_form") == "epsilon"
+        or config.get("solver_variable") is not None
+    )
     theirs = ("solver_type", "lower_order_final", *(() if higher else ("solver_order",)))
     return {k: v for k, v in config.items() if k not in theirs}

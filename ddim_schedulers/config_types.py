@@ -41,6 +41,8 @@ NAMES = (
     "prediction_type",
     "reverse_variance",
     "solver_form",
+    "solver_variable",
+    "solver_weights",
     "timestep_spacing",
     "variance_type",
 )

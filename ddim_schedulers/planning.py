@@ -143,6 +143,8 @@ def _calibrated(
         config.get("solver_order", 1),
         config.get("solver_form", "sample"),
         bool(config.get("lower_order_final", False)),
+        config.get("solver_variable"),
+        config.get("solver_weights", "exact"),
     )
     curve = tuple(trajectory.points.flatten().tolist())
     key = ("calibrated", steps, *solver, *trajectory.timesteps, *curve)

@@ -34,7 +34,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
         x_s = sqrt(abar_s) x0_hat + sqrt(1 - abar_s - sigma^2) eps_hat + noise_std z
 
-    With `solver_order` 2 or 3 the predictions of the steps before sharpen the deterministic part
+    With `solver_order` 2, 3 or 4 the predictions of the steps before sharpen the deterministic part
     (`multistep`), at no further network call. They count where a step goes on from the one before,
     from t to the s where that landed; after `set_timesteps`, at a timestep that is not planned, and
     wherever else the loop did not come from the planned step before, a step has order 1 and the
@@ -78,13 +78,22 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             - 1.
         calibration: statistics of the network as `ddim-schedulers calibrate` writes them: a
             dictionary with the list `gamma`, T values of E||eps_theta||^2 / d, and the like.
-        solver_order: 1 (DDIM), 2 or 3: how many predictions a step uses. Above 1 it goes with
+        solver_order: 1 (DDIM), 2, 3 or 4: how many predictions a step uses. Above 1 it goes with
             `reverse_variance` `sigma` and `optimal`, and a step takes one timestep for the batch.
         solver_form: what is interpolated at higher order, `sample` (x0_hat; of order 2 in the
             variance for every eta) or `epsilon` (eps_hat).
         solver_corrector: with `solver_order` above 1, take each step once more, one order higher,
             when the prediction where it landed is there; no network call (UniPC, arXiv:2302.04867).
         lower_order_final: end with a step of order 1, after one of at most order 2.
+        solver_variable: what the predictions are a polynomial of: `asinh` (of rho / 3), `log_rho`
+            (DPM-Solver++, UniPC, SA-Solver; a step that lands on alpha_bar = 1 has order 1 then)
+            or `rho`. `None` is `asinh` for `solver_form` `sample` and `rho` for `epsilon`.
+        solver_weights: how a step of order 2, and the corrector of one of order 1, weighs the
+            difference of two predictions: `exact`, or as diffusers does, with `solver_variable`
+            `log_rho`: `bh1` (UniPC `bh1`, SA-Solver) or `bh2` (UniPC `bh2`, DPM-Solver++
+            `midpoint`).
+        solver_corrector_order: how many predictions the corrector uses, that at t among them, from
+            2 to `solver_order` + 1; `None` is the most.
         snr_shift_scale: divide alpha_bar / (1 - alpha_bar) by this before the rescaling to zero
             terminal SNR, > 0 (CogVideoX, arXiv:2408.06072).
         original_inference_steps: with `trailing`, pick the timesteps from this many equally spaced
@@ -142,6 +151,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         eta_interval: Sequence[float] | None = None,
         eps_scale: float | Sequence[float] = 1.0,
         end_scale: float = 1.0,
+        solver_variable: str | None = None,
+        solver_weights: str = "exact",
+        solver_corrector_order: int | None = None,
     ) -> None:
         self._sigma: torch.Tensor | None = None
         self._zeros_of_sigma: frozenset[int] = frozenset()
@@ -313,6 +325,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             prediction,
             dtype,
             self._scales(),
+            config.solver_variable,
+            config.solver_weights,
+            config.solver_corrector_order,
         )
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:

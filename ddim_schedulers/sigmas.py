@@ -41,6 +41,30 @@ def sigma_eta(
     )
 
 
+def sigma_tau(alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor, tau: float) -> torch.Tensor:
+    """Return sqrt(1 - abar_s) sqrt(1 - exp(-2 tau^2 h)), the noise of SA-Solver's tau.
+
+    h = log(rho_t / rho_s) is the step in log rho (arXiv:2309.05019, Sec. 4). With eta it is
+
+        1 - exp(-2 tau^2 h) = eta^2 (1 - exp(-2 h))
+
+    so that tau = eta where either is 0 or 1, and for short steps; between 0 and 1 eta is the larger
+    one.
+
+    Args:
+        alpha_bar_t: in (0, 1).
+        alpha_bar_s: in [alpha_bar_t, 1].
+        tau: >= 0 and finite.
+
+    Raises:
+        ValueError: if tau is negative or not finite.
+    """
+    _check_factor("tau", tau)
+    rest_t, rest_s = 1 - alpha_bar_t, 1 - alpha_bar_s
+    square = (rest_s / rest_t) * (alpha_bar_t / alpha_bar_s)  # exp(-2 h)
+    return (rest_s * (1 - square**tau**2)).sqrt()
+
+
 def sigma_hat(alpha_bar_t: torch.Tensor, alpha_bar_s: torch.Tensor) -> torch.Tensor:
     """Return sigma-hat = sqrt(1 - abar_t / abar_s), DDPM's larger choice of noise (DDIM, Sec. 5).
 
@@ -59,9 +83,14 @@ def check_eta(eta: float) -> float:
     Raises:
         ValueError: otherwise.
     """
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= MAX_FLOAT:
-        raise ValueError(f"`eta` is {eta!r}; it must be a finite number >= 0.")
-    return eta
+    return _check_factor("eta", eta)
+
+
+def _check_factor(name: str, value: float) -> float:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain or not 0 <= value <= MAX_FLOAT:
+        raise ValueError(f"`{name}` is {value!r}; it must be a finite number >= 0.")
+    return value
 
 
 def tolerance(sigma: torch.Tensor, alpha_bar_s: torch.Tensor) -> float:

@@ -175,6 +175,9 @@ def multistep_of(
     prediction_type: str | None,
     dtype: torch.dtype,
     scales: Scales = UNSCALED,
+    variable_name: str | None = None,
+    weights_name: str = "exact",
+    corrector_order: int | None = None,
 ) -> Multistep:
     """Return what a step adds to the first-order one; rows that are not planned add nothing.
 
@@ -184,15 +187,27 @@ def multistep_of(
         sigma: the member, (T,).
         plan: the trajectory, strictly decreasing.
         form: of the solver, as `order`, `corrector` and `lower_order_final`; see `multistep`.
-        order: 2 or 3.
+        order: 2 or more.
         corrector: whether each step is taken once more.
         lower_order_final: end with a step of order 1.
         prediction_type: where eps_hat is the network's own; None where it follows a clipped x0_hat.
         dtype: of the result.
         scales: of eps_hat and of the finished sample.
+        variable_name: of the solver, as `weights_name` and `corrector_order`.
+        weights_name: see `multistep`.
+        corrector_order: see `multistep`.
     """
     planned = multistep_weights(
-        form, order, alpha_bar[plan], alpha_bar_s[plan], sigma[plan], corrector, lower_order_final
+        form,
+        order,
+        alpha_bar[plan],
+        alpha_bar_s[plan],
+        sigma[plan],
+        corrector,
+        lower_order_final,
+        variable_name,
+        weights_name,
+        corrector_order,
     )
     weights = planned.new_zeros(planned.shape[0], len(alpha_bar), planned.shape[2])
     weights[:, plan] = planned

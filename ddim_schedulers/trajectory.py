@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .multistep import multistep_weights, step_moments, variable
+from .multistep import has_line, line_moment, multistep_weights, step_moments, variable
 from .timesteps import check_timesteps
 
 # What an embedding leaves out, as a share of the mean squared norm.
@@ -104,6 +104,8 @@ def calibrated_timesteps(
     order: int = 1,
     form: str = "sample",
     lower_order_final: bool = False,
+    variable_name: str | None = None,
+    weights_name: str = "exact",
 ) -> list[int]:
     """Return the S timesteps from T - 1 on with the least sum of misses, decreasing.
 
@@ -112,9 +114,11 @@ def calibrated_timesteps(
         alpha_bar: (T,), of the training chain.
         alpha_bar_end: where the last step lands.
         num_inference_steps: S, from 1 to N.
-        order: of the solver; 3 is planned as 2.
+        order: of the solver; 3 and 4 are planned as 2.
         form: of the solver, see `multistep`.
         lower_order_final: as there.
+        variable_name: as there.
+        weights_name: as there.
 
     Raises:
         ValueError: for S out of range, or alpha_bar = 0 at T - 1, from where rho is infinite.
@@ -132,7 +136,8 @@ def calibrated_timesteps(
             "`rescale_betas_zero_snr` use 'trailing'."
         )
     end = torch.full_like(a_t[:1], alpha_bar_end)
-    cost = jump_costs(trajectory.points, a_t, end, order, form, lower_order_final)
+    solver = order, form, lower_order_final, variable_name, weights_name
+    cost = jump_costs(trajectory.points, a_t, end, *solver)
     return [trajectory.timesteps[i] for i in _best_path(cost, num_inference_steps)]
 
 
@@ -143,6 +148,8 @@ def jump_costs(
     order: int,
     form: str,
     lower_order_final: bool = False,
+    variable_name: str | None = None,
+    weights_name: str = "exact",
 ) -> torch.Tensor:
     """Return the mean squared miss of every jump, shape (N + 1, N, N + 1).
 
@@ -164,10 +171,12 @@ def jump_costs(
         return cost
     a_t, a_s = alpha_bar_t[:, None].expand_as(after), landing[None, :].expand_as(after)
     a_s = torch.where(after, a_s, 0.5 * (1 + a_t))  # keeps the formulas finite elsewhere
-    gain = step_moments(form, a_t, a_s, torch.zeros_like(a_t))[0]
+    step_of = form, a_t, a_s, torch.zeros_like(a_t), variable_name
+    gain = line_moment(step_moments(*step_of)[0], *step_of, weights_name)
+    gain = torch.where(has_line(a_s, variable_name), gain, 0.0)
     if lower_order_final:
         gain[:, n] = 0
-    node = variable(form, alpha_bar_t)
+    node = variable(form, alpha_bar_t, variable_name)
     e = points if form == "epsilon" else path[:n] - rho[:, None] * points
     for i in range(1, n):
         slope = (e[:i] - e[i]) / (node[:i] - node[i])[:, None]

@@ -286,6 +286,7 @@ class InversionPipeline(UnconditionalPipeline):
             end_scale=1.0,
             solver_order=1,
             solver_corrector=False,
+            solver_corrector_order=None,
         )
 
 

@@ -49,6 +49,9 @@ LATER_KEYS = {
     "late_noise_cap": None,
     "original_inference_steps": None,
     "snr_shift_scale": 1.0,
+    "solver_corrector_order": None,
+    "solver_variable": None,
+    "solver_weights": "exact",
 }
 GRID_IMAGES = 64
 

@@ -322,6 +322,7 @@ def test_null_in_a_config_of_ours_is_refused_by_each_class(cls):
             "solver_corrector",
             "solver_form",
             "solver_order",
+            "solver_weights",
             "thresholding",
             "end_scale",
             "eps_scale",
@@ -329,7 +330,7 @@ def test_null_in_a_config_of_ours_is_refused_by_each_class(cls):
             with pytest.raises(ValueError, match=f"`{key}` is None"):
                 cls.from_config({"_class_name": named.__name__, key: None})
         optional = ("calibration", "eta", "eta_interval", "late_noise_cap", "sigma", "timesteps")
-        for key in (*optional, "variance_type"):
+        for key in (*optional, "variance_type", "solver_corrector_order", "solver_variable"):
             cls.from_config({"_class_name": named.__name__, key: None})
     for wrong in (None, 5, "beta_end"):
         with pytest.raises(ValueError, match="`_use_default_values` is "):

@@ -431,6 +431,11 @@ def test_the_preset_and_the_solver_are_flags(model, tmp_path, capsys):
     assert config["solver_order"] == 3 and given["timesteps"] == [500, 3]
     config, _ = config_of("--preset", "few", "--solver_order", "1", "--num_inference_steps", "2")
     assert config["solver_order"] == 1 and not config["solver_corrector"]
+    log_rho = ["--solver_variable", "log_rho", "--solver_weights", "bh1"]
+    log_rho += ["--solver_corrector_order", "2"]
+    config, _ = config_of("--preset", "few", *log_rho)
+    assert (config["solver_variable"], config["solver_weights"]) == ("log_rho", "bh1")
+    assert config["solver_corrector_order"] == 2
     words = ["--solver_order", "2", "--solver_form", "epsilon", "--lower_order_final"]
     words += ["--timestep_spacing", "quadratic", "--quadratic_end", "0.9", "--solver_corrector"]
     few = ["--num_inference_steps", "3", "--scheduler", "ddim"]

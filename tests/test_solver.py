@@ -80,12 +80,47 @@ def test_measured_order_of_convergence(fine_betas, form, uneven):
         assert abs(slope - order) < 0.1, (form, order, slope)
 
 
+def _least_order(betas, **settings):
+    """Return the mean slope from steps of 64 to steps of 4 grid points.
+
+    The constant of the error passes through 0 in some settings, so that one slope says little.
+    """
+    errors = [_error(betas, _plan(n, False), **settings) for n in (32, 512)]
+    return math.log2(errors[0] / errors[1]) / 4
+
+
+@pytest.mark.parametrize("variable", multistep.SOLVER_VARIABLES)
+@pytest.mark.parametrize("form", ["sample", "epsilon"])
+def test_every_variable_has_every_order(fine_betas, form, variable):
+    settings = {"solver_form": form, "solver_variable": variable}
+    for order in (2, 3, 4):
+        slope = _least_order(fine_betas, solver_order=order, **settings)
+        assert slope > order - 0.3, (form, variable, order, slope)
+
+
 @pytest.mark.parametrize("form", ["sample", "epsilon"])
 def test_the_corrector_adds_an_order(fine_betas, form):
     settings = {"solver_form": form, "solver_corrector": True}
     for order in (2, 3):
         slope = _slope(fine_betas, False, solver_order=order, **settings)
         assert abs(slope - order - 1) < 0.15, (form, order, slope)
+
+
+@pytest.mark.parametrize("form", ["sample", "epsilon"])
+def test_a_corrector_of_any_order_has_that_order(fine_betas, form):
+    settings = {"solver_order": 3, "solver_form": form, "solver_corrector": True}
+    for order in (2, 3, 4):
+        slope = _least_order(fine_betas, solver_corrector_order=order, **settings)
+        assert order - 0.3 < slope < order + 0.5, (form, order, slope)
+
+
+@pytest.mark.parametrize("weights", ["bh1", "bh2"])
+def test_fixed_weights_keep_the_order(fine_betas, weights):
+    settings = {"solver_variable": "log_rho", "solver_weights": weights}
+    for form in ("sample", "epsilon"):
+        for order in (2, 3):
+            slope = _least_order(fine_betas, solver_order=order, solver_form=form, **settings)
+            assert slope > order - 0.2, (form, order, slope)
 
 
 def test_a_wrong_node_costs_the_order(fine_betas, monkeypatch):
@@ -177,14 +212,18 @@ def test_the_last_step_lands_on_the_extrapolated_x0():
     assert float(lower[1, 2, 0]) == 0 and torch.equal(lower[:, :2], weights[:, :2])
 
 
+SOLVER_IN_LOG_RHO = (("sample", "log_rho"), ("epsilon", "log_rho"))
+
+
 def test_zero_terminal_snr_is_no_node():
-    for form in ("sample", "epsilon"):
+    for form, variable in (("sample", None), ("epsilon", None), *SOLVER_IN_LOG_RHO):
         scheduler = GeneralizedDDIMScheduler(
             rescale_betas_zero_snr=True,
             prediction_type="v_prediction",
             timestep_spacing="trailing",
             solver_order=3,
             solver_form=form,
+            solver_variable=variable,
             solver_corrector=True,
             eta=0.5,
         )
@@ -200,7 +239,8 @@ def test_zero_terminal_snr_is_no_node():
             euler = first_order.step(m, t, x, **arguments).prev_sample
             x = scheduler.step(m, t, x, **arguments).prev_sample
             assert bool(torch.isfinite(x).all())
-            assert torch.equal(x, euler) == (i < 2), (form, i)
+            last = variable == "log_rho" and i == 5  # lands on rho = 0
+            assert torch.equal(x, euler) == (i < 2 or (last and form == "sample")), (form, i)
 
 
 # -- the history
@@ -221,7 +261,7 @@ def _loop(scheduler, x, timesteps=None):
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 SOLVERS = [
     {"solver_order": order, "solver_form": form, "solver_corrector": corrector}
-    for order in (2, 3)
+    for order in (2, 3, 4)
     for form in ("sample", "epsilon")
     for corrector in (False, True)
 ]
@@ -318,16 +358,41 @@ def test_steps_compile_once_for_the_plan():
 
 # -- the config
 
+CORRECTED = {"solver_order": 2, "solver_corrector": True}
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver_order": 4}, r"`solver_order` is 4; .*\[1, 2, 3\]"),
+        ({"solver_order": 5}, r"`solver_order` is 5; .*\[1, 2, 3, 4\]"),
         ({"solver_order": True}, "`solver_order` is True"),
         ({"solver_order": "2"}, "`solver_order` is '2'"),
         ({"solver_order": 2.0}, r"`solver_order` is 2\.0"),
         ({"solver_form": "v"}, r"`solver_form` is 'v'; .*'epsilon', 'sample'"),
         ({"solver_corrector": True}, "`solver_corrector` is True, but `solver_order` is 1"),
+        (
+            {"solver_variable": "lambda"},
+            "`solver_variable` is 'lambda'; .*None or one of .*'log_rho'",
+        ),
+        ({"solver_variable": 2}, "`solver_variable` is 2; it must be a name"),
+        (
+            {"solver_weights": "half", "solver_variable": "log_rho"},
+            "`solver_weights` is 'half'; .*bh1",
+        ),
+        ({"solver_weights": None}, "`solver_weights` is None; .*'exact', 'bh1', 'bh2'"),
+        (
+            {"solver_weights": "bh1"},
+            "`solver_weights` is 'bh1'.*`solver_variable` is None; .*'log_rho'",
+        ),
+        ({"solver_weights": "bh2", "solver_variable": "rho"}, "`solver_variable` is 'rho'"),
+        ({"solver_order": 2, "solver_corrector_order": 2}, "is 2, but `solver_corrector` is False"),
+        ({**CORRECTED, "solver_corrector_order": 1}, "is 1; .* from 2 to .* which is 3"),
+        ({**CORRECTED, "solver_corrector_order": 4}, "is 4; .* from 2 to .* which is 3"),
+        (
+            {**CORRECTED, "solver_corrector_order": 2.0},
+            r"`solver_corrector_order` is 2\.0; .*integer",
+        ),
+        ({**CORRECTED, "solver_corrector_order": True}, "`solver_corrector_order` is True"),
         ({"solver_corrector": "yes"}, "`solver_corrector` is 'yes'"),
         (
             {"solver_order": 2, "eta": 1.0, "reverse_variance": "sigma_hat"},
@@ -374,10 +439,13 @@ def test_their_own_defaults_are_kept_by_solvers_that_read_our_file(settings, tmp
         assert (unipc.config.solver_order, unipc.config.lower_order_final) == (2, True)
 
 
+IN_LOG_RHO = {"solver_order": 3, "solver_variable": "log_rho"}
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_detour_over_another_solver_and_back(saved, tmp_path):
     """In memory and through a file; what UniPC was built with explicitly stays its own."""
-    for settings, order in (({}, 1), (FEW_STEPS, 2)):
+    for settings, order in (({}, 1), (FEW_STEPS, 2), (IN_LOG_RHO, 3)):
         ours = GeneralizedDDIMScheduler(**settings)
         theirs = UniPCMultistepScheduler.from_config(ours.config, solver_type="bh1")
         if saved:
@@ -392,6 +460,7 @@ def test_a_detour_over_another_solver_and_back(saved, tmp_path):
 
 def test_settings_travel_through_our_classes_and_the_portable_form():
     settings = {"solver_order": 3, "solver_form": "epsilon", "solver_corrector": True}
+    settings |= {"solver_corrector_order": 3, "solver_variable": "log_rho", "solver_weights": "bh1"}
     ours = GeneralizedDDIMScheduler(**settings, lower_order_final=True)
     through = GeneralizedDDIMScheduler.from_config(
         MarkovianDDPMScheduler.from_config(ours.config).config

@@ -20,6 +20,15 @@ P = TypeVar("P", bound="UnconditionalPipeline")
 SOLVER_OPTIONS = ("solver_order", "solver_form", "solver_corrector", "lower_order_final")
 # What else belongs to a sampler alone: encoding has no use for it.
 SCALE_OPTIONS = ("eta_interval", "eps_scale", "end_scale")
+SOLVER_OPTIONS = (
+    "solver_order",
+    "solver_form",
+    "solver_variable",
+    "solver_weights",
+    "solver_corrector",
+    "solver_corrector_order",
+    "lower_order_final",
+)
 SCHEDULER_OPTIONS = (
     "timestep_spacing",
     "quadratic_end",
@@ -40,7 +49,12 @@ NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     from ddim_schedulers.family_config import SCHEDULER_SPACINGS
-    from ddim_schedulers.multistep import MAX_ORDER, SOLVER_FORMS
+    from ddim_schedulers.multistep import (
+        MAX_ORDER,
+        SOLVER_FORMS,
+        SOLVER_VARIABLES,
+        SOLVER_WEIGHTS,
+    )
     from ddim_schedulers.reverse_noise import REVERSE_VARIANCES, VARIANCE_TYPES
 
     parser.add_argument("--pipeline", required=True, help=PIPELINE_HELP)
@@ -115,6 +129,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--solver_form",
         choices=SOLVER_FORMS,
         help="of ddim: what is interpolated at a higher order; the saved one if not given",
+    )
+    parser.add_argument(
+        "--solver_variable",
+        choices=SOLVER_VARIABLES,
+        help="of ddim: what it is a polynomial of; the saved one if not given",
+    )
+    parser.add_argument(
+        "--solver_weights",
+        choices=SOLVER_WEIGHTS,
+        help="of ddim: how a step of order 2 weighs the two predictions, with --solver_variable "
+        "log_rho; the saved one if not given",
+    )
+    parser.add_argument(
+        "--solver_corrector_order",
+        type=int,
+        choices=range(2, MAX_ORDER + 2),
+        help="of ddim: how many predictions the corrector uses; the saved number if not given",
     )
     for option, what in (
         ("solver_corrector", "take each step of a higher order once more, at no network call"),
@@ -370,7 +401,7 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
     if args.preset is not None:  # the trajectory and the noise of the saved one are not its own
         given = {"timesteps": None, "sigma": None, "eta_interval": None, **given}
     if given.get("solver_order") == 1 and "solver_corrector" not in given:
-        given["solver_corrector"] = False  # it goes with a higher order alone
+        given |= {"solver_corrector": False, "solver_corrector_order": None}  # of a higher order
     return cls.from_config(saved.config, **given)
 
 

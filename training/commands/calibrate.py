@@ -203,6 +203,7 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
         calibration=measured,
         timestep_spacing="calibrated",
         solver_order=2,
+        solver_corrector_order=None,
         reverse_variance="sigma",
         sigma=None,
     )

@@ -54,8 +54,11 @@ SAMPLING_KEYS = (
     "set_alpha_to_one",
     "sigma",
     "solver_corrector",
+    "solver_corrector_order",
     "solver_form",
     "solver_order",
+    "solver_variable",
+    "solver_weights",
     "steps_offset",
     "timesteps",
 )

@@ -178,6 +178,9 @@ def measure_trajectory(
         solver_order=2,
         solver_form="sample",
         solver_corrector=False,
+        solver_corrector_order=None,
+        solver_variable=None,
+        solver_weights="exact",
         lower_order_final=False,
     )
     size = measured_model.unet.config.sample_size
