@@ -1,21 +1,21 @@
-"""The files of a sampling job: their names, which are missing, writing and reading them."""
+"""The files of a sampling job: their names, their settings, writing and reading them."""
 
 from __future__ import annotations
 
 import io
 import re
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from diffusers.utils import logging
 from PIL import Image, UnidentifiedImageError
 
 from ddim_schedulers.pipelines.base import chunks
-from ddim_schedulers.pipelines.files import write_npz, write_png
+from ddim_schedulers.pipelines.files import write_json, write_npz, write_png
 from ddim_schedulers.pipelines.images import PIL_MODES, to_pil
-from ddim_schedulers.pipelines.workdir import whole
+from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError, opened, read_bytes, read_npz
 
 if TYPE_CHECKING:
@@ -23,42 +23,79 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+SETTINGS = "sample.json"
+GRID = "grid.png"
+GRID_IMAGES = 64
+ORIGIN = "pipeline"
 FORMATS = ("png", "npz")
 FOLDERS = {"png": "images", "npz": "shards"}
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".png", ".tif", ".tiff", ".webp")
 
 
-class SamplingFiles:
-    """Names, presence, writing and reading of a job's files.
+class Piece(NamedTuple):
+    """A file of a job: its name, and the images from `start` to before `stop` in it."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class SamplingFiles(Workdir[Piece, np.ndarray]):
+    """The files of a job: one for each image or each chunk, and the settings of all.
 
     Args:
-        folder: the output of the job.
+        output: the output of the job.
         job: what is sampled.
         rank: of this process.
         shape: (C, H, W) of the images.
     """
 
+    holds = "samples"
+    remedy = "choose another folder, or the settings of the run to continue"
+    settings_name = SETTINGS
+
     def __init__(
-        self, folder: Path, job: SamplingJob, rank: int, shape: tuple[int, int, int]
+        self, output: Path, job: SamplingJob, rank: int, shape: tuple[int, int, int]
     ) -> None:
+        super().__init__(output)
         self.job, self.chunks, self.rank = job, chunks(job.num_images, job.batch_size), rank
-        self.folder, self.shape = folder / FOLDERS[job.file_format], shape
+        self.images, self.shape = output / FOLDERS[job.file_format], shape
         self.damaged: list[DamagedFileError] = []
 
-    def names(self, start: int, stop: int) -> list[str]:
-        """Return the names of the files of a chunk, in order."""
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """Return the files of a chunk, in order."""
         if self.job.file_format == "png":
-            return [f"{i:06d}.png" for i in range(start, stop)]
-        return [f"{start:06d}-{stop - 1:06d}.npz"]
+            return [Piece(f"{i:06d}.png", i, i + 1) for i in range(start, stop)]
+        return [Piece(f"{start:06d}-{stop - 1:06d}.npz", start, stop)]
 
-    def missing(self, start: int, stop: int) -> list[str]:
-        """Return the names of the files of a chunk that are missing or not whole."""
-        return [name for name in self.names(start, stop) if not self._is_whole(name, start, stop)]
+    def path_of(self, item: Piece) -> Path:
+        """Return where a file is, or will be."""
+        return self.images / item.name
 
-    def _is_whole(self, name: str, start: int, stop: int) -> bool:
-        path = self.folder / name
-        read = partial(self._load, name, start, stop)
-        return whole(path, read, self.damaged.append) is not None
+    def read(self, item: Piece) -> np.ndarray:
+        """Return the images of a file, uint8 (n, H, W, C).
+
+        Raises:
+            DamagedFileError: it is not whole, or not of the job's size, mode or seeds.
+        """
+        channels, height, width = self.shape
+        shape = (item.stop - item.start, height, width, channels)
+        if self.job.file_format == "npz":
+            return read_shard(self.path_of(item), shape, self._seeds(item))
+        image = read_png(self.path_of(item), (width, height), PIL_MODES[channels])
+        return np.asarray(image).reshape(shape)
+
+    def save(self, item: Piece, value: np.ndarray) -> None:
+        """Write the images of a file, uint8 (n, H, W, C)."""
+        if self.job.file_format == "npz":
+            arrays = {"images": value, "seeds": self._seeds(item)}
+            write_npz(self.path_of(item), arrays, self.rank)
+        else:
+            write_png(self.path_of(item), to_pil(value)[0], self.rank)
+
+    def tell(self, error: DamagedFileError) -> None:
+        """Keep the damage of a file, for `tell_of_damage`."""
+        self.damaged.append(error)
 
     def tell_of_damage(self) -> None:
         """Warn once of all files that were made again."""
@@ -66,72 +103,101 @@ class SamplingFiles:
             more = f" So are {len(self.damaged) - 1} more." if len(self.damaged) > 1 else ""
             logger.warning(f"{self.damaged[0]} It was made again.{more}")
 
-    def write(self, start: int, images: np.ndarray, missing: list[str]) -> None:
-        """Write the missing files of a chunk; existing files stay untouched."""
-        stop = start + len(images)
-        if self.job.file_format == "npz":
-            arrays = {"images": images, "seeds": self._seeds(start, stop)}
-            write_npz(self.folder / missing[0], arrays, self.rank)
-            return
-        for name, image in zip(self.names(start, stop), to_pil(images), strict=True):
-            if name in missing:
-                write_png(self.folder / name, image, self.rank)
-
     def drop_short_shards(self) -> None:
         """Delete the last shard of a job that was extended: a longer one holds its images."""
         if self.job.file_format == "npz":
-            own = {name for chunk in self.chunks for name in self.names(*chunk)}
-            for path in self.folder.glob("*.npz"):
+            own = {piece.name for chunk in self.chunks for piece in self.pieces(*chunk)}
+            for path in self.images.glob("*.npz"):
                 if path.name not in own:
                     path.unlink(missing_ok=True)
 
-    def _seeds(self, start: int, stop: int) -> np.ndarray:
-        return np.arange(self.job.seed + start, self.job.seed + stop, dtype=np.int64)
+    def _seeds(self, piece: Piece) -> np.ndarray:
+        return np.arange(self.job.seed + piece.start, self.job.seed + piece.stop, dtype=np.int64)
 
-    def read(self, count: int) -> list[Image.Image]:
-        """Read the first images back, for the grid."""
-        images: list[Image.Image] = []
-        for start, stop in self.chunks:
-            for name in self.names(start, stop)[: count - len(images)]:
-                images.extend(self._load(name, start, stop))
-            if len(images) >= count:
-                break
-        return images[:count]
-
-    def _load(self, name: str, start: int, stop: int) -> list[Image.Image]:
-        """Read a file of the chunk.
+    def first(self, count: int) -> list[Image.Image]:
+        """Read the first images back, for the grid.
 
         Raises:
-            DamagedFileError: it is not whole, or not of the job's size, mode or seeds.
+            DamagedFileError: as `read`.
         """
-        channels, height, width = self.shape
-        path = self.folder / name
-        if self.job.file_format == "png":
-            return [read_png(path, (width, height), PIL_MODES[channels])]
-        shape, seeds = (stop - start, height, width, channels), self._seeds(start, stop)
-        images = read_shard(path, shape, seeds)
-        # a grid of data that has no colours shows its first channel
-        return to_pil(images if channels in PIL_MODES else images[..., :1])
+        images: list[Image.Image] = []
+        for piece in (piece for chunk in self.chunks for piece in self.pieces(*chunk)):
+            if len(images) >= count:
+                break
+            array = self.read(piece)
+            # a grid of data that has no colours shows its first channel
+            images += to_pil(array if self.shape[0] in PIL_MODES else array[..., :1])
+        return images[:count]
 
-    def check_origin(self, settings: Path) -> None:
+    def compare(self, settings: dict[str, Any], defaults: Mapping[str, Any]) -> int | None:
+        """Compare the settings with those of the run that is continued, if there is one.
+
+        Args:
+            settings: of this job, see `sampling_job.settings_of`.
+            defaults: what a setting counts as that the run did not know.
+
+        Returns:
+            The number of images of that run, which may be smaller; None if there is none.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        try:
+            before = self.kept_settings()
+        except DamagedFileError as error:
+            raise ValueError(
+                f"{str(self.folder / SETTINGS)!r} is damaged ({error.reason}), so nothing tells "
+                "how its images were made; choose another folder, or delete them and it."
+            ) from error
+        if before is None:
+            return None
+        before.pop(ORIGIN, None)
+        job, asked = before.get("job"), self.job.num_images
+        count: int | None = job.get("num_images") if isinstance(job, dict) else None
+        if type(count) is int and 1 <= count < asked:
+            before["job"] = {**before["job"], "num_images": asked}
+        self.require_same(before, settings, defaults)
+        return count
+
+    def settle(
+        self, settings: dict[str, Any], defaults: Mapping[str, Any], origin: dict[str, Any]
+    ) -> None:
+        """Write the settings, or compare them with those of the run that is continued.
+
+        Args:
+            settings: what the files depend on.
+            defaults: as in `compare`.
+            origin: what is written beside them, and not compared: the weights are.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        earlier, count = self.compare(settings, defaults), self.job.num_images
+        if earlier is not None and earlier < min(count, GRID_IMAGES):
+            (self.folder / GRID).unlink(missing_ok=True)  # it shows fewer images
+        if earlier != count:
+            # processes that start together write the same
+            write_json(self.folder / SETTINGS, settings | origin, self.rank)
+
+    def check_origin(self) -> None:
         """Refuse images of which nothing says how they were made, or that are not of this job.
 
         Raises:
             ValueError: naming one of them.
         """
-        folder = settings.parent
+        folder = self.folder
         # images first: who starts at the same time writes the settings before the first image
-        found = [p for place in (self.folder, folder) for p in place.glob("*") if _is_picture(p)]
-        if not settings.exists():
+        found = [p for place in (self.images, folder) for p in place.glob("*") if _is_picture(p)]
+        if not (folder / SETTINGS).exists():
             if found:
                 raise ValueError(
                     f"`output` {str(folder)!r} holds images (e.g. {found[0].relative_to(folder)}) "
-                    f"but no {settings.name}, which would say how they were made; choose another "
+                    f"but no {SETTINGS}, which would say how they were made; choose another "
                     "folder, or delete them."
                 )
             return
         own = re.compile(r"\d{6,}\.png" if self.job.file_format == "png" else r"\d{6,}-\d{6,}\.npz")
-        others = [p for p in found if p.parent == self.folder and not own.fullmatch(p.name)]
+        others = [p for p in found if p.parent == self.images and not own.fullmatch(p.name)]
         if others:
             raise ValueError(
                 f"`output` {str(folder)!r} holds images that are not of its samples "

@@ -13,6 +13,7 @@ writes its files under a temporary name and renames them.
     OUTPUT/grid.png             the first images, once all files exist
 """
 
+import inspect
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from ddim_schedulers.pipelines.base import check_batch_size
-from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_json, write_png
+from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_png
 from ddim_schedulers.pipelines.fingerprints import weights_fingerprint
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, to_uint8
@@ -34,26 +35,16 @@ from ddim_schedulers.pipelines.observers import warn_of_clipping
 from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.pipelines.pictures import make_grid
 from ddim_schedulers.pipelines.sampling import is_compiled, plan, step_arguments
-from ddim_schedulers.pipelines.sampling_files import FOLDERS, FORMATS, SamplingFiles, is_whole_png
-from ddim_schedulers.pipelines.workdir import differences, flat
-from ddim_schedulers.reading import DamagedFileError, read_json
-
-SETTINGS = "sample.json"
-GRID = "grid.png"
-ORIGIN = "pipeline"
-# Keys of a scheduler's config that folders of earlier versions lack, with what those versions did.
-LATER_KEYS = {
-    "end_scale": 1.0,
-    "eps_scale": 1.0,
-    "eta_interval": None,
-    "late_noise_cap": None,
-    "original_inference_steps": None,
-    "snr_shift_scale": 1.0,
-    "solver_corrector_order": None,
-    "solver_variable": None,
-    "solver_weights": "exact",
-}
-GRID_IMAGES = 64
+from ddim_schedulers.pipelines.sampling_files import (
+    FOLDERS,
+    FORMATS,
+    GRID,
+    GRID_IMAGES,
+    ORIGIN,
+    SamplingFiles,
+    is_whole_png,
+)
+from ddim_schedulers.reading import DamagedFileError
 
 
 @dataclass(frozen=True)
@@ -187,19 +178,20 @@ def _sample_share(
     owner: Owner,
 ) -> SamplingReport:
     files = SamplingFiles(folder, job, rank, pipe.image_shape)
-    files.folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, files.folder):
+    files.images.mkdir(parents=True, exist_ok=True)
+    for place in (folder, files.images):
         remove_leftovers(place, rank, world_size)
-    settings = settings_of(pipe, job)
-    files.check_origin(folder / SETTINGS)
-    _compare(folder / SETTINGS, settings)
+    settings, defaults = settings_of(pipe, job), defaults_of_settings(pipe)
+    files.check_origin()
+    files.compare(settings, defaults)
     steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
     written = present = sampled = 0
     clipped: list[tuple[float, int]] = []
     with pipe.progress_bar(total=steps * len(files.chunks[rank::world_size])) as bar:
         bar.set_description(f"{job.num_images} images, steps")
         for start, stop in files.chunks[rank::world_size]:
-            missing = files.missing(start, stop)
+            pieces = files.pieces(start, stop)
+            missing = files.missing(pieces)
             if missing:
                 sampled += stop - start
                 images, share = _sample(pipe, job, start, stop, bar)
@@ -207,10 +199,11 @@ def _sample_share(
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
                     # not before there are images: a job whose samples fail binds no corrected call
-                    _settle(folder / SETTINGS, settings, rank, _origin(pipe))
-                files.write(start, images, missing)
+                    files.settle(settings, defaults, _origin(pipe))
+                for piece in missing:
+                    files.save(piece, images[piece.start - start : piece.stop - start])
             written += len(missing)
-            present += len(files.names(start, stop)) - len(missing)
+            present += len(pieces) - len(missing)
             bar.update(0 if missing else steps)
     if clipped and pipe._warns_of_clipping:  # every image counts as many values
         total = sum(count for _, count in clipped)
@@ -218,12 +211,12 @@ def _sample_share(
         warn_of_clipping(share, pipe.scheduler.config, pipe.image_shape[0])
     files.tell_of_damage()
     # the whole ones of this process are known; others look at theirs
-    complete = all((files.folder / n).is_file() for c in files.chunks for n in files.names(*c))
+    complete = all(files.path_of(p).is_file() for c in files.chunks for p in files.pieces(*c))
     if complete:
         files.drop_short_shards()
     if complete and not is_whole_png(folder / GRID):
         try:
-            first = files.read(min(job.num_images, GRID_IMAGES))
+            first = files.first(min(job.num_images, GRID_IMAGES))
         except DamagedFileError:
             if world_size == 1:
                 raise
@@ -281,11 +274,23 @@ def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=lambda x: np.asarray(x).tolist()))
 
 
-def without_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings as an earlier version told them, which did not have all keys."""
-    config = settings["scheduler_config"]
-    own = {k: v for k, v in config.items() if k not in LATER_KEYS or v != LATER_KEYS[k]}
-    return settings | {"scheduler_config": own}
+def defaults_of_settings(pipe: GenerationPipeline) -> dict[str, Any]:
+    """Return the settings of the files that have defaults, by their names with groups.
+
+    A folder of an earlier version lacks the settings that came later: it did what they default to.
+    """
+    groups: dict[str, type] = {
+        "job": SamplingJob,
+        "network_config": type(pipe.unet),
+        "scheduler_config": type(pipe.scheduler),
+    }
+    found = {
+        f"{group}.{name}": parameter.default
+        for group, cls in groups.items()
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return json.loads(json.dumps(found, default=str))
 
 
 def _public(config: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -305,58 +310,3 @@ def _origin(pipe: GenerationPipeline) -> dict[str, Any]:
     """Return the name on the Hub that the network came from; nothing of a folder."""
     name = pipe.unet.config.get("_name_or_path")
     return {ORIGIN: name} if isinstance(name, str) and re.search(r"@[0-9a-f]{40}$", name) else {}
-
-
-def _settle(path: Path, settings: dict[str, Any], rank: int, origin: dict[str, Any]) -> None:
-    """Write the settings, or compare them with those of the run that is continued.
-
-    Args:
-        path: of the file.
-        settings: what the files depend on.
-        rank: of this process.
-        origin: what is written beside them, and not compared: the weights are.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    earlier, count = _compare(path, settings), settings["job"]["num_images"]
-    if earlier is not None and earlier < min(count, GRID_IMAGES):
-        (path.parent / GRID).unlink(missing_ok=True)  # it shows fewer images
-    if earlier != count:
-        # processes that start together write the same
-        write_json(path, settings | origin, rank)
-
-
-def _compare(path: Path, settings: dict[str, Any]) -> int | None:
-    """Compare the settings with those of the run that is continued, if there is one.
-
-    Returns:
-        The number of images of that run, which may be smaller; None if there is none.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if not path.exists():
-        return None
-    try:
-        before = flat(read_json(path))
-    except DamagedFileError as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({error.reason}), so nothing tells how its images "
-            "were made; choose another folder, or delete them and it."
-        ) from error
-    before.pop(ORIGIN, None)
-    count, asked = before.get("job.num_images"), settings["job"]["num_images"]
-    if type(count) is int and 1 <= count < asked:
-        before["job.num_images"] = asked
-    now = flat(settings)
-    for key, default in LATER_KEYS.items():
-        if (name := f"scheduler_config.{key}") in now:
-            before.setdefault(name, default)
-    if differing := differences(before, now):
-        raise ValueError(
-            f"`output` {str(path.parent)!r} holds samples made with other settings "
-            f"({'; '.join(differing)}); choose another folder, or the settings of the run to "
-            "continue."
-        )
-    return count

@@ -1,9 +1,12 @@
 """The evaluation: what is asked for, that it is measured on the right images, and by whom."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -19,7 +22,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ddim_schedulers import GeneralizedDDIMScheduler
-from ddim_schedulers.pipelines import sampling_job
 from ddim_schedulers.pipelines.ownership import FolderInUseError
 from ddim_schedulers.reading import safetensors_header
 from ddim_schedulers.training.cli import main
@@ -48,6 +50,7 @@ GRID = [
     {"steps": [2, 3], "members": [0, "sigma-hat"], "repeats": 2},
     {"steps": [2], "schedulers": [{"class": "DDIMScheduler"}]},
 ]
+ONE_CELL = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +168,11 @@ def test_a_classifier_that_was_trained_in_another_way_is_not_taken_for_the_one_a
     output, _ = whole
     settings = yaml.safe_load((output / "e.yaml").read_text())
     for changes, said in (
-        ({"classifier_epochs": 2}, "trained with epochs = 1, but 2 is asked for"),
-        ({"seed": 5}, "trained with seed = 0, but 5 is asked for"),
+        (
+            {"classifier_epochs": 2},
+            "a classifier made with other settings .epochs: 1 there, 2 now.",
+        ),
+        ({"seed": 5}, ".seed: 0 there, 5 now."),
     ):
         with pytest.raises(ValueError, match=said):
             Evaluation(parse_evaluation({**settings, **changes}))
@@ -309,14 +315,21 @@ def test_a_report_samples_nothing_and_leaves_out_what_is_not_measured(
 
 
 def test_a_folder_in_use_is_refused_to_the_library_too(pipeline, tmp_path):
-    tables = [{"name": "T", "n": 10, "grid": [{"steps": [2], "members": [0]}]}]
-    evaluation = Evaluation(_config(pipeline, tmp_path / "out", tables=tables))
-    (tmp_path / "out").mkdir(exist_ok=True)
+    """Before anything is written: its own cache and a cell alone, too."""
+    config = _config(pipeline, tmp_path / "out", tables=ONE_CELL)
+    evaluation = Evaluation(config)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
     other = {"verb": "evaluate", "host": "b", "pid": 7, "system": "b", "parts": None}
     (tmp_path / "out" / ".owner-0.json").write_text(json.dumps(other))
-    with pytest.raises(FolderInUseError, match="in use by `evaluate` on host b, process 7"):
-        run(evaluation)
-    assert not (tmp_path / "out" / "metrics.json").exists()
+    for call in (
+        lambda: run(evaluation),
+        lambda: evaluation.measure(config.cells[0]),
+        lambda: Evaluation(config),
+    ):
+        with pytest.raises(FolderInUseError, match="in use by `evaluate` on host b, process 7"):
+            call()
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {".owner-0.json", ".owner.lock"}
 
 
 def test_another_number_of_neighbours_is_measured_anew(pipeline, tmp_path, monkeypatch):
@@ -433,35 +446,57 @@ def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
     assert json.loads(own.read_text())["sampled"] == 4
 
 
-def test_a_cell_made_with_other_settings_is_refused(pipeline, tmp_path):
-    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
-    run(Evaluation(_config(pipeline, tmp_path, tables=tables)))
-    with pytest.raises(ValueError, match="other settings"):
-        run(Evaluation(_config(pipeline, tmp_path, tables=tables, dtype="float64")))
+@pytest.mark.parametrize(
+    "change, differs",
+    [
+        ({"dtype": "float64"}, "network_dtype: 'torch.float32' there, 'torch.float64' now"),
+        ({"seed": 5}, "job.seed: 0 there, 5 now"),
+        ({"batch_size": 8}, "job.batch_size: 4 there, 8 now"),
+    ],
+)
+def test_a_cell_made_with_other_settings_is_refused_by_name(pipeline, tmp_path, change, differs):
+    run(Evaluation(_config(pipeline, tmp_path, tables=ONE_CELL)))
+    with pytest.raises(ValueError, match="`output_dir` is .* holds the cell .* other settings"):
+        run(Evaluation(_config(pipeline, tmp_path, tables=ONE_CELL, **change)))
+    with pytest.raises(ValueError, match=f"[(; ]{re.escape(differs)}"):
+        run(Evaluation(_config(pipeline, tmp_path, tables=ONE_CELL, **change)))
 
 
-def test_an_evaluation_of_an_earlier_version_goes_on(pipeline, tmp_path, monkeypatch):
-    """Its schedulers had fewer keys, and did what the defaults of the later keys do."""
-    tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
-    config = _config(pipeline, tmp_path, tables=tables, keep_images=True)
+# The scheduler's settings that the first versions told: their cells hold a digest of them alone.
+FIRST_KEYS = """beta_end beta_schedule beta_start calibration clip_sample clip_sample_range
+    dynamic_thresholding_ratio eta lower_order_final num_train_timesteps prediction_type
+    quadratic_end rescale_betas_zero_snr reverse_variance sample_max_value set_alpha_to_one sigma
+    solver_corrector solver_form solver_order steps_offset thresholding timestep_spacing timesteps
+    trained_betas variance_type""".split()
+LATER = ("late_noise_cap", "original_inference_steps", "snr_shift_scale")
 
-    def earlier(pipe, job):
-        return sampling_job.without_later_keys(sampling_job.settings_of(pipe, job))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cells, "settings_of", earlier)
-        run(Evaluation(config))
-    (file,) = (tmp_path / "cells").rglob("sample.json")
-    told = json.loads(file.read_text())
-    assert sampling_job.LATER_KEYS.keys() <= told["scheduler_config"].keys()
-    file.write_text(json.dumps(sampling_job.without_later_keys(told)))
+@pytest.mark.parametrize("keys", [FIRST_KEYS, [*FIRST_KEYS, LATER[0]], [*FIRST_KEYS, *LATER]])
+def test_an_evaluation_of_an_earlier_version_goes_on(pipeline, tmp_path, keys):
+    config = _config(pipeline, tmp_path, tables=ONE_CELL, keep_images=True)
     run(Evaluation(config))
-    next((tmp_path / "cells").glob("*.json")).unlink()
+    (file,) = (tmp_path / "cells").rglob("sample.json")
+    (own,) = (tmp_path / "cells").glob("*.json")
+    told, cell = json.loads(file.read_text()), json.loads(own.read_text())
+    assert cell["settings"] == told
+    then = told | {"scheduler_config": {k: told["scheduler_config"][k] for k in keys}}
+    digest = hashlib.sha256(json.dumps(then, sort_keys=True).encode()).hexdigest()
+    earlier = {k: v for k, v in cell.items() if k != "sha256"} | {"settings": digest}
+    for path, content in ((file, then), (own, earlier)):
+        path.write_text(json.dumps(content))
+    before = own.read_bytes()
+    run(Evaluation(config))
+    assert own.read_bytes() == before
+    own.unlink()
     run(Evaluation(config))  # from the samples that are there
-    told["scheduler_config"] |= {"snr_shift_scale": 2.0}
-    file.write_text(json.dumps(told))
-    next((tmp_path / "cells").glob("*.json")).unlink()
-    with pytest.raises(ValueError, match="snr_shift_scale: 2.0 there, 1.0 now"):
+    assert json.loads(own.read_text())["sampled"] == 0
+    # another one is refused: by what its samples say, or for what nothing says
+    file.write_text(json.dumps(then | {"scheduler_config": told["scheduler_config"] | {"eta": 1}}))
+    own.write_text(json.dumps(earlier | {"settings": "0" * 64}))
+    with pytest.raises(ValueError, match="scheduler_config.eta: 1 there, 0.0 now"):
+        run(Evaluation(config))
+    shutil.rmtree(file.parent)
+    with pytest.raises(ValueError, match="other settings .an earlier version wrote it"):
         run(Evaluation(config))
 
 
@@ -489,7 +524,7 @@ def test_copies_of_training_images_are_noticed(pipeline, tmp_path, monkeypatch):
     tables = [{"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}]
     evaluation = Evaluation(_config(pipeline, tmp_path, tables=tables))
     copied = to_uint8(evaluation.real.train.batch([7, 100, 5, 1200])[0])
-    monkeypatch.setattr(evaluation.files, "preview", lambda cell: copied)
+    monkeypatch.setattr(evaluation.first_images, "read", lambda cell: copied)
     found = evaluation.memorisation(evaluation.config.cells[0])
     assert found["nearest"] == [7, 100, 5, 1200]
     assert found["samples_median"] < 0.01 < found["held_out_min"]

@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 
 from ddim_schedulers import (
     FEW_STEPS,
-    GeneralizedDDIMInverseScheduler,
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
     to_portable,
@@ -761,18 +760,25 @@ def test_help_shows_defaults_and_choices(verb, defaults, capsys):
     assert set(choices.split(",")) == set(re.findall(r"'(\w+)'", str(refused.value))) - {"none"}
 
 
-# The settings of the schedulers in version 0.1.0's first revisions. This list does not grow.
-FIRST_KEYS = """beta_end beta_schedule beta_start calibration clip_sample clip_sample_range
-    dynamic_thresholding_ratio eta lower_order_final num_train_timesteps prediction_type
-    quadratic_end rescale_betas_zero_snr reverse_variance sample_max_value set_alpha_to_one sigma
-    solver_corrector solver_form solver_order steps_offset thresholding timestep_spacing timesteps
-    trained_betas variance_type""".split()
-
-
 @pytest.mark.parametrize(
-    "cls", [GeneralizedDDIMScheduler, MarkovianDDPMScheduler, GeneralizedDDIMInverseScheduler]
+    "cls", [GeneralizedDDIMScheduler, MarkovianDDPMScheduler, DDPMScheduler, EulerDiscreteScheduler]
 )
-def test_every_later_key_of_a_scheduler_lets_earlier_folders_go_on(cls):
-    """A new key of a scheduler belongs into LATER_KEYS, or every folder of samples is refused."""
-    later = {k: v for k, v in cls().config.items() if not k.startswith("_") and k not in FIRST_KEYS}
-    assert later == {k: sampling_job.LATER_KEYS[k] for k in later}
+def test_a_setting_that_an_earlier_version_did_not_know_counts_as_its_default(cls, tmp_path):
+    """Of job, scheduler and network: a new one needs no list, and refuses no earlier folder."""
+    pipe, job = GenerationPipeline(tiny_unet(), cls()), SamplingJob(4, 4, num_inference_steps=2)
+    files = sampling_files.SamplingFiles(tmp_path, job, 0, pipe.image_shape)
+    now, defaults = sampling_job.settings_of(pipe, job), sampling_job.defaults_of_settings(pipe)
+    checked = 0
+    for group in ("job", "scheduler_config", "network_config"):
+        for name, value in now[group].items():
+            then = {**now, group: {k: v for k, v in now[group].items() if k != name}}
+            (tmp_path / "sample.json").write_text(json.dumps(then))
+            default = defaults.get(f"{group}.{name}")
+            if value == default:
+                files.compare(now, defaults)
+                checked += 1
+            else:
+                lacks = re.escape(f"{group}.{name}: {default!r} there, {value!r} now")
+                with pytest.raises(ValueError, match=f"other settings .{lacks}"):
+                    files.compare(now, defaults)
+    assert checked > 20

@@ -35,6 +35,7 @@ from ddim_schedulers.pipelines import GenerationPipeline, sampling_job
 from ddim_schedulers.pipelines.sampling_files import SamplingFiles
 from ddim_schedulers.pipelines.workdir import flat
 from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.evaluation.caches import ClassifierFile, FeatureFiles
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import load_evaluation, parse_evaluation
 from ddim_schedulers.training.evaluation.results import run
@@ -273,27 +274,27 @@ def evaluation(count, root, pipeline):
     run(made)
     (cell,) = config.cells
     path = made.files.path_of(cell)
-    kept, preview = made.files.kept(cell), made.files.preview(cell)
+    kept, preview = made.files.load(cell), made.first_images.read(cell)
 
     def measured():
-        found = made.files.kept(cell)
+        found = made.files.load(cell)
         return HARMLESS if found == kept else WRONG if found else NOTICED
 
     def pictures():
         missing = made.missing(cell)
         if missing:
             return NOTICED
-        return HARMLESS if np.array_equal(made.files.preview(cell), preview) else WRONG
+        return HARMLESS if np.array_equal(made.first_images.read(cell), preview) else WRONG
 
     content = json.loads(path.read_text())
     count.try_all("evaluation: a cell", path, edited_bytes(path.read_bytes()), measured)
     count.try_all("evaluation: a cell", path, edited_values(content), measured)
     old = {k: v for k, v in content.items() if k not in ("sha256", "preview")}
     path.write_text(json.dumps(old))
-    kept_now = made.files.kept(cell)
+    kept_now = made.files.load(cell)
 
     def old_measured():
-        found = made.files.kept(cell)
+        found = made.files.load(cell)
         return HARMLESS if found == kept_now else PLAUSIBLE if found else NOTICED
 
     count.try_all("evaluation: a cell without seal", path, edited_values(old), old_measured)
@@ -305,16 +306,18 @@ def evaluation(count, root, pipeline):
     rows = {"train": len(real.train), "held_out": len(real.held_out)}
 
     def features():
-        found = made.real._kept_features(reference, real.fingerprint, rows)
+        found = FeatureFiles(root, rows, lambda line: None).load(real.fingerprint)
         if found is None:
             return NOTICED
         return HARMLESS if torch.equal(found["train"], real.train) else WRONG
 
     count.try_all("evaluation: features", reference, edited_bytes(reference.read_bytes()), features)
     classifier = root / "classifier.safetensors"
+    wanted = {"epochs": 1, "seed": config.seed, "images": len(made.real.train)}
 
     def usable():
-        return HARMLESS if made.real._is_own(classifier) else NOTICED
+        there = ClassifierFile(root, lambda line: None).is_there("classifier", wanted)
+        return HARMLESS if there else NOTICED
 
     count.try_all(
         "evaluation: classifier", classifier, edited_bytes(classifier.read_bytes()), usable
@@ -332,27 +335,26 @@ def samples(count, root):
         files = SamplingFiles(folder, job, 0, pipe.image_shape)
 
         def images():
-            return np.stack([np.asarray(x) for x in files._load(path.name, 0, 4)])  # noqa: B023
+            return np.concatenate([files.read(piece) for piece in files.pieces(0, 4)])  # noqa: B023
 
         before = images()
 
         def use():
-            if files.missing(0, 4):  # noqa: B023
+            if files.missing(files.pieces(0, 4)):  # noqa: B023
                 return NOTICED
             return HARMLESS if np.array_equal(images(), before) else WRONG  # noqa: B023
 
         count.try_all(f"samples: {file_format}", path, edited_bytes(path.read_bytes(), 200), use)
     settings = folder / "sample.json"
-    now = sampling_job.settings_of(pipe, job)
+    now, defaults = sampling_job.settings_of(pipe, job), sampling_job.defaults_of_settings(pipe)
 
     def compared():
-        sampling_job._compare(settings, now)
-        # null and nothing are the same: a setting that an earlier version did not know; and so are
-        # a scheduler's later keys and what earlier versions did
-        then = flat(json.loads(settings.read_text()))
-        own = flat(now)
-        for key, default in sampling_job.LATER_KEYS.items():
-            then.setdefault(f"scheduler_config.{key}", default)
+        files.compare(now, defaults)
+        # a setting that is missing counts as its default: an earlier version did not know it
+        then, own = (
+            {**defaults, **flat(json.loads(settings.read_text()))},
+            {**defaults, **flat(now)},
+        )
         same = all(then.get(key) == own.get(key) for key in then.keys() | own.keys())
         return HARMLESS if same else WRONG
 

@@ -1,92 +1,196 @@
 """The files of a cell: its measurements, checked value by value, and its first images."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ddim_schedulers.pipelines.files import write_json, write_npz
-from ddim_schedulers.pipelines.workdir import whole
-from ddim_schedulers.reading import DamagedFileError, read_npz
+from ddim_schedulers.pipelines.sampling_files import ORIGIN, SETTINGS
+from ddim_schedulers.pipelines.workdir import Workdir
+from ddim_schedulers.reading import DamagedFileError, read_json, read_npz
 from ddim_schedulers.training.common.seals import read_sealed_json, sealed
 from ddim_schedulers.training.evaluation.config import Cell
 from ddim_schedulers.training.metrics.distances import METRICS
 
+Value = TypeVar("Value")
+
 PREVIEW = 16
 
 
-class CellFiles:
-    """The measurements and first images of the cells in a folder.
+# Cells of earlier versions hold a fingerprint of their settings alone. These are the settings of
+# the last of those versions, by which such a cell is recognised; nothing is added to them.
+KNOWN = {
+    "job": """batch_size eta file_format num_images num_inference_steps seed timesteps
+        use_clipped_model_output""".split(),
+    "scheduler_config": """beta_end beta_schedule beta_start calibration clip_sample
+        clip_sample_range dynamic_thresholding_ratio eta late_noise_cap lower_order_final
+        num_train_timesteps original_inference_steps prediction_type quadratic_end
+        rescale_betas_zero_snr reverse_variance sample_max_value set_alpha_to_one sigma
+        snr_shift_scale solver_corrector solver_form solver_order steps_offset thresholding
+        timestep_spacing timesteps trained_betas variance_type""".split(),
+}
+TOLD = """channels_last compiled job network network_config network_dtype scheduler
+    scheduler_config""".split()
+# Some of those versions lacked these.
+KNOWN_LATER = ("late_noise_cap", "original_inference_steps", "snr_shift_scale")
+
+
+class _OfCells(Workdir[Cell, Value]):
+    """Files that a damaged one of is told about once, before the cell is measured again."""
+
+    argument = "output_dir"
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        super().__init__(folder)
+        self._say = tell
+        self._told: set[str] = set()
+
+    def tell(self, error: DamagedFileError) -> None:
+        """Say once that a file is damaged."""
+        line = f"{error} The cell is measured again."
+        if line not in self._told:
+            self._told.add(line)
+            self._say(line)
+
+
+class CellFiles(_OfCells[dict[str, Any]]):
+    """The measurements of the cells in a folder.
 
     Args:
         folder: of the evaluation.
-        shape: (C, H, W) of the images.
         tell: called with a line of text about a damaged file, once for each line.
     """
 
-    def __init__(
-        self, folder: Path, shape: tuple[int, int, int], tell: Callable[[str], None]
-    ) -> None:
-        self.folder, self.shape, self._say = folder / "cells", shape, tell
-        self._told: set[str] = set()
+    holds = "a cell"
+    remedy = "delete the cell's file, or choose another folder"
 
-    def path_of(self, cell: Cell) -> Path:
+    def path_of(self, item: Cell) -> Path:
         """Return the file of a cell's measurements."""
-        return self.folder / f"{cell.label}.json"
+        return self.folder / "cells" / f"{item.label}.json"
 
     def images_of(self, cell: Cell) -> Path:
         """Return the folder of a cell's samples."""
-        return self.folder / cell.label
+        return self.path_of(cell).with_suffix("")
 
-    def kept(self, cell: Cell) -> dict[str, Any]:
-        """Return what a cell's file holds; nothing if it is missing or damaged."""
-        path = self.path_of(cell)
-        return whole(path, lambda: self.read(cell), self._tell) or {}
-
-    def has_preview(self, cell: Cell, kept: dict[str, Any]) -> bool:
-        """Return whether a cell's first images are there, and those of its measurements."""
-        path = self.path_of(cell).with_suffix(".npz")
-
-        def read() -> bool:
-            if kept.get("preview") not in (None, check_sum_of_images(self.preview(cell))):
-                raise DamagedFileError(path, "its images are not those of the cell")
-            return True
-
-        return whole(path, read, self._tell) is not None
-
-    def read(self, cell: Cell) -> dict[str, Any]:
+    def read(self, item: Cell) -> dict[str, Any]:
         """Return what a cell's file holds.
 
         Raises:
             DamagedFileError: it is not whole, or not of this cell.
         """
-        path = self.path_of(cell)
-        return check_cell(read_sealed_json(path), cell, path)
+        path = self.path_of(item)
+        return check_cell(read_sealed_json(path), item, path)
 
-    def preview(self, cell: Cell) -> np.ndarray:
-        """Return the first images of a measured cell, uint8 (n, H, W, C)."""
-        path = self.path_of(cell).with_suffix(".npz")
+    def save(self, item: Cell, value: dict[str, Any]) -> None:
+        """Write a cell's measurements."""
+        write_json(self.path_of(item), sealed(value))
+
+    def require_made_with(
+        self, cell: Cell, kept: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]
+    ) -> None:
+        """Refuse a cell that was made with other settings.
+
+        Args:
+            cell: which.
+            kept: what its file holds.
+            now: the settings of this evaluation.
+            defaults: see `workdir.differences`.
+
+        Raises:
+            ValueError: naming what differs. A cell of an earlier version, without samples, does not
+                say what it is.
+        """
+        before, holds = kept["settings"], f"the cell {cell.label}"
+        if isinstance(before, str):
+            if before in earlier_fingerprints(now, defaults):
+                return
+            samples = self.images_of(cell) / SETTINGS
+            if not samples.exists():
+                self.refuse("an earlier version wrote it, which kept a fingerprint alone", holds)
+            before = read_json(samples)
+            before.pop(ORIGIN, None)
+        self.require_same(as_told(before), as_told(now), defaults, holds)
+
+
+class FirstImages(_OfCells[np.ndarray]):
+    """The first images of the cells in a folder.
+
+    Args:
+        cells: their measurements, which hold a check sum of the images.
+        shape: (C, H, W) of the images.
+        tell: called with a line of text about a damaged file, once for each line.
+    """
+
+    def __init__(
+        self, cells: CellFiles, shape: tuple[int, int, int], tell: Callable[[str], None]
+    ) -> None:
+        super().__init__(cells.folder, tell)
+        self.cells, self.shape = cells, shape
+
+    def path_of(self, item: Cell) -> Path:
+        """Return the file of a cell's first images."""
+        return self.cells.path_of(item).with_suffix(".npz")
+
+    def read(self, item: Cell) -> np.ndarray:
+        """Return the first images of a measured cell, uint8 (n, H, W, C).
+
+        Raises:
+            DamagedFileError: they are not whole, or not those of the cell's measurements.
+        """
+        path = self.path_of(item)
         channels, height, width = self.shape
-        shape = (min(PREVIEW, cell.n), height, width, channels)
+        shape = (min(PREVIEW, item.n), height, width, channels)
         images = read_npz(path, ["images"], limit=int(np.prod(shape)))["images"]
         if images.shape != shape or images.dtype != np.uint8:
             raise DamagedFileError(path, f"it holds {images.shape} of {images.dtype}, not {shape}")
+        measured = self.cells.load(item) or {}
+        if measured.get("preview") not in (None, check_sum_of_images(images)):
+            raise DamagedFileError(path, "its images are not those of the cell")
         return images
 
-    def write(self, cell: Cell, measured: dict[str, Any], first: np.ndarray) -> None:
-        """Write a cell's measurements and its first images, uint8 (n, H, W, C)."""
-        path = self.path_of(cell)
-        write_npz(path.with_suffix(".npz"), {"images": first})
-        write_json(path, sealed({**measured, "preview": check_sum_of_images(first)}))
+    def save(self, item: Cell, value: np.ndarray) -> None:
+        """Write a cell's first images, uint8 (n, H, W, C)."""
+        write_npz(self.path_of(item), {"images": value})
 
-    def _tell(self, error: DamagedFileError) -> None:
-        line = f"{error} The cell is measured again."
-        if line not in self._told:
-            self._told.add(line)
-            self._say(line)
+
+def as_told(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as a cell's file holds them: numbers that are not finite as text."""
+    told: dict[str, Any] = json.loads(json.dumps(settings), parse_constant=str)
+    return told
+
+
+def fingerprints_of_earlier_versions(
+    settings: dict[str, Any], defaults: dict[str, Any]
+) -> set[str]:
+    """Return the fingerprints that earlier versions made of the same settings.
+
+    They did not know the settings that came later, and did what those default to.
+    """
+    # what is no default was known; so was everything of a scheduler that is not of this package
+    unchanged = {
+        (group, name)
+        for group in KNOWN
+        for name, value in settings[group].items()
+        if value == defaults.get(f"{group}.{name}")
+    }
+    new = {(group, name) for group, name in unchanged if name not in KNOWN[group]}
+    later = [("scheduler_config", name) for name in KNOWN_LATER]
+    subsets = [set(c) for n in range(len(later) + 1) for c in combinations(later, n)]
+    found = set()
+    for lacked in [more | subset & unchanged for more in (new, set()) for subset in subsets]:
+        then = {
+            name: value for name, value in settings.items() if name in TOLD or value is not None
+        }
+        for group in KNOWN:
+            then[group] = {k: v for k, v in settings[group].items() if (group, k) not in lacked}
+        found.add(hashlib.sha256(json.dumps(then, sort_keys=True).encode()).hexdigest())
+    return found
 
 
 def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any]:
@@ -110,7 +214,7 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
         value = content.get(name)
         require(value is None or _is_number(value, 0), name, value)
     settings, made_with = content.get("settings"), content.get("made_with", {})
-    require(isinstance(settings, str), "settings", settings)
+    require(isinstance(settings, str | dict), "settings", settings)
     require(isinstance(made_with, dict), "made_with", made_with)
     metrics = content.get("metrics")
     require(isinstance(metrics, dict), "metrics", metrics)

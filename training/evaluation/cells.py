@@ -11,8 +11,6 @@ then put in the order of the samples, so the measurements do not depend on the n
 """
 
 import copy
-import hashlib
-import json
 import shutil
 import time
 from pathlib import Path
@@ -29,14 +27,20 @@ from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.pipelines.sampling_files import read_shard
 from ddim_schedulers.pipelines.sampling_job import (
     SamplingJob,
+    defaults_of_settings,
     sample_to_directory,
     settings_of,
-    without_later_keys,
 )
-from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.common.versions import commit, device_name
-from ddim_schedulers.training.evaluation.cell_files import PREVIEW, CellFiles
+from ddim_schedulers.training.evaluation.cell_files import (
+    PREVIEW,
+    CellFiles,
+    FirstImages,
+    as_told,
+    check_sum_of_images,
+)
 from ddim_schedulers.training.evaluation.config import (
     Cell,
     EvaluationConfig,
@@ -57,6 +61,7 @@ class Evaluation:
         progress: called with a line of text now and then.
 
     Raises:
+        FolderInUseError: another process writes to the folder.
         ValueError: for what does not fit together: channels, sizes, pixels that are not 8-bit, too
             few images, a scheduler that refuses its settings or steps, a feature space that gives
             something else than features. Nothing was sampled then.
@@ -76,11 +81,13 @@ class Evaluation:
         self.warm = self.shows_steps = False
         self.commit = commit()
         self.pipe = self._load_pipeline()
-        self.files = CellFiles(self.folder, self.pipe.image_shape, progress)
+        self.files = CellFiles(self.folder, progress)
+        self.first_images = FirstImages(self.files, self.pipe.image_shape, progress)
         self.real = RealImages(config, self.team, self.device, self.pipe.image_shape, progress)
         for cell in config.cells:  # what a scheduler refuses is found before anything is sampled
             self._check_scheduler(cell)
-        self.real.prepare()
+        with own_together(self.folder, "evaluate", self.team):
+            self.real.prepare()
 
     def _load_pipeline(self) -> GenerationPipeline:
         found = fetch(pipeline_folder(self.config.pipeline))
@@ -139,8 +146,8 @@ class Evaluation:
 
     def missing(self, cell: Cell) -> list[str]:
         """Return the feature spaces in which a cell is still to be measured."""
-        kept = self.files.kept(cell)
-        if not kept or not self.files.has_preview(cell, kept):
+        kept = self.files.load(cell)
+        if kept is None or self.first_images.load(cell) is None:
             return list(self.config.features)
         have = kept["metrics"]
         return [
@@ -154,20 +161,20 @@ class Evaluation:
         """Return the measurements of a cell: from its file, or by sampling what is missing.
 
         Raises:
+            FolderInUseError: another process writes to the folder of the evaluation.
             ValueError: if the folder holds the cell with other settings, naming what differs.
         """
+        with own_together(self.folder, "evaluate", self.team):
+            return self._measure(cell)
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
         pipe, job = self._pipe_of(cell), self._job(cell)
-        path, images = self.files.path_of(cell), self.files.images_of(cell)
-        told = settings_of(pipe, job)
-        settings = settings_fingerprint(told)
-        earlier = settings_fingerprint(without_later_keys(told))
-        kept, missing = self.files.kept(cell), self.missing(cell)
+        images = self.files.images_of(cell)
+        settings = settings_of(pipe, job)
+        kept, missing = self.files.load(cell) or {}, self.missing(cell)
         self.team.wait()  # nobody writes before all have looked
-        if kept and kept["settings"] not in (settings, earlier):
-            raise ValueError(
-                f"`output_dir`: {path} was made with other settings (network, scheduler or seeds); "
-                "delete it or choose another output_dir"
-            )
+        if kept:
+            self.files.require_made_with(cell, kept, settings, defaults_of_settings(pipe))
         if not missing:
             return kept
         parts = chunks(cell.n, job.batch_size)
@@ -198,12 +205,13 @@ class Evaluation:
             **(cost if cost["sampled"] or not kept else {k: kept[k] for k in cost if k in kept}),
             "processes": self.team.count,
             "metrics": found,
-            "settings": settings,
+            "settings": as_told(settings),
         }
         if self.team.index == 0:
             count = -(-PREVIEW // job.batch_size)
             first = np.concatenate([read(i) for i in range(len(shards[:count]))])[:PREVIEW]
-            self.files.write(cell, result, first)
+            self.first_images.save(cell, first)
+            self.files.save(cell, {**result, "preview": check_sum_of_images(first)})
         self.team.wait()
         if not self.config.keep_images and self.team.index == 0:
             shutil.rmtree(images)
@@ -244,7 +252,7 @@ class Evaluation:
         Held-out images are measured in the same way: samples that were copied would lie nearer.
         Root mean squared distance of pixels on [0, 1].
         """
-        fake = from_uint8(self.files.preview(cell))
+        fake = from_uint8(self.first_images.read(cell))
         real = self.real.held_out.batch(range(min(200, len(self.real.held_out))))[0]
         distance, nearest = self.real.nearest(torch.cat([fake, real]))
         count = len(fake)
@@ -261,8 +269,3 @@ class Evaluation:
             "held_out_min": float(rms[count:].min()),
             "nearest": [int(i) for i in nearest[:count]],
         }
-
-
-def settings_fingerprint(settings: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything that a cell's samples depend on."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -93,7 +93,7 @@ def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
     for row in rows:
         for s in steps:
             cell = cells.get((row, s))
-            images = from_uint8(evaluation.files.preview(cell)) if cell is not None else blank
+            images = from_uint8(evaluation.first_images.read(cell)) if cell is not None else blank
             title = f"{row}, S = {s}" if cell is not None else ""
             panels.append((title, tiled(images[:SHOWN_IMAGES], min(SHOWN_IMAGES, len(images)))))
     return panels_figure(panels, len(steps), 4.0)
@@ -107,6 +107,6 @@ def nearest_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
         for c in evaluation.config.cells
         if (c.sampler.name, c.steps, c.n, c.repeat) == (found["row"], found["steps"], table["n"], 0)
     )
-    samples = from_uint8(evaluation.files.preview(cell))[: found["n"]]
+    samples = from_uint8(evaluation.first_images.read(cell))[: found["n"]]
     nearest = evaluation.real.train.batch(np.array(found["nearest"]))[0]
     return rows_figure([("samples", samples), ("nearest training images", nearest)])

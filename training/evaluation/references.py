@@ -14,13 +14,11 @@ import numpy as np
 import torch
 
 from ddim_schedulers.pipelines.base import chunks
-from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.images import to_uint8
-from ddim_schedulers.pipelines.workdir import whole
-from ddim_schedulers.reading import DamagedFileError, npz_names, read_npz
+from ddim_schedulers.reading import npz_names, read_npz
 from ddim_schedulers.training.common.processes import Team
-from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
 from ddim_schedulers.training.data.images import ImageData, load_data
+from ddim_schedulers.training.evaluation.caches import ClassifierFile, FeatureFiles
 from ddim_schedulers.training.evaluation.config import CLASSIFIER, EvaluationConfig
 from ddim_schedulers.training.metrics import features as spaces
 from ddim_schedulers.training.metrics.distances import (
@@ -137,7 +135,12 @@ class RealImages:
     def _classifier(self) -> Path:
         path = self.classifier_path()
         self.team.wait()  # nobody looks after one has begun to write
-        there = path.exists() if self.config.classifier is not None else self._is_own(path)
+        if self.config.classifier is not None:
+            there = path.exists()
+        else:
+            wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
+            wanted["images"] = len(self.train)
+            there = ClassifierFile(self.folder, self.progress).is_there(CLASSIFIER, wanted)
         self.team.wait()  # nobody writes before all have looked
         if not there and self.team.index == 0:
             labels = labels_of(self.train, self.config)
@@ -153,31 +156,6 @@ class RealImages:
         self.team.wait()
         return path
 
-    def _is_own(self, path: Path) -> bool:
-        """Return whether the folder's own classifier is whole; if not, it is trained again.
-
-        Raises:
-            ValueError: it was trained in another way than is asked for.
-        """
-        facts = whole(
-            path,
-            lambda: spaces.classifier_facts(path),
-            lambda error: self.progress(f"{error} It is trained again."),
-        )
-        if facts is None:
-            return False
-        wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
-        wanted["images"] = len(self.train)
-        found = {**facts, "images": facts["train_n"] + facts["held_out_n"]}
-        for name, value in wanted.items():
-            if found[name] != value:
-                raise ValueError(
-                    f"`output_dir`: {path} was trained with {name} = {found[name]}, but {value} is "
-                    "asked for; delete it, and the cells are measured again with another, or write "
-                    "`classifier` to use this one"
-                )
-        return True
-
     def _real(self, name: str) -> Reference:
         """Return features of the real images, from the cache where they are in it."""
         parts = {"train": (self.train, self.order)}
@@ -188,11 +166,10 @@ class RealImages:
             for images in _batches(data, rows):
                 digest.update(to_uint8(images).tobytes())
         fingerprint = digest.hexdigest()
-        path = (
-            Path(self.config.cache_dir or self.folder) / f"reference-{fingerprint[:16]}.safetensors"
-        )
+        rows = {part: len(rows) for part, (_, rows) in parts.items()}
+        cache = FeatureFiles(Path(self.config.cache_dir or self.folder), rows, self.progress)
         self.team.wait()
-        kept = self._kept_features(path, fingerprint, {p: len(r) for p, (_, r) in parts.items()})
+        kept = cache.load(fingerprint)
         if kept is None:
             self.progress(f"features of the real images: {name}")
             kept = {part: self._shared(name, data, rows) for part, (data, rows) in parts.items()}
@@ -203,24 +180,9 @@ class RealImages:
                         f"real images ({part})"
                     )
             if self.team.index == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(path, pack_sealed(kept, fingerprint))
+                cache.save(fingerprint, kept)
             self.team.wait()
         return Reference(kept["train"], kept["held_out"], fingerprint)
-
-    def _kept_features(
-        self, path: Path, fingerprint: str, rows: dict[str, int]
-    ) -> dict[str, torch.Tensor] | None:
-        """Return the features in a file of the cache; None if it is missing or damaged."""
-
-        def read() -> dict[str, torch.Tensor]:
-            kept = read_sealed(path, fingerprint, unsealed=True)
-            found = {part: len(value) if value.ndim == 2 else -1 for part, value in kept.items()}
-            if found != rows or len({value.shape[1] for value in kept.values()}) != 1:
-                raise DamagedFileError(path, f"it does not hold features of {rows} images")
-            return kept
-
-        return whole(path, read, lambda error: self.progress(f"{error} It is made again."))
 
     def _shared(self, name: str, data: ImageData, rows: np.ndarray) -> torch.Tensor:
         parts = chunks(len(rows), READ_BATCH)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.ownership import Owner
-from ddim_schedulers.pipelines.workdir import whole
+from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
@@ -35,6 +36,8 @@ STATISTICS = ("gamma", "eps_error", "x0_error")
 TIMESTEPS_PER_PART = 50
 CLAIM = "pass.json"
 SEALED = "sealed"  # in the claim: every part has a check sum
+# what the fingerprint of a network is of, so that a refusal can say which of them differs
+NETWORK_PARTS = ("weights", "alpha_bar", "prediction_type", "scheduler_clip")
 
 
 @dataclass(frozen=True)
@@ -150,22 +153,22 @@ def _run(
     chunks = math.ceil(len(images) / batch_size)
     parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
     work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
+    kept = SweepFiles(work_dir, images.shape, blocks, batch_size, tells=team.index == 0)
     if team.index == 0:
-        _claim(work_dir, measured_model, images, asked, clip, seed, batch_size)
+        kept.claim(settings_of(measured_model, images, asked, clip, seed, batch_size))
     team.wait()
-    kept = _Parts(work_dir, images.shape, blocks, batch_size)
-    todo = [p for p in parts if not kept.is_whole(p, team.index == 0)]
+    todo = kept.missing(parts)
     mine = todo[team.index :: team.count]
     team.wait()  # nobody writes before all have seen what is left
     for number, (c, b) in enumerate(mine):
         batch = images[c * batch_size : (c + 1) * batch_size]
         values = measure(measured_model, batch, blocks[b], clip, seed, c)
         owner.check()
-        write_bytes(_file(work_dir, (c, b)), pack_sealed(values, kept.about((c, b))))
+        kept.save((c, b), values)
         if progress is not None:
             progress(f"part {number + 1} of {len(mine)}")
     team.wait()
-    if missing := [p for p in parts if not _file(work_dir, p).exists()]:
+    if missing := [p for p in parts if not kept.path_of(p).exists()]:
         raise ValueError(
             f"`work_dir`: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
             "folder that all processes see"
@@ -187,41 +190,78 @@ def discard(work_dir: Path) -> None:
         work_dir.rmdir()
 
 
-def _file(work_dir: Path, part: tuple[int, int]) -> Path:
-    return work_dir / f"part-{part[0]:05d}-{part[1]:05d}.safetensors"
+Part = tuple[int, int]  # the number of a chunk of images, and of a block of timesteps
 
 
-class _Parts:
-    """The parts of one pass: what each must be, and whether it is.
+class SweepFiles(Workdir[Part, dict[str, torch.Tensor]]):
+    """The parts of one pass, and the claim that says what they are of.
 
     Args:
-        work_dir: where they are; its `pass.json` says what they are of.
+        work_dir: where they are.
         images: shape (N, C, H, W) of all images.
         blocks: the timesteps of each block.
         batch_size: images in a chunk.
+        tells: whether this process tells of damage.
     """
 
+    argument = "work_dir"
+    holds = "an unfinished pass"
+    remedy = "delete it, or choose another folder"
+    settings_name = CLAIM
+
     def __init__(
-        self, work_dir: Path, images: torch.Size, blocks: list[list[int]], batch_size: int
+        self,
+        work_dir: Path,
+        images: torch.Size,
+        blocks: list[list[int]],
+        batch_size: int,
+        *,
+        tells: bool,
     ) -> None:
-        self.work_dir, self.images, self.blocks = work_dir, images, blocks
-        self.batch_size = batch_size
-        self.claim = read_json(work_dir / CLAIM, finite=True)
-        self.claimed = json.dumps(self.claim, sort_keys=True)
+        super().__init__(work_dir)
+        self.images, self.blocks, self.batch_size, self.tells = images, blocks, batch_size, tells
 
-    def about(self, part: tuple[int, int]) -> str:
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Note what the parts in the folder are of, or refuse those of another pass.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        try:
+            before = self.kept_settings()
+        except DamagedFileError as error:
+            # the parts that were sealed for this very pass are still recognised
+            logger.warning(f"{error} It is made again, and parts of this pass are used.")
+            before = None
+        if before is None:
+            write_bytes(self.folder / CLAIM, to_json({**settings, SEALED: True}))
+            return
+        # which inputs of `network` differ is not known of a pass of an earlier version
+        unknown = {name: settings[name] for name in NETWORK_PARTS if name not in before}
+        self.require_same({SEALED: True, **unknown, **before}, {SEALED: True, **settings})
+
+    @cached_property
+    def claimed(self) -> dict[str, Any]:
+        """Return the claim, once it is made."""
+        return read_json(self.folder / CLAIM, finite=True)
+
+    def about(self, part: Part) -> str:
         """Return what a part is of, for its check sum."""
-        return f"{self.claimed} {part}"
+        return f"{json.dumps(self.claimed, sort_keys=True)} {part}"
 
-    def read(self, part: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def path_of(self, item: Part) -> Path:
+        """Return where a part is, or will be."""
+        return self.folder / f"part-{item[0]:05d}-{item[1]:05d}.safetensors"
+
+    def read(self, item: Part) -> dict[str, torch.Tensor]:
         """Return the tensors of a part.
 
         Raises:
             DamagedFileError: it is not what was written.
         """
-        path, (c, b) = _file(self.work_dir, part), part
+        path, (c, b) = self.path_of(item), item
         # a pass of an earlier version goes on with the parts that it has
-        found = read_sealed(path, self.about(part), unsealed=SEALED not in self.claim)
+        found = read_sealed(path, self.about(item), unsealed=SEALED not in self.claimed)
         rows = min(self.batch_size, self.images[0] - c * self.batch_size)
         block = self.blocks[b]
         first = (rows, *self.images[1:]) if 0 in block else (0,)
@@ -232,47 +272,32 @@ class _Parts:
             raise DamagedFileError(path, "its statistics are no mean squares")
         return found
 
-    def is_whole(self, part: tuple[int, int], tell: bool) -> bool:
-        """Return whether a part exists and is whole; a damaged one is measured again."""
+    def save(self, item: Part, value: dict[str, torch.Tensor]) -> None:
+        """Write the tensors of a part."""
+        write_bytes(self.path_of(item), pack_sealed(value, self.about(item)))
 
-        def damaged(error: DamagedFileError) -> None:
-            if tell:
-                logger.warning(f"{error} It is measured again.")
+    def tell(self, error: DamagedFileError) -> None:
+        """Warn of a damaged part."""
+        if self.tells:
+            logger.warning(f"{error} It is measured again.")
 
-        return whole(_file(self.work_dir, part), lambda: self.read(part), damaged) is not None
 
-
-def _claim(
-    work_dir: Path,
+def settings_of(
     measured_model: MeasuredModel,
     images: torch.Tensor,
     timesteps: list[int],
     clip: float | None,
     seed: int,
     batch_size: int,
-) -> None:
-    """Note what the parts in a folder belong to, or refuse those of something else."""
+) -> dict[str, Any]:
+    """Return everything that the parts of a pass depend on, as JSON types."""
     data = hashlib.sha256(images.to(torch.float64).contiguous().numpy().tobytes()).hexdigest()
-    own = {
+    return {
         "network": measured_model.fingerprint(),
         "images": [len(images), data],
         "timesteps": timesteps,
         "clip": clip,
         "seed": seed,
         "batch_size": batch_size,
+        **dict(zip(NETWORK_PARTS, measured_model.parts(), strict=True)),
     }
-    path = work_dir / CLAIM
-    if path.exists():
-        try:
-            kept = read_json(path, finite=True)
-        except DamagedFileError as error:
-            # the parts that were sealed for this very pass are still recognised
-            logger.warning(f"{error} It is made again, and parts of this pass are used.")
-        else:
-            if other := [name for name, value in own.items() if kept.get(name) != value]:
-                raise ValueError(
-                    f"`work_dir` is {work_dir}; it holds an unfinished pass that differs in "
-                    f"{other}; delete it or name another folder"
-                )
-            return
-    write_bytes(path, to_json({**own, SEALED: True}))

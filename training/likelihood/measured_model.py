@@ -78,12 +78,22 @@ class MeasuredModel:
         Files of earlier versions hold it, so it is not made of `weights_fingerprint`.
         """
         digest = hashlib.sha256()
-        for name, value in sorted(self.unet.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self._hash_weights(digest)
         digest.update(self.alpha_bar.numpy().tobytes())
         digest.update(f"{self.prediction_type}/{self.clip}".encode())
         return digest.hexdigest()
+
+    def parts(self) -> tuple[str, str, str, float | None]:
+        """Return what the fingerprint is of: two hashes, the prediction type and the limit."""
+        weights = hashlib.sha256()
+        self._hash_weights(weights)
+        alpha_bar = hashlib.sha256(self.alpha_bar.numpy().tobytes())
+        return weights.hexdigest(), alpha_bar.hexdigest(), self.prediction_type, self.clip
+
+    def _hash_weights(self, digest: "hashlib._Hash") -> None:
+        for name, value in sorted(self.unet.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def measured_model_of(unet: Any, config: dict[str, Any]) -> MeasuredModel:
