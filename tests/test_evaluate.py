@@ -170,7 +170,7 @@ def test_a_classifier_that_was_trained_in_another_way_is_not_taken_for_the_one_a
     for changes, said in (
         (
             {"classifier_epochs": 2},
-            "a classifier made with other settings .epochs: 1 there, 2 now.",
+            "a classifier made with other .* .epochs: 1 there, 2 now.",
         ),
         ({"seed": 5}, ".seed: 0 there, 5 now."),
     ):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMPipeline,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -761,7 +762,7 @@ def test_help_shows_defaults_and_choices(verb, defaults, capsys):
 
 
 @pytest.mark.parametrize(
-    "cls", [GeneralizedDDIMScheduler, MarkovianDDPMScheduler, DDPMScheduler, EulerDiscreteScheduler]
+    "cls", [GeneralizedDDIMScheduler, MarkovianDDPMScheduler, DDPMScheduler, DDIMScheduler]
 )
 def test_a_setting_that_an_earlier_version_did_not_know_counts_as_its_default(cls, tmp_path):
     """Of job, scheduler and network: a new one needs no list, and refuses no earlier folder."""
