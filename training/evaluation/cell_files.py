@@ -165,9 +165,7 @@ def as_told(settings: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def fingerprints_of_earlier_versions(
-    settings: dict[str, Any], defaults: dict[str, Any]
-) -> set[str]:
+def earlier_fingerprints(settings: dict[str, Any], defaults: dict[str, Any]) -> set[str]:
     """Return the fingerprints that earlier versions made of the same settings.
 
     They did not know the settings that came later, and did what those default to.
