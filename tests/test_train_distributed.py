@@ -122,6 +122,8 @@ def folder(tmp_path_factory, processes):
         "num_train_timesteps": 10,
         "sampling_history": 1,
         "variance_type": "learned_range",
+        "class_conditional": True,
+        "label_dropout": 0.3,
     }
     look = {
         "validate_every": 20,
@@ -145,10 +147,10 @@ def folder(tmp_path_factory, processes):
             runs.append([f"{label}-{key}", settings(f"{label}-{key}", **changes, **extra), None])
     # Dropout is on: its masks too must come back. 30 images in batches of 8: stops mid-epoch.
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
-    np.save(root / "images.npy", images)
+    np.savez(root / "images.npz", images=images, labels=np.arange(30) % 3)
     whole = {
         "model": str(root / "noisy_unet.json"),
-        "data": str(root / "images.npy"),
+        "data": str(root / "images.npz"),
         "validation_fraction": 0.0,
         "max_train_steps": 7,
         **{k: v for k, v in aware.items() if k != "sampling_history"},

@@ -62,16 +62,31 @@ def test_a_config_file_of_diffusers_is_taken_and_checked(tmp_path):
         on_meta("huge", channels=1, size=(8, 8))
 
 
-@pytest.mark.parametrize("key", [{"num_class_embeds": 10}, {"class_embed_type": "timestep"}])
-def test_class_conditional_networks_are_refused(tmp_path, key):
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ({"num_class_embeds": 10}, "is class-conditional, and class_conditional is false"),
+        ({"class_embed_type": "timestep"}, "`class_embed_type` is 'timestep'; it must be null"),
+    ],
+)
+def test_conditional_networks_are_refused_where_no_classes_are_asked_for(tmp_path, key, said):
     values = {k: v for k, v in PRESETS["tiny"].items()} | key
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="class-conditional; this trainer is for unconditional"):
+    with pytest.raises(ValueError, match=said):
         on_meta(str(tmp_path / "config.json"), channels=1, size=(8, 8))
     unet = UNet2DModel(**PRESETS["tiny"], **key, in_channels=1, out_channels=1, sample_size=8)
     unet.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match="class-conditional"):
+    with pytest.raises(ValueError, match=said):
         load_unet(str(tmp_path / "trained"), channels=1, size=(8, 8), learned_variance=False)
+
+
+def test_a_config_file_with_classes_fits_the_data_or_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PRESETS["tiny"] | {"num_class_embeds": 11}))
+    unet = on_meta(str(path), channels=1, size=(8, 8), num_class_embeds=11)
+    assert unet.config.num_class_embeds == 11
+    with pytest.raises(ValueError, match="`num_class_embeds` of .* is 11, but the data need 4"):
+        on_meta(str(path), channels=1, size=(8, 8), num_class_embeds=4)
 
 
 def test_sizes_that_the_network_cannot_halve_are_refused():

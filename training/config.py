@@ -49,6 +49,17 @@ class DataConfig:
     )
     image_column: str | None = option(None, "image column; None takes the only image column")
     array_key: str | None = option(None, "array in an .npz file; None takes the only one")
+    class_conditional: bool = option(
+        False, "learn the classes of the images, from folders, a column, or an array beside them"
+    )
+    label_column: str | None = option(
+        None,
+        "column of a table, or array of an .npz file, with the class of each image; None takes the "
+        "only column of class labels, or the array `labels`",
+    )
+    class_names: list[str] | None = option(
+        None, "names of all classes, in the order of their numbers; None: those of the data"
+    )
     streaming: bool = option(
         False, "read a `datasets` data set as a stream, without downloading it"
     )
@@ -131,6 +142,12 @@ class ObjectiveConfig:
         "make L_gamma + C the variational objective J_sigma of the DDIM paper",
     )
     gamma_eta: float = option(1.0, "eta of the family member for gamma 'ddim'; must be above 0")
+    label_dropout: float | None = option(
+        None,
+        "share of images that are shown without their class (as the null class), for guidance "
+        "without a classifier; None: 0.1, or 0 for a network of from_pretrained without a null "
+        "class",
+    )
     snr_gamma: float = option(5.0, "the limit of the min-SNR weights")
     hybrid_lambda: float = option(0.001, "weight of the bound that trains a learned variance")
     timestep_sampling: Literal["uniform", "stratified", "loss_aware"] = option(

@@ -3,6 +3,8 @@
 import typing
 from typing import TYPE_CHECKING, Literal
 
+from ddim_schedulers.class_labels import NAME_LENGTH, is_name
+
 if TYPE_CHECKING:
     from ddim_schedulers.training.config import TrainingConfig
 
@@ -35,7 +37,14 @@ AT_LEAST = {
     "max_image_pixels": 1,
 }
 ABOVE_ZERO = ("lr", "adam_epsilon", "snr_gamma", "gamma_eta", "ema_inv_gamma", "ema_power")
-SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "validation_fraction", "sampling_uniform")
+SHARES = (
+    "adam_beta1",
+    "adam_beta2",
+    "ema_decay",
+    "label_dropout",
+    "sampling_uniform",
+    "validation_fraction",
+)
 
 
 def check(config: "TrainingConfig") -> None:
@@ -48,7 +57,7 @@ def check(config: "TrainingConfig") -> None:
         if not getattr(config, name) > 0:
             raise ValueError(f"`{name}` is {getattr(config, name)}; it must be above 0")
     for name in SHARES:
-        if not 0 <= getattr(config, name) < 1:
+        if getattr(config, name) is not None and not 0 <= getattr(config, name) < 1:
             raise ValueError(f"`{name}` is {getattr(config, name)}; it must be in [0, 1)")
     if config.max_grad_norm is not None and not config.max_grad_norm > 0:
         raise ValueError(f"`max_grad_norm` is {config.max_grad_norm}; it must be above 0, or null")
@@ -93,6 +102,7 @@ def _check_together(config: "TrainingConfig") -> None:
         len(config.value_range) != 2 or not config.value_range[0] < config.value_range[1]
     ):
         raise ValueError(f"`value_range` is {config.value_range}; it must be two rising numbers")
+    _check_labels(config)
     if config.background != type(config).background:
         _check_colour(config.background)
     if config.streaming and config.num_workers > 1:
@@ -111,6 +121,29 @@ def _check_together(config: "TrainingConfig") -> None:
         raise ValueError(
             "`hybrid_lambda` has no effect with loss 'vlb', which is the bound itself; leave it out"
         )
+
+
+def _check_labels(config: "TrainingConfig") -> None:
+    if not config.class_conditional:
+        for name in ("label_column", "class_names", "label_dropout"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"`{name}` is {getattr(config, name)!r}; it needs class_conditional, which is "
+                    "false"
+                )
+    names = config.class_names
+    if names is None:
+        return
+    if not isinstance(names, list | tuple) or len(names) < 2:
+        raise ValueError(f"`class_names` is {names!r}; it must be a list of at least 2 names")
+    if wrong := [name for name in names if not is_name(name)]:
+        raise ValueError(
+            f"`class_names` holds {wrong[0]!r}; a name must have 1 to {NAME_LENGTH} printable "
+            "characters, and no blank at its ends"
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"`class_names` holds {twice!r} more than once; names must differ")
 
 
 def _check_colour(name: str) -> None:

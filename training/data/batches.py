@@ -5,9 +5,10 @@ The global batch of a step has `batch_size` positions. Positions are dealt out a
     position = (part * num_processes + process) * images_per_part + row
 
 so any division of the same batch over processes and accumulation parts sees the same images, with
-the same flips, crops, timesteps (through `u`) and noise at the same positions.
+the same flips, crops, timesteps (through `u`), dropped labels and noise at the same positions.
 
-Small draws (u, flip, crop) for all positions of a step come from one generator; the noise of each
+Small draws (u, flip, crop) for all positions of a step come from one generator, those of dropped
+labels from another, so that labels change nothing else; the noise of each
 position has a generator of its own, so that a process draws only the noise it needs. All are CPU
 generators: the numbers do not depend on the device. With `num_workers` they are drawn ahead of
 time.
@@ -66,12 +67,22 @@ class Draws:
         stratified: let the u of a step fall one into each of `batch_size` equal intervals.
         random_flip: draw flips; otherwise none.
         random_crop: draw crops; otherwise the centre.
+        label_dropout: share of labels that become the null class.
+        null_class: what they become; None where no label is ever dropped.
     """
 
     def __init__(
-        self, seed: int, batch_size: int, stratified: bool, random_flip: bool, random_crop: bool
+        self,
+        seed: int,
+        batch_size: int,
+        stratified: bool,
+        random_flip: bool,
+        random_crop: bool,
+        label_dropout: float = 0.0,
+        null_class: int | None = None,
     ) -> None:
         self.seed, self.batch_size = seed, batch_size
+        self.label_dropout, self.null_class = label_dropout, null_class
         self.stratified, self.random_flip, self.random_crop = stratified, random_flip, random_crop
 
     def small(self, step: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray | None]:
@@ -96,14 +107,31 @@ class Draws:
             torch.randn(shape, generator=source, out=noise[row])
         return noise
 
+    def dropped(self, step: int) -> torch.Tensor:
+        """Draw which labels of a step become the null class, bool (G,)."""
+        # a generator of its own: the other draws are those of a run without labels
+        source = generator(self.seed, "label_dropout", step)
+        u = torch.rand(self.batch_size, generator=source, dtype=torch.float64)
+        return u < self.label_dropout
+
     def make_batch(
-        self, step: int, positions: np.ndarray, images: torch.Tensor, ids: np.ndarray, replaced: int
+        self,
+        step: int,
+        positions: np.ndarray,
+        images: torch.Tensor,
+        ids: np.ndarray,
+        replaced: int,
+        labels: torch.Tensor | None = None,
     ) -> Batch:
-        """Return the batch of one part: flips the images and adds noise and u."""
+        """Return the batch of one part: flips the images, drops labels, adds noise and u."""
         u, flip, _ = self.small(step)
         flip = flip[positions]
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return {
+        batch = {} if labels is None else {"labels": labels}
+        if labels is not None and self.null_class is not None:
+            dropped = self.dropped(step)[positions]
+            batch["labels"] = torch.where(dropped, self.null_class, labels)
+        return batch | {
             "images": images,
             "noise": self.noise(step, positions, tuple(images.shape[1:])),
             "u": u[positions],
@@ -137,8 +165,10 @@ class MapBatches(Dataset[Batch]):
         positions = self.share.positions(part)
         ids = self.ids(step)[positions]
         crops = self.draws.small(step)[2] if self.draws.random_crop else None
-        images, replaced = self.data.batch(ids, None if crops is None else crops[positions])
-        return self.draws.make_batch(step, positions, images, ids, replaced)
+        images, used = self.data.read(ids, None if crops is None else crops[positions])
+        replaced = int((used != self.data.ids[ids]).sum())
+        labels = self.data.labels_of(used)
+        return self.draws.make_batch(step, positions, images, ids, replaced, labels)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

@@ -50,6 +50,7 @@ class Found:
         left_out: how many files are not used, by the reason.
         names: of folders that were split or not: what was understood, or ''.
         suffixes: of the files that are no images, with their number.
+        classes: folder of the class of each image; '' for one that is in none.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Found:
     left_out: Counter[str] = field(default_factory=Counter)
     understood: str = ""
     suffixes: Counter[str] = field(default_factory=Counter)
+    classes: list[str] = field(default_factory=list)
 
 
 def find_images(folder: Path, split: str) -> Found:
@@ -76,8 +78,10 @@ def find_images(folder: Path, split: str) -> Found:
         else:
             sizes[path] = status.st_size
     items = {path: path.relative_to(folder).parts for path in sorted(sizes)}
-    chosen = _Splits(split, folder).choose(items, found)
+    splits = _Splits(split, folder)
+    chosen = splits.choose(items, found)
     found.paths = [path for path in items if path in chosen]
+    found.classes = _classes([splits.without(items[path]) for path in found.paths])
     found.sizes = [sizes[path] for path in found.paths]
     return found
 
@@ -157,6 +161,18 @@ def _not_an_image(path: Path, suffixes: Counter[str]) -> str | None:
         return "no image, and without a suffix"
 
 
+def _classes(folders: list[tuple[str, ...]]) -> list[str]:
+    """Return the class of each image from the folders that it is in, those of splits left out.
+
+    It is the outermost folder that is not the same for all, so that folders around the classes and
+    within them do not matter.
+    """
+    depth = 0
+    while folders and all(len(f) > depth + 1 and f[depth] == folders[0][depth] for f in folders):
+        depth += 1
+    return [f[depth] if len(f) > depth else "" for f in folders]
+
+
 class _Splits:
     """Chooses the images of a split from a tree of paths."""
 
@@ -165,6 +181,7 @@ class _Splits:
         self.parts = [part.strip() for part in wanted.split("+")]
         self.names: set[str] = set()
         self.classes: set[str] = set()
+        self.divided: set[tuple[str, ...]] = set()  # folders whose sub-folders are splits
 
     def choose(self, items: dict[Path, tuple[str, ...]], found: Found) -> set[Path]:
         """Return the chosen paths; `found` tells the others and how the split was understood.
@@ -191,6 +208,10 @@ class _Splits:
             found.understood = f"{same} taken as a class, since not all folders beside are splits"
         return set(chosen)
 
+    def without(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the folders of an image, without the one that is a split."""
+        return tuple(p for i, p in enumerate(parts[:-1]) if parts[:i] not in self.divided)
+
     def _chosen(
         self, items: dict[Path, tuple[str, ...]], depth: int, top: bool, left_out: Counter[str]
     ) -> list[Path]:
@@ -205,6 +226,7 @@ class _Splits:
         # deeper down a lone folder that is called `test` is more likely a class than a split
         if splits and (top or len(set(splits.values())) > 1):
             self.names |= set(splits)
+            self.divided.add(next(iter(items.values()))[:depth])
             chosen = []
             for name, inside in children.items():
                 if self._means(name, splits):

@@ -17,11 +17,13 @@ from ddim_schedulers.pipelines.image_files import BadImageError, Fit, Header
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.data.fitting import check_fit, fit_image
 from ddim_schedulers.training.data.inventory import Inventory, listed
+from ddim_schedulers.training.data.labels import Classes, classes_of
 from ddim_schedulers.training.data.sources import ArraySource, ImageSource, open_source
 
 # The split of the digits is part of what the name "digits" means here: it depends on no setting.
 DIGITS_SPLIT_SEED = 0
 DIGITS_HELD_OUT = 360
+_DIGITS: tuple[Literal["train", "held_out"], ...] = ("train", "held_out")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class ImageData:
         on_bad_image: 'stop' raises `BadImageError`, 'skip' takes the next image instead.
         skipped: names of files that were left out because even their header was unreadable.
         inventory: what was found in the source, for the line at the start of a run.
+        classes: of the images of the source; None where no labels are asked for.
     """
 
     source: ImageSource
@@ -51,6 +54,7 @@ class ImageData:
     on_bad_image: str = "stop"
     skipped: list[str] = field(default_factory=list)
     inventory: Inventory = field(default_factory=Inventory)
+    classes: Classes | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,16 +76,30 @@ class ImageData:
         Raises:
             BadImageError: an image cannot be decoded and `on_bad_image` is 'stop'.
         """
+        images, ids = self.read(indices, crops)
+        return images, int((ids != self.ids[np.asarray(indices, dtype=np.int64)]).sum())
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray, crops: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Return images as `batch`, and which of the source each of them is, (B,) int64."""
         ids = self.ids[np.asarray(indices, dtype=np.int64)]
         if isinstance(self.source, ArraySource) and self.fit == "exact":
-            return self.scale(torch.from_numpy(self.source.many(ids))), 0
-        images, replaced = [], 0
+            return self.scale(torch.from_numpy(self.source.many(ids))), ids
+        images = []
         for row, position in enumerate(np.asarray(indices)):
             crop = None if crops is None else crops[row]
-            array, moved = self._read(int(position), crop)
-            replaced += moved
+            array, ids[row] = self._read(int(position), crop)
             images.append(self.prepare(array, crop))
-        return torch.stack(images), replaced
+        return torch.stack(images), ids
+
+    def labels(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor | None:
+        """Return the classes (B,) int64 of images by position; None where none are asked for."""
+        return self.labels_of(self.ids[np.asarray(indices, dtype=np.int64)])
+
+    def labels_of(self, ids: np.ndarray) -> torch.Tensor | None:
+        """Return the classes (B,) int64 of images of the source; None as in `labels`."""
+        return None if self.classes is None else torch.from_numpy(self.classes.rows_of(ids))
 
     def all(self, limit: int | None = None) -> torch.Tensor:
         """Return the first `limit` images, or all of them, (n, C, H, W)."""
@@ -125,7 +143,7 @@ class ImageData:
         for tries in range(len(self)):
             index = int(self.ids[(position + tries) % len(self)])
             try:
-                return self.source.read(index, fit, crop), min(tries, 1)
+                return self.source.read(index, fit, crop), index
             except BadImageError:
                 if self.on_bad_image == "stop":
                     raise
@@ -163,13 +181,31 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
             f"`split` is {config.split!r}, but digits have a held-out part of their own"
         )
     if config.data == "digits" and config.fit == "exact" and config.image_size in (None, 8):
-        return digits("train"), digits("held_out")
+        whole = with_classes(digits("all"), config)
+        train, held_out = (replace(digits(part), classes=whole.classes) for part in _DIGITS)
+        if train.classes is not None:
+            train.inventory.classes = train.classes.counted(train.ids)
+        return train, held_out
     source = digits("all").source if config.data == "digits" else open_source(config)
     if len(source) == 0:
         left = f"; left out: {listed(source.left_out)}" if source.left_out else ""
         raise ValueError(f"`data`: {config.data} holds no images{left}")
-    data = checked(source, config)
+    data = with_classes(checked(source, config), config)
     return data.split(config.validation_fraction, config.seed)
+
+
+def with_classes(data: ImageData, config: DataConfig) -> ImageData:
+    """Return the images with their classes, if the settings ask for them.
+
+    Raises:
+        ValueError: as `classes_of`.
+    """
+    if not config.class_conditional:
+        return data
+    data = replace(data, classes=classes_of(data.source, config, data.ids))
+    assert data.classes is not None
+    data.inventory.classes = data.classes.counted(data.ids)
+    return data
 
 
 def checked(source: ImageSource, config: DataConfig) -> ImageData:

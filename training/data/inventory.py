@@ -29,6 +29,7 @@ class Inventory:
         alpha: 'composed' or 'kept' -> images.
         background: the colour behind them.
         looked_at: how many images of a stream the counts are of; None where they are of all.
+        classes: name -> images, where labels are asked for.
     """
 
     place: str = ""
@@ -44,6 +45,7 @@ class Inventory:
     alpha: Counter[str] = field(default_factory=Counter)
     background: str = ""
     looked_at: int | None = None
+    classes: dict[str, int] = field(default_factory=dict)
 
     def count(self, headers: Iterable[Header], times: int = 1) -> None:
         """Take the headers of the images that are used, each for `times` images."""
@@ -69,6 +71,12 @@ class Inventory:
             parts.append(f"left out {self.left_out.total():,}: {listed(self.left_out)}")
         parts.append(f"height x width {listed(self.sizes)}, taken {self.becomes}")
         parts.append(f"modes {listed(self.modes)}")
+        if self.classes:
+            there = {name: n for name, n in self.classes.items() if n}
+            parts.append(f"classes {len(self.classes):,}: {listed(there)}")
+            if empty := [name for name, n in self.classes.items() if not n]:
+                more = f" and {len(empty) - _SHOWN:,} more" if len(empty) > _SHOWN else ""
+                parts.append(f"no image of {', '.join(empty[:_SHOWN])}{more}")
         if self.turned:
             parts.append(f"turned by EXIF {self.turned:,}")
         if self.more_frames[0]:
@@ -103,6 +111,7 @@ class Inventory:
             "alpha": dict(self.alpha),
             "background": self.background,
             "looked_at": self.looked_at,
+            **({"classes": self.classes} if self.classes else {}),
         }
 
 

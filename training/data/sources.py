@@ -148,7 +148,7 @@ class FolderSource:
         found = find_images(folder, split)
         self.paths, self.left_out = found.paths, found.left_out
         self.understood, self.suffixes = found.understood, found.suffixes
-        self.sizes = found.sizes
+        self.sizes, self.classes = found.sizes, found.classes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -193,6 +193,7 @@ class TableSource:
         commit = commit_of(table)
         self.understood = f"commit {commit}" if commit else ""
 
+        self.whole = table
         # Undecoded rows: headers are read without the pixels, and a broken image keeps its name.
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
         self.column, self.label, self.reading = column, label, reading
@@ -245,7 +246,7 @@ def open_source(config: DataConfig) -> ImageSource:
     if path.suffix.lower() in ARRAY_SUFFIXES:
         if config.split not in ("train", "all"):
             raise ValueError(f"`split` is {config.split!r}, but {path} is an array, without splits")
-        return ArraySource(_load_array(path, config.array_key), path.name)
+        return ArraySource(_load_array(path, config), path.name)
     if path.is_dir() and not any((path / name).exists() for name in _SAVED):
         found = FolderSource(path, reading_of(config), config.split)
         if len(found) or ".parquet" not in found.suffixes:
@@ -390,11 +391,19 @@ def raw_row(value: dict[str, Any] | None) -> tuple[str, Any]:
     return name, file.getbuffer() if isinstance(file, io.BytesIO) else file
 
 
-def _load_array(path: Path, key: str | None) -> np.ndarray:
+def label_array(config: DataConfig) -> str:
+    """Return the name of the array of labels in an `.npz` file."""
+    return "labels" if config.label_column is None else config.label_column
+
+
+def _load_array(path: Path, config: DataConfig) -> np.ndarray:
+    key = config.array_key
     try:
         if path.suffix.lower() == ".npy":
             return read_npy(path, mapped=True)
         names = npz_names(path)
+        if key is None and config.class_conditional:
+            names = [name for name in names if name != label_array(config)]
         if key is None and len(names) != 1:
             raise ValueError(f"`data`: {path} holds {names}; choose one with array_key")
         if key is not None and key not in names:

@@ -9,6 +9,7 @@ checkpoint was made.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.data.batches import Batch, Draws, Share
 from ddim_schedulers.training.data.fitting import check_fit
 from ddim_schedulers.training.data.images import ImageData, checked
+from ddim_schedulers.training.data.labels import classes_of_stream, find_label_column
 from ddim_schedulers.training.data.sources import (
     find_image_column,
     load_table,
@@ -104,10 +106,16 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
     if not hasattr(table, "features") or table.features is None:
         table = table._resolve_features()
     column = find_image_column(table.features, config)
-    table = table.select_columns([column]).cast_column(column, Image(decode=False))
+    classes, label = None, None
+    if config.class_conditional:
+        label = find_label_column(table.features, config)
+        classes = classes_of_stream(table.features, label, config)
+    columns = [column] if label is None else [column, label]
+    table = table.select_columns(columns).cast_column(column, Image(decode=False))
     held_out = held_out_of_stream(config.validate_every, config.validation_images)
     reference = config.validation_images if config.frechet_images else 0
-    examples = [row[column] for row in table.take(max(held_out + 1, reference, LOOKED_AT))]
+    looked_at = list(table.take(max(held_out + 1, reference, LOOKED_AT)))
+    examples = [row[column] for row in looked_at]
     if not examples:
         raise ValueError(f"`data`: the stream {config.data} is empty")
     if len(examples) <= held_out:
@@ -115,14 +123,22 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
             f"`validation_images` is {held_out}, but the stream {config.data} has only "
             f"{len(examples)} images, which leaves none to train on"
         )
-    data = checked(ListSource(examples, config.data, reading_of(config)), config)
+    source = ListSource(examples, config.data, reading_of(config))
+    data = checked(source, config)
     data.inventory.looked_at = len(examples)
+    if classes is not None:
+        numbers = [
+            classes.number(row[label], partial(source.name, i)) for i, row in enumerate(looked_at)
+        ]
+        classes = replace(classes, numbers=np.array(numbers, dtype=np.int64))
+        data.inventory.classes = classes.counted(data.ids)
+        data = replace(data, classes=classes)
     if held_out == 0:
-        return Stream(table, column, config), data, None
+        return Stream(table, column, config, label), data, None
     kept = replace(data, ids=data.ids[data.ids < held_out])
     if len(kept) == 0:
         raise ValueError(f"`data`: none of the {held_out} held-out images can be read")
-    return Stream(table.skip(held_out), column, config), data, kept
+    return Stream(table.skip(held_out), column, config, label), data, kept
 
 
 @dataclass
@@ -133,14 +149,18 @@ class Stream:
         table: a `datasets.IterableDataset`.
         column: its image column, undecoded.
         config: of the run.
+        label: its column of labels, if they are asked for.
     """
 
     table: Any
     column: str
     config: DataConfig
+    label: str | None = None
 
-    def examples(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[int, int, Example]]:
-        """Give (epoch, number in it, image) from image `offset` of `epoch` on, without end.
+    def examples(
+        self, seed: int, epoch: int, offset: int
+    ) -> Iterator[tuple[int, int, Example, Any]]:
+        """Give (epoch, number in it, image, label) from image `offset` of `epoch` on, without end.
 
         Raises:
             ValueError: an epoch without images.
@@ -150,21 +170,22 @@ class Stream:
             random = np.random.default_rng(derive_seed(seed, "stream", epoch))
             for example in self._shuffled(random):
                 if number >= offset:
-                    yield epoch, number, example
+                    label = None if self.label is None else example[self.label]
+                    yield epoch, number, example[self.column], label
                 number += 1
             if number == 0:
                 raise ValueError(f"`data`: the stream {self.config.data} is empty")
             epoch, offset = epoch + 1, 0
 
-    def _shuffled(self, random: np.random.Generator) -> Iterator[Example]:
+    def _shuffled(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
         # The shuffle of `datasets` gives another order in a worker process than in the main one.
-        held: list[Example] = []
+        held: list[dict[str, Any]] = []
         for row in self.table:
             if len(held) < self.config.shuffle_buffer:
-                held.append(row[self.column])
+                held.append(row)
                 continue
             at = int(random.integers(len(held)))
-            out, held[at] = held[at], row[self.column]
+            out, held[at] = held[at], row
             yield out
         yield from (held[i] for i in random.permutation(len(held)))
 
@@ -194,14 +215,23 @@ class StreamBatches(IterableDataset[Batch]):
             crops = self.draws.small(step)[2] if self.draws.random_crop else None
             for part in range(self.share.parts):
                 positions = self.share.positions(part)
-                images, replaced = [], 0
+                images, labels, replaced = [], [], 0
                 for position in positions.tolist():
                     crop = None if crops is None else crops[position]
-                    array, moved = self._read(taken, position, crop)
-                    replaced += moved
-                    images.append(self._prepare(array, crop, taken[position]))
+                    array, example = self._read(taken, position, crop)
+                    replaced += example is not taken[position]
+                    images.append(self._prepare(array, crop, example))
+                    if self.data.classes is not None:
+                        labels.append(
+                            self.data.classes.row(example[3], partial(self._name, example))
+                        )
                 batch = self.draws.make_batch(
-                    step, positions, torch.stack(images), self.ids(step)[positions], replaced
+                    step,
+                    positions,
+                    torch.stack(images),
+                    self.ids(step)[positions],
+                    replaced,
+                    torch.tensor(labels) if labels else None,
                 )
                 yield batch | {"stream_position": after}
 
@@ -221,13 +251,13 @@ class StreamBatches(IterableDataset[Batch]):
 
     def _read(
         self, taken: list[Any], position: int, crop: np.ndarray | None
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[np.ndarray, Any]:
         reading, fit = reading_of(self.stream.config), Fit(self.data.size, self.data.fit)
         for tries in range(len(taken)):
             row = taken[(position + tries) % len(taken)]
             try:
                 array = decode(raw_file(row[2]), self._name(row), reading, fit, crop)
-                return array, min(tries, 1)
+                return array, row
             except BadImageError:
                 if self.data.on_bad_image == "stop":
                     raise

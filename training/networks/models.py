@@ -4,9 +4,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.class_labels import labels_in
 from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.common.repositories import fetch
@@ -85,6 +87,7 @@ def make_unet(
     size: tuple[int, int],
     learned_variance: bool = False,
     dropout: float | None = None,
+    num_class_embeds: int | None = None,
 ) -> UNet2DModel:
     """Return a new UNet with random weights from the global generator.
 
@@ -95,14 +98,16 @@ def make_unet(
         size: height and width of the images.
         learned_variance: give the network a second set of output channels for the variance.
         dropout: replaces the dropout of the preset or file.
+        num_class_embeds: classes, the null class among them; None for an unconditional network.
 
     Raises:
-        ValueError: unknown preset, unreadable file, class-conditional network, or channels or size
-            that do not fit.
+        ValueError: unknown preset, unreadable file, or channels, size or classes that do not fit.
     """
     config = dict(PRESETS[model]) if model in PRESETS else _read_config(model)
     out_channels = channels * (2 if learned_variance else 1)
-    given = {"in_channels": channels, "out_channels": out_channels}
+    given: dict[str, Any] = {"in_channels": channels, "out_channels": out_channels}
+    if num_class_embeds is not None:
+        given["num_class_embeds"] = num_class_embeds
     for name, value in given.items():
         if config.get(name, value) != value:
             raise ValueError(f"`{name}` of {model} is {config[name]}, but the data need {value}")
@@ -110,17 +115,30 @@ def make_unet(
     config |= given | {"sample_size": height if height == width else (height, width)}
     if dropout is not None:
         config["dropout"] = dropout
-    _check(config, model, size)
+    _check(config, model, size, num_class_embeds is not None)
     return UNet2DModel(**config)
 
 
 def load_unet(
-    path: str, *, channels: int, size: tuple[int, int], learned_variance: bool
+    path: str,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    learned_variance: bool,
+    class_conditional: bool = False,
 ) -> UNet2DModel:
     """Return a trained UNet from a pipeline or UNet folder or a Hub name, in float32.
 
+    Args:
+        path: folder or name.
+        channels: channels of the images.
+        size: height and width of the images.
+        learned_variance: whether it must have a second set of output channels.
+        class_conditional: whether it may have classes.
+
     Raises:
-        ValueError: nothing there, class-conditional, or channels or size that do not fit.
+        ValueError: nothing there, classes that are not asked for, or channels or size that do not
+            fit.
     """
     found = fetch(path, "from_pretrained")
     is_pipeline = bool(found.commit) or (found.folder / "model_index.json").exists()
@@ -136,8 +154,24 @@ def load_unet(
             f"{unet.config.out_channels} out; data and variance_type need {wanted[0]} and "
             f"{wanted[1]}"
         )
-    _check(dict(unet.config), path, size)
+    _check(dict(unet.config), path, size, class_conditional)
     return unet
+
+
+def with_class_embedding(unet: UNet2DModel, num_class_embeds: int) -> UNet2DModel:
+    """Return an unconditional network with an embedding of classes that changes nothing yet.
+
+    Args:
+        unet: the network; its weights are taken.
+        num_class_embeds: classes, the null class among them. Their vectors are zeros.
+    """
+    # from_config would pass over the keys of this list
+    known = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
+    new = UNet2DModel.from_config({**known, "num_class_embeds": num_class_embeds})
+    torch.nn.init.zeros_(new.class_embedding.weight)
+    missing, unexpected = new.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["class_embedding.weight"] and not unexpected
+    return new
 
 
 def make_scheduler(config: ProcessConfig) -> MarkovianDDPMScheduler:
@@ -179,11 +213,17 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def _check(config: dict[str, Any], name: str, size: tuple[int, int]) -> None:
-    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+def _check(
+    config: dict[str, Any], name: str, size: tuple[int, int], class_conditional: bool
+) -> None:
+    try:
+        labels = labels_in(config)
+    except ValueError as error:
+        raise ValueError(f"the UNet of {name}: {error}") from None
+    if labels is not None and not class_conditional:
         raise ValueError(
-            f"the UNet of {name} is class-conditional; this trainer is for unconditional models "
-            "(class_embed_type and num_class_embeds must be null)"
+            f"the UNet of {name} is class-conditional, and class_conditional is false; set it to "
+            "true, or take a network whose num_class_embeds is null"
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if size[0] % factor or size[1] % factor:

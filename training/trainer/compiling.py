@@ -58,6 +58,7 @@ def check_gradients(
     x: Tensor,
     t: Tensor,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    labels: Tensor | None = None,
 ) -> None:
     """Compare the gradients of a compiled network with those of the network it was made of.
 
@@ -68,16 +69,17 @@ def check_gradients(
         x: a batch as the network will see it, (B, C, H, W).
         t: its timesteps, (B,).
         autocast: mixed precision of the run, or None.
+        labels: its classes, (B,), for a network that has classes.
 
     Raises:
         ValueError: a gradient differs by more than rounding, and by how much the worst; or they
             are not finite without compilation either.
     """
     with _no_weights_of_zero(unet):
-        exact = eager = _gradients(unet, unet, x, t, nullcontext)
+        exact = eager = _gradients(unet, unet, x, t, labels, nullcontext)
         if autocast is not None:
-            eager = _gradients(unet, unet, x, t, autocast)
-        found = _gradients(network, unet, x, t, autocast or nullcontext)
+            eager = _gradients(unet, unet, x, t, labels, autocast)
+        found = _gradients(network, unet, x, t, labels, autocast or nullcontext)
     if not all(bool(gradient.isfinite().all()) for gradient in exact.values()):
         raise ValueError(
             "`compile` is true, and the gradients of this network are not finite without "
@@ -106,12 +108,13 @@ def _gradients(
     unet: UNet2DModel,
     x: Tensor,
     t: Tensor,
+    labels: Tensor | None,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Tensor]:
     """Return the gradients of the mean squared output by name; zeros where there is none."""
     unet.zero_grad()
     with autocast():
-        output = network(x, t, return_dict=False)[0]
+        output = network(x, t, class_labels=labels, return_dict=False)[0]
     output.to(x.dtype).square().mean().backward()
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()

@@ -6,11 +6,13 @@ evenly over it.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddim_schedulers.training.data.labels import Classes
 from ddim_schedulers.training.data.sources import ImageSource
 from ddim_schedulers.training.data.streams import LOOKED_AT
 from ddim_schedulers.training.objectives.losses import read_vector
@@ -49,6 +51,14 @@ def images_fingerprint(source: ImageSource, first: int | None = None) -> dict[st
     return {"sha256": digest.hexdigest(), "of": of}
 
 
+def labels_fingerprint(classes: Classes, first: int | None) -> str:
+    """Return the SHA-256 of the classes and of the labels of all images, or of the `first`."""
+    assert classes.numbers is not None
+    known = json.dumps([classes.count, list(classes.names), classes.rows])
+    numbers = classes.numbers[:first].astype("<i8")
+    return hashlib.sha256(known.encode() + numbers.tobytes()).hexdigest()
+
+
 def _bytes_of(raw: Any, limit: int | None) -> Any:
     if isinstance(raw, Path):
         if not raw.is_file():
@@ -70,7 +80,7 @@ def contents_of(trainer: "Trainer") -> dict[str, Any]:
     if config.gamma not in (None, "ddim"):
         weights = read_vector(str(config.gamma)).numpy()
         gamma = hashlib.sha256(weights.tobytes()).hexdigest()
-    return {
+    found = {
         "data": images_fingerprint(
             trainer.data.source, LOOKED_AT if trainer.stream is not None else None
         ),
@@ -78,3 +88,7 @@ def contents_of(trainer: "Trainer") -> dict[str, Any]:
         "mixed_precision": str(trainer.accelerator.mixed_precision),
         "allow_tf32": config.allow_tf32,
     }
+    if trainer.data.classes is not None:
+        first = None if trainer.stream is None else LOOKED_AT
+        found["labels"] = labels_fingerprint(trainer.data.classes, first)
+    return found

@@ -44,6 +44,7 @@ def report(trainer: "Trainer") -> str:
             to_yaml(config),
             f"data        {count} images {trainer.data.shape}, {held_out:,} held out; this batch "
             f"in [{images.min():.3f}, {images.max():.3f}], levels: {trainer.data.levels}",
+            *_classes(trainer),
             f"batch       {config.batch_size} = {share.num_processes} processes x {share.parts} "
             f"parts x {share.rows} images",
             f"parameters  {parameters:,}",
@@ -53,6 +54,15 @@ def report(trainer: "Trainer") -> str:
             f"{_duration(seconds, left)} for {left:,} steps",
         ]
     )
+
+
+def _classes(trainer: "Trainer") -> list[str]:
+    if (classes := trainer.data.classes) is None:
+        return []
+    null = "no null class" if trainer.null_class is None else "a null class"
+    if trainer.null_class is not None:
+        null += f", which takes the place of {100 * trainer.label_dropout:g} % of the labels"
+    return [f"classes     {classes.count} and {null}"]
 
 
 def _memory(trainer: "Trainer") -> str:

@@ -1,6 +1,7 @@
 """What a run is built of: data, networks, objective, optimiser and batches, from its settings."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
+from ddim_schedulers.class_labels import class_labels_of, note_class_labels
 from ddim_schedulers.training.common.seeds import derive_seed
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.batches import Draws, MapBatches, Share
 from ddim_schedulers.training.data.images import ImageData, load_data
 from ddim_schedulers.training.data.streams import Stream, StreamBatches, open_stream
-from ddim_schedulers.training.networks.models import load_unet, make_scheduler, make_unet
+from ddim_schedulers.training.networks.models import (
+    load_unet,
+    make_scheduler,
+    make_unet,
+    with_class_embedding,
+)
 from ddim_schedulers.training.objectives.losses import make_objective
 from ddim_schedulers.training.objectives.timestep_sampling import make_timestep_sampler
 from ddim_schedulers.training.trainer.compiling import (
@@ -24,6 +31,8 @@ from ddim_schedulers.training.trainer.compiling import (
 from ddim_schedulers.training.trainer.ema import AveragedUNet
 from ddim_schedulers.training.trainer.engine import LearningRate, make_optimizer
 from ddim_schedulers.training.trainer.validation import Watcher
+
+LABEL_DROPOUT = 0.1  # of arXiv:2207.12598 and most conditional models since
 
 
 class Parts:
@@ -87,6 +96,8 @@ class Parts:
             config.timestep_sampling == "stratified",
             config.random_flip,
             config.random_crop,
+            self.label_dropout,
+            self.null_class,
         )
         self.batches: MapBatches | StreamBatches = (
             MapBatches(self.data, draws, self.share)
@@ -116,8 +127,9 @@ class Parts:
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         t = torch.randint(self.config.num_train_timesteps, (len(x),), generator=source)
+        labels = None if self.data.classes is None else self.data.labels([0] * len(x))
         autocast = None if self.accelerator.mixed_precision == "no" else self.accelerator.autocast
-        check_gradients(self.network, self.unet, x, t, autocast)
+        check_gradients(self.network, self.unet, x, t, autocast, labels)
 
     def _load_data(self) -> tuple[ImageData, ImageData | None]:
         self.stream: Stream | None = None
@@ -136,9 +148,14 @@ class Parts:
         }
         torch.manual_seed(derive_seed(config.seed, "weights"))
         if config.from_pretrained is not None:
-            unet = load_unet(config.from_pretrained, **fits)
+            unet = load_unet(
+                config.from_pretrained, class_conditional=config.class_conditional, **fits
+            )
         else:
-            unet = make_unet(config.model, dropout=config.dropout, **fits)
+            unet = make_unet(
+                config.model, dropout=config.dropout, num_class_embeds=self._rows(), **fits
+            )
+        unet = self._with_classes(unet)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         unet = unet.to(self.device)
@@ -147,3 +164,55 @@ class Parts:
         if config.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
         return unet.train()
+
+    def _rows(self) -> int | None:
+        """Return how many classes a new embedding has: those of the data, and the null class."""
+        if self.data.classes is None:
+            return None
+        return self.data.classes.count + (self.config.label_dropout != 0)
+
+    def _with_classes(self, unet: UNet2DModel) -> UNet2DModel:
+        """Return a network that has the classes of the data, and settle which labels are dropped.
+
+        Raises:
+            ValueError: a trained network has other classes, or no null class to drop labels for.
+        """
+        self.null_class: int | None = None
+        self.label_dropout = 0.0
+        classes, rows = self.data.classes, self._rows()
+        if classes is None or rows is None:
+            return unet
+        labels = class_labels_of(unet)
+        if labels is None:
+            unet = with_class_embedding(unet, rows)
+        if labels is None or self.config.from_pretrained is None:
+            null = classes.count if rows > classes.count else None
+            note_class_labels(unet, null, classes.names)
+        else:
+            classes = classes.for_network(labels)
+            self.data = replace(self.data, classes=classes)
+            if self.held_out is not None:
+                self.held_out = replace(self.held_out, classes=classes)
+            if classes.names and not labels.names:
+                note_class_labels(unet, labels.null_class, classes.names)
+        self.null_class = self._null_class(unet)
+        if self.null_class is not None:
+            share = self.config.label_dropout
+            self.label_dropout = LABEL_DROPOUT if share is None else share
+        return unet
+
+    def _null_class(self, unet: UNet2DModel) -> int | None:
+        labels = class_labels_of(unet)
+        assert labels is not None
+        if labels.null_class is None and self.config.label_dropout:
+            raise ValueError(
+                f"`label_dropout` is {self.config.label_dropout}; it must be 0 or left out: the "
+                f"network of from_pretrained, {self.config.from_pretrained!r}, has no null class"
+            )
+        if labels.null_class is None and self.accelerator.is_main_process:
+            print(
+                "the network has no null class: no label is dropped in training, and guidance "
+                "without a classifier will not be possible",
+                file=sys.stderr,
+            )
+        return labels.null_class

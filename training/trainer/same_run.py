@@ -22,6 +22,7 @@ _REMEDY = "start a new run in another output_dir (from_pretrained takes its weig
 _MEANING = {
     "data": "the images, their bytes or their names",
     "gamma": "the weights in the file of gamma",
+    "labels": "the labels of the images, or the names of their classes",
     "mixed_precision": "mixed_precision",
     "allow_tf32": "allow_tf32",
 }
@@ -118,8 +119,8 @@ def _require_same_data(now: dict[str, Any], before: dict[str, Any], understood: 
 
 
 def _require_same_contents(now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in ("data", "gamma"):
-        if name in before and now[name] != before[name]:
+    for name in ("data", "gamma", "labels"):
+        if name in now and name in before and now[name] != before[name]:
             raise ValueError(
                 f"{_MEANING[name]} are not those that the run was trained with so far; bring them "
                 f"back, or {_REMEDY}"

@@ -262,11 +262,14 @@ class Trainer(Parts):
             batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "u")
         )
         x0, noise = x0.to(self.dtype), noise.to(self.dtype)
+        labels = batch.get("labels")
+        if labels is not None:
+            labels = labels.to(self.device, non_blocking=True)
         t, weight = self.sampler.draw(u)
         x_t = self.objective.noisy(x0, noise, t)
         if self.config.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        output = self.network(x_t, t, return_dict=False)[0]
+        output = self.network(x_t, t, class_labels=labels, return_dict=False)[0]
         loss, error = self.objective(output, x0, noise, t)
         weighted = loss if weight is None else loss * weight.to(loss.dtype)
         window.add(t, loss.detach(), weighted.detach(), error, int(batch["replaced"]))

@@ -18,6 +18,7 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.files import write_atomically, write_png
 from ddim_schedulers.pipelines.pictures import tiled
 from ddim_schedulers.training.common.seeds import generator
@@ -30,6 +31,8 @@ from ddim_schedulers.training.objectives.losses import Objective
 # More reference images than this change a distance in `pixels` by less than its spread over
 # samples.
 REFERENCE_LIMIT = 10_000
+# Classes side by side in a grid of samples; more go on in the next row.
+MOST_COLUMNS = 20
 
 
 @dataclass
@@ -97,15 +100,21 @@ class Watcher:
     def _losses(self, unet: UNet2DModel, rows: Tensor, t: Tensor) -> Tensor:
         assert self.held_out is not None
         dtype, device = self.objective.rows.dtype, self.accelerator.device
-        x0 = self.held_out.batch(rows.numpy())[0].to(device, dtype)
+        images, used = self.held_out.read(rows.numpy())
+        x0, labels = images.to(device, dtype), self.held_out.labels_of(used)
+        labels = None if labels is None else labels.to(device)
         noise = noise_of("validation", self.config.seed, rows, self.data.shape).to(device, dtype)
         t = t.to(device)
         with self.accelerator.autocast():
-            output = unet(self.objective.noisy(x0, noise, t), t, return_dict=False)[0]
+            x_t = self.objective.noisy(x0, noise, t)
+            output = unet(x_t, t, class_labels=labels, return_dict=False)[0]
         return torch.stack(self.objective(output, x0, noise, t), dim=1)
 
     def sample(self, unet: UNet2DModel, step: int) -> dict[str, Any]:
-        """Save a grid of fixed seeds; with `frechet_images` also the distance and the drift."""
+        """Save a grid of fixed seeds; with `frechet_images` also the distance and the drift.
+
+        The samples of a network with classes take these in turn; each of up to 20 has its column.
+        """
         config = self.config
         count = max(config.sample_images, config.frechet_images)
         parts = [self.draw(unet, rows) for rows in self._shares(count, config.eval_batch_size)]
@@ -114,7 +123,11 @@ class Watcher:
             report = self._distances(parts, count)
         images = self._gathered(parts, count)
         if self.accelerator.is_main_process:
-            save_grid(images[: config.sample_images], self.folder / f"samples-{step:08d}.png")
+            columns = None
+            if (labels := class_labels_of(unet)) is not None:
+                columns = min(len(labels.ids), config.sample_images, MOST_COLUMNS)
+            path = self.folder / f"samples-{step:08d}.png"
+            save_grid(images[: config.sample_images], path, columns)
         return report
 
     @torch.no_grad()
@@ -128,9 +141,14 @@ class Watcher:
             min(self.config.sample_steps, self.config.num_train_timesteps), device=device
         )
         x = noise_of("samples", self.config.seed, rows, self.data.shape).to(device, dtype)
+        labels = None
+        if (classes := class_labels_of(unet)) is not None:
+            ids = torch.tensor(classes.ids)
+            labels = ids[rows % len(ids)].to(device)
         for t in scheduler.timesteps:
             with self.accelerator.autocast():
-                output = unet(x, t, return_dict=False)[0][:, : self.data.channels]
+                output = unet(x, t, class_labels=labels, return_dict=False)[0]
+            output = output[:, : self.data.channels]
             x = scheduler.step(output.to(dtype), t, x, eta=0.0).prev_sample
         return x
 
@@ -205,12 +223,13 @@ def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (sums[2] / sums[0] - mean.square()).clamp(min=0).sqrt()
 
 
-def save_grid(images: Tensor, path: Path) -> None:
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Save a PNG of `images` (n, C, H, W) in [-1, 1], small ones enlarged without smoothing.
 
-    One and three channels are shown as grey and colour; of other numbers, the first.
+    `columns` images are side by side; None makes as many rows as columns. One and three channels
+    are shown as grey and colour; of other numbers, the first.
     """
-    grid = tiled(images, math.ceil(math.sqrt(len(images))), grey=255)
+    grid = tiled(images, columns or math.ceil(math.sqrt(len(images))), grey=255)
     scale = max(1, 48 // images.shape[2])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_png(path, grid.resize((grid.width * scale, grid.height * scale), Resampling.NEAREST))
