@@ -112,9 +112,10 @@ def _gradients(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Tensor]:
     """Return the gradients of the mean squared output by name; zeros where there is none."""
+    classes = {} if labels is None else {"class_labels": labels}
     unet.zero_grad()
     with autocast():
-        output = network(x, t, class_labels=labels, return_dict=False)[0]
+        output = network(x, t, **classes, return_dict=False)[0]
     output.to(x.dtype).square().mean().backward()
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
