@@ -222,9 +222,8 @@ class StreamBatches(IterableDataset[Batch]):
                     replaced += example is not taken[position]
                     images.append(self._prepare(array, crop, example))
                     if self.data.classes is not None:
-                        labels.append(
-                            self.data.classes.row(example[3], partial(self._name, example))
-                        )
+                        place = partial(self._name, example)
+                        labels.append(self.data.classes.row(example[3], place))
                 batch = self.draws.make_batch(
                     step,
                     positions,
