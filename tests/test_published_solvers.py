@@ -9,6 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.sigmas import sigma_eta, sigma_tau
@@ -228,3 +234,191 @@ def test_tau_and_eta():
     assert float(sigma_tau(a_t, one, 0.5)) == 0
     with pytest.raises(ValueError, match="`tau` is -1; it must be a finite number >= 0"):
         sigma_tau(a_t, a_s, -1)
+
+
+# -- diffusers' classes
+
+
+def stock_run(cls, count, noise=None, exact=True, **settings):
+    """Return (x_0, timesteps, whether it lands on alpha_bar = 1) of a stock scheduler.
+
+    `exact` gives it its noise levels in float64; its own are float32.
+    """
+    theirs = cls(beta_schedule="linear", prediction_type="sample", **settings)
+    theirs.set_timesteps(count)
+    plan = [int(t) for t in theirs.timesteps]
+    alpha_bar = GeneralizedDDIMScheduler().alpha_bar
+    rho = ((1 - alpha_bar) / alpha_bar).sqrt()
+    end = 0.0 if float(theirs.sigmas[-1]) == 0 else float(rho[0])
+    if exact:
+        theirs.sigmas = torch.cat([rho[plan], torch.tensor([end], dtype=torch.float64)])
+    x = X
+    for i, t in enumerate(theirs.timesteps):
+        arguments = {} if noise is None else noise(i)
+        x = theirs.step(network(x, int(t)), t, x, **arguments).prev_sample
+    return x, plan, end == 0
+
+
+def assert_stock(cls, stock, mine, tolerance, noisy=False, counts=(7, 20)):
+    for count in counts:
+        noises = torch.randn(count, *X.shape, generator=torch.Generator().manual_seed(2))
+        noises = noises.double()
+        given = (lambda i: {"variance_noise": noises[i]}) if noisy else None  # noqa: B023
+        x, plan, to_zero = stock_run(cls, count, given, **stock)
+        as_it_comes, *_ = stock_run(cls, count, given, exact=False, **stock)
+        late = count < 15 or cls is UniPCMultistepScheduler
+        settings = {"lower_order_final": late, "set_alpha_to_one": to_zero, **LOG_RHO, **mine}
+        scheduler = GeneralizedDDIMScheduler(
+            clip_sample=False, prediction_type="sample", timesteps=plan, **settings
+        )
+        scheduler.set_timesteps()
+        y = X
+        for i, t in enumerate(plan):
+            given = noises[i] if noisy else None
+            y = scheduler.step(network(y, t), t, y, variance_noise=given).prev_sample
+        assert_same(y, x, tolerance)
+        assert_same(y, as_it_comes, 1e-3)  # its tables are float32
+
+
+# diffusers itself converts a tensor in a way that numpy 2 deprecates
+numpy_2 = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+
+@numpy_2
+@pytest.mark.parametrize("solver_type", ["bh1", "bh2"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_diffusers_unipc(order, solver_type):
+    """Both kinds of B(h) and of prediction; the second order is rho = 1/2."""
+    for predict_x0 in (True, False):
+        stock = {"solver_order": order, "solver_type": solver_type, "predict_x0": predict_x0}
+        if not predict_x0 or solver_type == "bh1":
+            stock["final_sigmas_type"] = "sigma_min"  # at rho = 0 these are NaN
+        mine = {"solver_order": order, "solver_corrector": True, "solver_weights": solver_type}
+        mine["solver_form"] = "sample" if predict_x0 else "epsilon"
+        assert_stock(UniPCMultistepScheduler, stock, mine, 1e-9)
+
+
+WEIGHTS = {"heun": "exact", "midpoint": "bh2"}
+
+
+@numpy_2
+@pytest.mark.filterwarnings("ignore:.*algorithm_types dpmsolver:FutureWarning")
+@pytest.mark.parametrize("solver_type", ["heun", "midpoint"])
+@pytest.mark.parametrize("kind", ["dpmsolver++", "sde-dpmsolver++", "dpmsolver"])
+def test_diffusers_dpm_solver_2m(kind, solver_type):
+    """The sample is float32 in diffusers, whatever it is given: 1e-5."""
+    stock = {"solver_order": 2, "algorithm_type": kind, "solver_type": solver_type}
+    mine = {"solver_order": 2, "solver_weights": WEIGHTS[solver_type]}
+    if kind == "dpmsolver":
+        stock["final_sigmas_type"], mine["solver_form"] = "sigma_min", "epsilon"
+    noisy = kind.startswith("sde")
+    mine["eta"] = 1.0 if noisy else 0.0
+    assert_stock(DPMSolverMultistepScheduler, stock, mine, 2e-5, noisy)
+
+
+@numpy_2
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_diffusers_deis(order):
+    """DEIS in diffusers is the form `epsilon` in log rho, with the integrals."""
+    mine = {"solver_order": order, "solver_form": "epsilon"}
+    assert_stock(DEISMultistepScheduler, {"solver_order": order}, mine, 1e-9)
+
+
+@numpy_2
+@pytest.mark.parametrize("tau", [0, 1, "default"])
+@pytest.mark.parametrize("orders", [(2, 2), (3, 3), (3, 4)])
+def test_diffusers_sa_solver(orders, tau, monkeypatch):
+    """Its default tau is eta = 1 in [0.2, 0.8]; where it has two nodes, the weights are `bh1`."""
+    stock = {"predictor_order": orders[0], "corrector_order": orders[1]}
+    mine = {"solver_order": orders[0], "solver_corrector_order": orders[1]}
+    mine |= {"solver_corrector": True, "solver_weights": "bh1", "lower_order_final": True}
+    if tau == "default":
+        mine |= {"eta": 1.0, "eta_interval": [0.2, 0.8]}
+    else:
+        stock["tau_func"] = lambda t: tau
+        mine["eta"] = float(tau)
+    drawn = []
+    from diffusers.schedulers import scheduling_sasolver
+
+    def draw(shape, **_):
+        drawn.append(torch.randn(shape, generator=torch.Generator().manual_seed(len(drawn))))
+        return drawn[-1].double()
+
+    monkeypatch.setattr(scheduling_sasolver, "randn_tensor", draw)
+    for count in (7, 20):
+        drawn.clear()
+        x, plan, _ = stock_run(SASolverScheduler, count, **stock)
+        scheduler = GeneralizedDDIMScheduler(
+            clip_sample=False, prediction_type="sample", set_alpha_to_one=False, **LOG_RHO, **mine
+        )
+        scheduler.set_timesteps(timesteps=plan)
+        y = X
+        for i, t in enumerate(plan):
+            noise = drawn[i].double()
+            y = scheduler.step(network(y, t), t, y, variance_noise=noise).prev_sample
+        assert_same(y, x)
+
+
+# -- DPM-Solver++(3M), which is no member
+
+
+def dpm_3m(levels, i, nodes, factor):
+    """Return the weights of DPM-Solver++(3M) in diffusers, its D2 multiplied by `factor`.
+
+    D2 there is the second divided difference, half of the second derivative, but stands where the
+    derivative belongs.
+    """
+    if len(nodes) < 3:
+        return dpm_2m(levels, i, nodes, 1, "heun")
+    h, h_0, h_1 = (levels.lam[j + 1] - levels.lam[j] for j in nodes)
+    r0, r1 = h_0 / h, h_1 / h
+    d1_0, d1_1 = np.array([1, -1, 0]) / r0, np.array([0, 1, -1]) / r1
+    d1 = d1_0 + r0 / (r0 + r1) * (d1_0 - d1_1)
+    d2 = factor * (d1_0 - d1_1) / (r0 + r1)
+    decay = math.exp(-h) - 1
+    return -decay * np.array([1, 0, 0]) + (decay / h + 1) * d1 - ((decay + h) / h**2 - 0.5) * d2
+
+
+def gaussian_error(count, factor):
+    """Return the global error on N(0.4, 0.25) data, in even steps of lambda."""
+    mean, variance = 0.4, 0.25
+    levels = Levels()
+    levels.lam = np.linspace(-math.log(200), -math.log(0.05), count + 1)
+    levels.alpha = np.sqrt(1 / (1 + np.exp(-2 * levels.lam)))
+    levels.sigma = levels.alpha * np.exp(-levels.lam)
+    spread = np.sqrt(levels.alpha**2 * variance + levels.sigma**2)
+    x, seen = levels.alpha[0] * mean + 1.3 * spread[0], []
+    for i in range(count):
+        a = levels.alpha[i]
+        seen.append(mean + variance * a * (x - a * mean) / spread[i] ** 2)
+        nodes = [*range(i, max(i - 3, -1), -1)]
+        x = levels.sigma[i + 1] / levels.sigma[i] * x
+        for weight, j in zip(dpm_3m(levels, i, nodes, factor), nodes, strict=True):
+            x += levels.alpha[i + 1] * weight * seen[j]
+    return abs(x - levels.alpha[-1] * mean - 1.3 * spread[-1])
+
+
+def test_dpm_solver_pp_3m_has_order_2():
+    """As published and in diffusers; with twice its D2 it has order 3, and is our order 3."""
+    slopes = {}
+    for factor in (1, 2):
+        errors = [gaussian_error(count, factor) for count in (128, 256)]
+        slopes[factor] = math.log2(errors[0] / errors[1])
+    assert abs(slopes[1] - 2) < 0.15 and slopes[2] > 2.9, slopes
+    doubled = published(lambda levels, i, nodes, _: dpm_3m(levels, i, nodes, 2), 3)
+    assert_same(ours(solver_order=3, **LOG_RHO), doubled)
+
+
+@numpy_2
+def test_diffusers_dpm_solver_pp_3m_is_the_formula_with_half_its_d2():
+    x, plan, _ = stock_run(DPMSolverMultistepScheduler, 20, solver_order=3, solver_type="heun")
+    levels = Levels(plan=plan)
+    y, seen = X, []
+    for i, t in enumerate(plan):
+        seen.append(network(y, t))
+        nodes = [i] if i == len(plan) - 1 else [*range(i, max(i - 3, -1), -1)]
+        y = levels.sigma[i + 1] / levels.sigma[i] * y
+        weights = [1.0] if len(nodes) == 1 and i else dpm_3m(levels, i, nodes, 1)
+        for weight, j in zip(weights, nodes, strict=True):
+            y = y + levels.alpha[i + 1] * weight * seen[j]
+    assert_same(y, x, 2e-5)
