@@ -10,11 +10,12 @@ the top of `process`.
 from pathlib import Path as _Path
 
 from .plugin import register, to_portable
-from .scheduling_ddim import FEW_STEPS, GeneralizedDDIMScheduler
+from .scheduling_ddim import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from .scheduling_ddim_inverse import GeneralizedDDIMInverseScheduler
 from .scheduling_ddpm import MarkovianDDPMScheduler
 
 __all__ = [
+    "CALIBRATED",
     "FEW_STEPS",
     "GeneralizedDDIMInverseScheduler",
     "GeneralizedDDIMScheduler",

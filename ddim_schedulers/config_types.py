@@ -21,6 +21,7 @@ FLAGS = (
     "lower_order_final",
     "rescale_betas_zero_snr",
     "set_alpha_to_one",
+    "solver_calibrated",
     "solver_corrector",
     "thresholding",
 )

@@ -40,6 +40,7 @@ FAMILY_KEYS = (
     "sample_max_value",
     "set_alpha_to_one",
     "sigma",
+    "solver_calibrated",
     "solver_corrector",
     "solver_corrector_order",
     "solver_form",

@@ -24,6 +24,7 @@ from .family_config import BETA_KEYS, FamilyConfigMixin, check_names, check_plan
 from .modes import outside_modes
 from .planning import bound_member, planned_timesteps
 from .scales import is_one
+from .solver_tables import SolverTable
 from .step_inputs import pick_rows
 from .timesteps import check_num_inference_steps, landing, make_timesteps, pairs
 
@@ -37,6 +38,7 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
     _past: Any  # the history of the latest steps; a new plan has none
     _planned_times: int
     _runs: dict[int, int]
+    _stored: SolverTable | None = None  # the stored sampler that the plan follows
 
     def _check_config(self) -> None:
         big_t = check_num_train_timesteps(self.config.num_train_timesteps)
@@ -72,10 +74,14 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
         stride = self._stride if plan is None else None
         plan = self._plan if plan is None else plan
         self._plan = []
+        stored = self._stored
         self._set_plan(plan, stride)
+        self._restore(stored)
 
     @outside_modes
-    def _set_plan(self, timesteps: list[int], stride: int | None = None) -> None:
+    def _set_plan(
+        self, timesteps: list[int], stride: int | None = None, stored: SolverTable | None = None
+    ) -> None:
         """Fix the trajectory: where a step from each t lands, for planned and other timesteps.
 
         The tables stay if neither the trajectory nor the config has changed.
@@ -83,6 +89,7 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
         Args:
             timesteps: the trajectory, strictly decreasing.
             stride: where every step goes this far down instead, from any timestep.
+            stored: the sampler whose trajectory it is.
         """
         self._past = None
         if not torch.compiler.is_dynamo_compiling():
@@ -90,9 +97,9 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
             self._runs[threading.get_ident()] = self._planned_times
         config = self.config
         same = config is self._planned_config and config.changes == self._planned_changes
-        if timesteps == self._plan and stride == self._stride and same:
+        if timesteps == self._plan and stride == self._stride and stored == self._stored and same:
             return
-        self._plan, self._stride = timesteps, stride
+        self._plan, self._stride, self._stored = timesteps, stride, stored
         self._planned_config, self._planned_changes = config, config.changes
         self._settings = self._read_settings()
         self._landing = landing(timesteps, len(self._alpha_bar))
@@ -133,14 +140,23 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
             self._process_of_config()
             self._accept("timesteps", timesteps)
             self._process_changed()
+        stored = self._stored
         self._set_plan(self._plan, self._stride)
+        self._restore(stored)
+
+    def _acting(self, key: str) -> Any:
+        """Return a setting that a stored sampler brings along, else that of the config."""
+        return self.config[key] if self._stored is None else getattr(self._stored, key)
+
+    def _restore(self, stored: SolverTable | None) -> None:
+        """Go on with a stored sampler after a change, where it still fits; say so where not."""
 
     def _take_trajectory(self, listed: list[Any]) -> None:
         """Plan assigned timesteps; a part of the plan, where each step has its neighbour, stays."""
         if is_part(listed, self._plan):
             return
         planned = checked_plan(self._in_order_of_sampling(listed), len(self))
-        before = self._plan, self._stride
+        before = self._plan, self._stride, self._stored
         self._set_plan(planned)
         try:
             self._check_plan_snr()
@@ -187,7 +203,7 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
                 "= 0, where eps says nothing about x_0; use 'v_prediction', 'sample' or "
                 "'posterior_mean', or timesteps that avoid it (e.g. timestep_spacing='leading')."
             )
-        scale = self.config.eps_scale
+        scale = self._acting("eps_scale")
         if self._plan_has_zero_snr and not is_one(scale):
             raise ValueError(
                 f"`eps_scale` is {scale!r} and the trajectory holds a timestep with alpha_bar = 0, "

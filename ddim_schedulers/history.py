@@ -20,6 +20,7 @@ class Past(NamedTuple):
     known: torch.Tensor  # (1,)
     timestep: torch.Tensor  # (1,), of the newest
     thread: int | None = None  # that made it; None where it may go on anywhere
+    start: torch.Tensor | None = None  # x_T of the run, for a stored table
 
 
 class FamilyHistoryMixin:
@@ -63,7 +64,7 @@ class FamilyHistoryMixin:
         else:
             e_x0, e_x, e_m = multistep.estimate.index_select(0, t).unbind(1)
             e = torch.mul(x0, e_x0).addcmul_(x, e_x).addcmul_(m, e_m)
-        count = multistep.weights.shape[0] - 1
+        count = multistep.memory
         past, thread = self._past, None
         if not torch.compiler.is_dynamo_compiling():
             thread = threading.get_ident()
@@ -73,19 +74,57 @@ class FamilyHistoryMixin:
                 none = (torch.zeros_like(e),) * (count - 1)
                 self._past = Past((e, *none), torch.zeros_like(t), t, thread)
                 self._runs[thread] = self._planned_times
+                if multistep.differences is not None:
+                    self._past = self._past._replace(start=x.clone())
+                    of_start, of_e, *_ = multistep.differences.index_select(0, t).unbind(1)
+                    out.addcmul_(x, of_start).addcmul_(e, of_e)
                 return
             self._check_thread(past, thread)
         if past is None or not _alike(past.predictions, e, count):
             past = Past((torch.zeros_like(e),) * count, torch.zeros_like(t), torch.full_like(t, -1))
         follows = multistep.before.index_select(0, t) == past.timestep
         known = torch.where(follows, (past.known + 1).clamp(max=count), 0)
-        weights = multistep.weights[known, t].unbind(1)
-        for j, (earlier, weight) in enumerate(zip(past.predictions, weights, strict=True)):
+        own = multistep.weights.shape[0] - 1
+        weights = multistep.weights[known.clamp(max=own), t].unbind(1)
+        for j, (earlier, weight) in enumerate(zip(past.predictions[:own], weights, strict=True)):
             # not a product with 0 alone: what an abandoned run left may be NaN
             out.addcmul_(torch.where(known > j, earlier - e, 0.0), weight)
-        self._past = Past((e, *past.predictions[:-1]), known, t, thread)
+        start = self._add_differences(out, multistep, past, known, t, number, x, e)
+        self._past = Past((e, *past.predictions[:-1]), known, t, thread, start)
         if thread is not None:
             self._runs[thread] = self._planned_times
+
+    def _add_differences(
+        self,
+        out: torch.Tensor,
+        multistep: Multistep,
+        past: Past,
+        known: torch.Tensor,
+        t: torch.Tensor,
+        number: Any,
+        x: torch.Tensor,
+        e: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Add what a stored table adds, where every step of the run so far is known.
+
+        Returns:
+            x_T of the run; of any other tensor in its shape where that is not known.
+        """
+        if multistep.differences is None or multistep.place is None:
+            return None
+        place = multistep.place.index_select(0, t)
+        before = x if past.start is None else past.start
+        start = torch.where(place == 0, x, before)
+        # a run of S steps has no more than S - 1 behind it
+        whole = known == place
+        of_start, of_e, *weights = multistep.differences.index_select(0, t).unbind(1)
+        out.addcmul_(torch.where(whole, start, 0.0), of_start)
+        out.addcmul_(torch.where(whole, e, 0.0), of_e)
+        most = self._plan.index(number) if number in self._plan else len(weights)
+        for j, weight in enumerate(weights[:most]):
+            earlier = torch.where(whole & (known > j), past.predictions[j], 0.0)
+            out.addcmul_(earlier, weight)
+        return start
 
     def _check_thread(self, past: Past | None, thread: int) -> None:
         """Refuse a step in the middle of a run whose history another thread has replaced."""

@@ -7,6 +7,7 @@ import torch
 
 from .optimal import Statistics, optimal_timesteps, statistics_of
 from .reverse_noise import Noise, cost_name, noise_named
+from .solver_tables import check_solver_tables
 from .timesteps import check_num_inference_steps, check_timesteps, make_timesteps
 from .trajectory import calibrated_timesteps, trajectory_of
 
@@ -69,7 +70,7 @@ def planned_timesteps(
 
 
 def check_calibration(config: Any, alpha_bar: torch.Tensor, noise: Noise) -> None:
-    """Check what `calibration` holds: statistics, a trajectory, or both.
+    """Check what `calibration` holds: statistics, a trajectory, tables of solvers, or all of them.
 
     Args:
         config: of a scheduler.
@@ -80,11 +81,14 @@ def check_calibration(config: Any, alpha_bar: torch.Tensor, noise: Noise) -> Non
         ValueError: for what is missing or does not fit.
     """
     calibration = config.get("calibration")
-    has_trajectory = isinstance(calibration, Mapping) and "trajectory" in calibration
+    measured = set(calibration) if isinstance(calibration, Mapping) else set()
+    has_trajectory, has_tables = "trajectory" in measured, "solver" in measured
     if has_trajectory or config.timestep_spacing == "calibrated":
         trajectory_of(calibration, config.num_train_timesteps)
+    if has_tables:
+        check_solver_tables(calibration, config.num_train_timesteps)
     needed = noise.needs_calibration or config.timestep_spacing == "optimal"
-    alone = has_trajectory and "gamma" not in calibration
+    alone = (has_trajectory or has_tables) and "gamma" not in measured
     if needed or (calibration is not None and not alone):
         measured_statistics(config, alpha_bar)
 

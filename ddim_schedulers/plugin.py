@@ -50,6 +50,7 @@ NEUTRAL = {
     "timesteps": (None,),
     "original_inference_steps": (None,),
     "reverse_variance": (None, "sigma"),
+    "solver_calibrated": (None, False),
     "solver_order": (None, 1),
 }
 

@@ -105,7 +105,9 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
             past = None
         if past is not None:
             past = past._replace(
-                thread=None, predictions=tuple(e.detach() for e in past.predictions)
+                thread=None,
+                predictions=tuple(e.detach() for e in past.predictions),
+                start=None if past.start is None else past.start.detach(),
             )
         anew: dict[str, Any] = {
             "_tables": {},
@@ -119,11 +121,15 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
     def _read_settings(self) -> StepSettings:
         config, key = self.config, self._noise_key
         noise = OWN if key is None else noise_named(key, config[key])
+        stored = self._stored
+        limit = config.get("clip_sample_range", 1.0)
+        if stored is not None and stored.clip is not None:
+            limit = stored.clip
         return StepSettings(
             clips=self._clips(),
             thresholds=bool(config.get("thresholding", False)),
-            clip_range=config.get("clip_sample_range", 1.0),
-            eta=config.get("eta"),
+            clip_range=limit,
+            eta=config.get("eta") if stored is None else stored.eta,
             solver_order=config.get("solver_order", 1),
             noise=noise,
             learned=noise if isinstance(noise, LearnedNoise) else None,
@@ -157,7 +163,7 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
         )
 
     def _scales(self) -> Scales:
-        return scales_of(self.config.eps_scale, self.config.end_scale, self._landing)
+        return scales_of(self._acting("eps_scale"), self._acting("end_scale"), self._landing)
 
     def _warn_of_terminal_signal(self) -> None:
         """Say once where sampling cannot start from what training ended with."""
@@ -192,6 +198,8 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
         return {t: flat[i * width : (i + 1) * width] for i, t in enumerate(self._plan)}
 
     def _clips(self) -> bool:
+        if self._stored is not None:
+            return self._stored.clip is not None
         return bool(self.config.thresholding or self.config.clip_sample)
 
     def _limit(self, x0: torch.Tensor) -> torch.Tensor:

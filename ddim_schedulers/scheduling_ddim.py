@@ -14,14 +14,31 @@ from .modes import outside_modes
 from .reverse_noise import ANY_MEMBER
 from .scheduling_base import FamilySchedulerMixin, logger
 from .sigmas import as_sigma, check_eta, check_sigma, sigma_eta
-from .step_inputs import check_on_plan, check_one_timestep, check_tensors, compute_dtype
+from .solver_tables import (
+    SolverTable,
+    difference_columns,
+    misfit,
+    solver_table_of,
+    stored_calls,
+)
+from .step_inputs import (
+    check_on_plan,
+    check_one_timestep,
+    check_tensors,
+    compute_dtype,
+    holds_numbers,
+)
 from .tables import Multistep, Table, multistep_of
-from .timesteps import in_interval
+from .timesteps import check_num_inference_steps, in_interval
 
 # Settings for good pictures in 5 to 50 network calls:
 # `GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **FEW_STEPS)`. With a trajectory in
 # `calibration` and at most ten calls, add `timestep_spacing="calibrated"`.
 FEW_STEPS = {"solver_order": 2, "solver_corrector": True, "timestep_spacing": "trailing"}
+
+# The table that `calibration` stores for the asked number of calls, and FEW_STEPS for any other:
+# `ddim-schedulers calibrate --objective solver` makes them.
+CALIBRATED = {**FEW_STEPS, "solver_calibrated": True}
 
 
 class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes by a first None
@@ -108,6 +125,10 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         eps_scale: eps_hat is divided by it, before x0_hat is made of it and clipped (`scales`): a
             number > 0, or a line in t as two numbers [at t = 0, at t = T].
         end_scale: what the finished sample is multiplied by, > 0.
+        solver_calibrated: take timesteps, weights, clipping and eta from the table that
+            `calibration["solver"]` holds for the number of calls that `set_timesteps` is asked for
+            (`solver_tables`). It remembers x_T and every prediction of a run. Where there is none,
+            or it was not made for the other settings, the scheduler does without and says why.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -154,7 +175,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         solver_variable: str | None = None,
         solver_weights: str = "exact",
         solver_corrector_order: int | None = None,
+        solver_calibrated: bool = False,
     ) -> None:
+        self._said_of_tables: set[str] = set()
         self._sigma: torch.Tensor | None = None
         self._zeros_of_sigma: frozenset[int] = frozenset()
         self._warned_of_eta = False
@@ -220,29 +243,116 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             )
         if member is not None and num_inference_steps is None and timesteps is None:
             num_inference_steps = len(member) if self.config.timesteps is None else None
-        planned = self._resolve_timesteps(num_inference_steps, timesteps)
+        stored = self._stored_for(num_inference_steps, timesteps, member)
+        if stored is None:
+            planned = self._resolve_timesteps(num_inference_steps, timesteps)
+        else:
+            planned = stored.timesteps
         if member is not None and len(member) != len(planned):
             raise ValueError(
                 f"`sigma` has {len(member)} values, but the trajectory has {len(planned)} steps; "
                 "give one for each."
             )
-        self._commit(planned, member)
+        self._commit(planned, member, stored)
         self._warn_of_terminal_signal()
         self._show(device)
         if not torch.compiler.is_dynamo_compiling():
-            eta = None if self._sigma is not None else (self.config.eta or 0.0)
+            eta = None if self._sigma is not None else (self._settings.eta or 0.0)
             self._table_for(eta, False, self._public["timesteps"].device, torch.float32)
 
-    def _commit(self, planned: list[int], member: torch.Tensor | None) -> None:
+    def _stored_for(
+        self, calls: int | None, timesteps: Iterable[int] | None, member: torch.Tensor | None
+    ) -> SolverTable | None:
+        """Return the stored sampler that the config asks for, if there is one that fits."""
+        config = self.config
+        if not config.solver_calibrated or torch.compiler.is_dynamo_compiling():
+            return None
+        if calls is None and timesteps is None and config.timesteps is None:
+            return None  # refused further on
+        if timesteps is not None or config.timesteps is not None:
+            return self._without_table("timesteps")
+        if member is not None:
+            return self._without_table("sigma")
+        calls = check_num_inference_steps(calls, len(self))  # type: ignore[arg-type]
+        table = solver_table_of(config.calibration, calls, len(self))
+        if table is None:
+            there = stored_calls(config.calibration)
+            return self._without_table("calls", f"{calls} calls, stored: {there}")
+        why = misfit(table, config, self._alpha_bar, self.alpha_bar_end)
+        if why is not None:
+            return self._without_table(why)
+        said = f"{calls} calls: the stored table, timesteps {table.timesteps}."
+        if said not in self._said_of_tables:
+            self._said_of_tables.add(said)
+            logger.info(said)
+        return table
+
+    def _without_table(self, why: str, more: str = "") -> None:
+        """Say once that a stored sampler is not used, in a word why, and what takes its place."""
+        if why + more in self._said_of_tables:
+            return
+        self._said_of_tables.add(why + more)
+        logger.warning(
+            f"`solver_calibrated` is True, but the stored tables do not fit: {why}"
+            f"{more and f' ({more})'}. The steps are those of `solver_order`="
+            f"{self.config.solver_order} without a table."
+        )
+
+    def _restore(self, stored: SolverTable | None) -> None:
+        if stored is None or self._plan != stored.timesteps:
+            return
+        config = self.config
+        why = misfit(stored, config, self._alpha_bar, self.alpha_bar_end)
+        why = why if config.solver_calibrated else "solver_calibrated"
+        if why is None:
+            self._set_plan(self._plan, self._stride, stored)
+        else:
+            self._without_table(why)
+
+    def without_table(self, why: str) -> None:
+        """Go on without the stored sampler of the plan, if any: it was not made for this run.
+
+        A caller that changes what the network says, as guidance does, calls it after
+        `set_timesteps`. The timesteps stay; clipping, eta and weights are those of the config.
+
+        Args:
+            why: in a word, for the log.
+        """
+        if self._stored is not None:
+            self._without_table(why)
+            self._set_plan(self._plan, self._stride)
+
+    def _check_table_fits(
+        self, sample: torch.Tensor, timestep: int | torch.Tensor, eta: float
+    ) -> None:
+        """Do without the stored sampler where this step is not one that it was made for."""
+        stored = self._stored
+        assert stored is not None
+        check_one_timestep(timestep, self._settings.solver_order)
+        if stored.shape is not None and list(sample.shape[1:]) != stored.shape:
+            return self.without_table("shape")
+        if self.config.eta is None and check_eta(eta) not in (0, stored.eta):
+            return self.without_table("eta")
+        if self._past is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        # the first step of a run: an accelerator is waited for once
+        number = timestep
+        if isinstance(timestep, torch.Tensor):
+            number = int(timestep) if holds_numbers(timestep) else self._plan[0]
+        return None if number == self._plan[0] else self.without_table("start")
+
+    def _commit(
+        self, planned: list[int], member: torch.Tensor | None, stored: SolverTable | None
+    ) -> None:
         """Replace the plan, or leave everything as it was if the new one is refused."""
-        before = self._plan, self._stride
-        self._set_plan(planned)
+        before = self._plan, self._stride, self._stored
+        self._set_plan(planned, None, stored)
         try:
             self._check_plan_snr()
             if member is not None:
                 check_sigma(member, self._alpha_bar_s[planned])
-            elif self.config.eta is not None:
-                eta = self.config.eta
+            elif self._settings.eta is not None:
+                eta = self._settings.eta
                 check_sigma(self._sigma_of(eta)[planned], self._alpha_bar_s[planned], eta)
         except ValueError:
             self._set_plan(*before)
@@ -263,13 +373,13 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
 
     def _sigma_of(self, eta: float) -> torch.Tensor:
         sigma = sigma_eta(self._alpha_bar, self._alpha_bar_s, eta)
-        interval = self.config.eta_interval
+        interval = self._acting("eta_interval")
         if interval is not None:
             sigma = torch.where(in_interval(interval, len(self)), sigma, 0.0)
         return sigma
 
     def _adds_none(self, t: int) -> bool:
-        interval = self.config.eta_interval
+        interval = self._acting("eta_interval")
         outside = interval is not None and not interval[0] <= t / len(self) <= interval[1]
         return outside or super()._adds_none(t) or t in self._zeros_of_sigma
 
@@ -315,7 +425,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         config = self.config
         solver = (config.solver_form, config.solver_order, config.solver_corrector)
         prediction = None if clips else config.prediction_type
-        return multistep_of(
+        made = multistep_of(
             self._alpha_bar,
             self._alpha_bar_s,
             sigma,
@@ -329,6 +439,13 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             config.solver_weights,
             config.solver_corrector_order,
         )
+        if self._stored is None:
+            return made
+        differences, place = difference_columns(self._stored, len(self))
+        end = self._scales().end
+        if end is not None:
+            differences = differences * end[:, None]
+        return made._replace(differences=differences.to(dtype), place=place)
 
     def _checked_sigma(self, eta: float) -> torch.Tensor:
         sigma = self._sigma_of(eta)
@@ -400,6 +517,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         self._follow()
         if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
+        if self._stored is not None:
+            self._check_table_fits(sample, timestep, eta)
         member = self._member(eta)
         if self._sigma is not None:
             check_on_plan(timestep, self._plan)

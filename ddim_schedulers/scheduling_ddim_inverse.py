@@ -14,7 +14,7 @@ from .attributes import watched
 from .config_types import check_types
 from .family_config import FAMILY_KEYS
 from .modes import outside_modes
-from .scheduling_base import FamilySchedulerMixin
+from .scheduling_base import FamilySchedulerMixin, logger
 from .step_inputs import check_tensors, compute_dtype
 from .tables import Table, encoding_table
 
@@ -104,6 +104,7 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         end_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        self._warned_of_table = False
         self._keep_others(kwargs)
         self._make_tables()
 
@@ -170,6 +171,12 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         """
         self._check_solver_order()
         self._follow()
+        if self.config.get("solver_calibrated") and not self._warned_of_table:
+            self._warned_of_table = True
+            logger.warning(
+                "`solver_calibrated` is True, but a stored table has no inverse: inversion. The "
+                "steps are those of `solver_order`=1."
+            )
         before = self._plan, self._stride
         self._set_plan(self._resolve_timesteps(num_inference_steps, timesteps))
         try:

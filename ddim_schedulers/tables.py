@@ -26,11 +26,23 @@ class Multistep(NamedTuple):
     weights has shape (m + 1, T, m), m predictions remembered, first index how many are known.
     before is the planned timestep before each, (T,), -2 where there is none. estimate holds the
     columns e_x0, e_x, e_m of e_0 = eps_hat, (T, 3); without it e_0 is x0_hat.
+
+    A stored table of S steps (`solver_tables`) adds d . [x_T, e_0, e_1, ...] in a run from its
+    first timestep on: differences has shape (T, S + 1), and place holds i for the i-th planned
+    timestep, -1 elsewhere, (T,).
     """
 
     weights: torch.Tensor
     before: torch.Tensor
     estimate: torch.Tensor | None
+    differences: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+
+    @property
+    def memory(self) -> int:
+        """Return how many predictions of earlier steps are remembered."""
+        own = self.weights.shape[0] - 1
+        return own if self.differences is None else max(own, self.differences.shape[1] - 2)
 
 
 class Table(NamedTuple):

@@ -23,6 +23,7 @@ from diffusers import (
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import labels_in
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
+from ddim_schedulers.solver_tables import stores_noise
 
 # One network call a step, no memory between steps: may start anywhere on tau.
 SINGLE_STEP: tuple[type, ...] = (
@@ -119,6 +120,8 @@ def is_deterministic(scheduler: Scheduler) -> bool:
         return False
     if isinstance(scheduler, GeneralizedDDIMScheduler):
         silent = config.sigma is None or not any(config.sigma)
+        if config.solver_calibrated and config.eta is None:
+            silent = silent and not stores_noise(config.calibration)
         return not config.eta and silent and config.reverse_variance == "sigma"
     return not str(config.get("algorithm_type", "")).startswith("sde")
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"training.commands"},
     {"training.demo"},
     {"training", "training.train"},
+    {"training.calibration"},
     {"training.trainer", "training.evaluation", "training.likelihood"},
     {"training.data", "training.objectives", "training.metrics"},
     {"training.networks"},
@@ -41,6 +42,7 @@ FLOORS = [
         "reverse_noise",
         "scales",
         "sigmas",
+        "solver_tables",
         "tables",
         "timesteps",
         "trajectory",
@@ -48,7 +50,7 @@ FLOORS = [
     },
 ]
 # Rooms of one floor that do not need each other. What two of them need is further down.
-APART = [FLOORS[4], FLOORS[5]]
+APART = [FLOORS[5], FLOORS[6]]
 
 
 def installed_modules():

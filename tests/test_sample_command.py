@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_schedulers import (
+    CALIBRATED,
     FEW_STEPS,
     GeneralizedDDIMScheduler,
     MarkovianDDPMScheduler,
@@ -427,6 +428,8 @@ def test_the_preset_and_the_solver_are_flags(model, tmp_path, capsys):
         config, given = config_of("--preset", "few", pipeline=pipeline)
         assert {key: config[key] for key in FEW_STEPS} == FEW_STEPS and config["eta"] == 0
         assert given["num_inference_steps"] == 10 and config["timesteps"] is None
+    config, given = config_of("--preset", "calibrated", pipeline=tmp_path / "noisy")
+    assert {key: config[key] for key in CALIBRATED} == CALIBRATED and config["eta"] is None
     config, given = config_of("--preset", "few", "--timesteps", "500", "3", "--solver_order", "3")
     assert config["solver_order"] == 3 and given["timesteps"] == [500, 3]
     config, _ = config_of("--preset", "few", "--solver_order", "1", "--num_inference_steps", "2")

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound="UnconditionalPipeline")
 
 # Options that set something in a scheduler of ours, by the config key.
-SOLVER_OPTIONS = ("solver_order", "solver_form", "solver_corrector", "lower_order_final")
-# What else belongs to a sampler alone: encoding has no use for it.
-SCALE_OPTIONS = ("eta_interval", "eps_scale", "end_scale")
 SOLVER_OPTIONS = (
     "solver_order",
     "solver_form",
@@ -28,7 +25,10 @@ SOLVER_OPTIONS = (
     "solver_corrector",
     "solver_corrector_order",
     "lower_order_final",
+    "solver_calibrated",
 )
+# What else belongs to a sampler alone: encoding has no use for it.
+SCALE_OPTIONS = ("eta_interval", "eps_scale", "end_scale")
 SCHEDULER_OPTIONS = (
     "timestep_spacing",
     "quadratic_end",
@@ -40,8 +40,8 @@ SCHEDULER_OPTIONS = (
     "clip_sample_range",
 )
 PIPELINE_HELP = "folder of a saved pipeline, a run or a checkpoint, or a Hub name"
-PRESETS = ("few",)
-FEW_CALLS = 10  # steps of the preset `few`, unless another number is given
+PRESETS = ("few", "calibrated")
+FEW_CALLS = 10  # steps of a preset, unless another number is given
 # What `--scheduler` calls our classes.
 NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 
@@ -69,12 +69,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         help="few: good pictures in 5 to 50 network calls, by ddim with eta 0, solver_order 2, "
-        "solver_corrector and trailing timesteps; options that are given win",
+        "solver_corrector and trailing timesteps; calibrated: the table that `calibrate "
+        "--objective solver` stored for the number of calls, and few for any other; options that "
+        "are given win",
     )
     parser.add_argument(
         "--num_inference_steps",
         type=int,
-        help=f"steps; the trajectory of the config, else 50; {FEW_CALLS} with --preset few",
+        help=f"steps; the trajectory of the config, else 50; {FEW_CALLS} with --preset",
     )
     parser.add_argument("--timesteps", type=int, nargs="+", help="explicit trajectory, decreasing")
     parser.add_argument("--eta", type=float, help="DDIM's eta; the saved one, else 0")
@@ -150,6 +152,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for option, what in (
         ("solver_corrector", "take each step of a higher order once more, at no network call"),
         ("lower_order_final", "end with a step of order 1"),
+        ("solver_calibrated", "use the table that is stored for the number of calls"),
     ):
         parser.add_argument(
             f"--{option}",
@@ -206,13 +209,17 @@ def apply_preset(args: argparse.Namespace) -> None:
     """
     if args.preset is None:
         return
-    from ddim_schedulers import FEW_STEPS
+    from ddim_schedulers import CALIBRATED, FEW_STEPS
 
     if args.scheduler == "ddpm":
-        raise ValueError("--preset few does not belong to --scheduler ddpm, but to ddim.")
+        raise ValueError(
+            f"--preset {args.preset} does not belong to --scheduler ddpm, but to ddim."
+        )
     args.scheduler = "ddim"
     # a solver of higher order follows the ODE, even if the saved scheduler adds noise
     few = {**FEW_STEPS, "eta": 0.0, "reverse_variance": "sigma"}
+    if args.preset == "calibrated":  # the table says which eta
+        few = {**CALIBRATED, "reverse_variance": "sigma"}
     if args.solver_order == 1:
         del few["solver_corrector"]
     for key, value in few.items():
@@ -399,7 +406,7 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
     if args.scheduler == "ddim" and args.eta is not None:
         given["eta"] = args.eta
     if args.preset is not None:  # the trajectory and the noise of the saved one are not its own
-        given = {"timesteps": None, "sigma": None, "eta_interval": None, **given}
+        given = {"timesteps": None, "sigma": None, "eta_interval": None, "eta": None, **given}
     if given.get("solver_order") == 1 and "solver_corrector" not in given:
         given |= {"solver_corrector": False, "solver_corrector_order": None}  # of a higher order
     return cls.from_config(saved.config, **given)

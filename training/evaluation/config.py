@@ -53,6 +53,7 @@ SAMPLING_KEYS = (
     "quadratic_end",
     "set_alpha_to_one",
     "sigma",
+    "solver_calibrated",
     "solver_corrector",
     "solver_corrector_order",
     "solver_form",

@@ -1,0 +1,526 @@
+"""`calibrate --objective solver`: fit tables to a network, test them on other noise, store them.
+
+Processes share the chunks of samples. What is summed over them is kept in files, one for each sum
+and chunk, so that an interrupted run goes on: it does again what it did, from the files, up to the
+first sum that is missing.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
+from ddim_schedulers.parameterization import x0_coefficients
+from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.ownership import Owner
+from ddim_schedulers.pipelines.workdir import Workdir
+from ddim_schedulers.reading import DamagedFileError
+from ddim_schedulers.solver_tables import (
+    MAX_CALLS,
+    SOLVER_BASE,
+    SolverTable,
+    analytic_steps,
+    differences_of,
+    solver_record,
+)
+from ddim_schedulers.timesteps import make_timesteps
+from ddim_schedulers.training.calibration.solver_fit import (
+    END,
+    Chunk,
+    Constants,
+    Fit,
+    Table,
+    Tensors,
+)
+from ddim_schedulers.training.common.processes import Team, own_together
+from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.common.seeds import generator
+from ddim_schedulers.training.common.storage import to_json
+from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
+
+logger = logging.get_logger(__name__)
+
+METHOD = 1  # changes with everything that changes the numbers of a sum
+CLAIM = "solver.json"
+# Where the timesteps are before they are fitted: t / T = (1 - i / S) ** power, of the powers the
+# one whose step-by-step fit ends nearest.
+POWERS = (1.0, 1.25, 1.5)
+# The scheduler that tables are differences from, whatever the config says of these.
+NEUTRAL: dict[str, Any] = {
+    **SOLVER_BASE,
+    "calibration": None,
+    "end_scale": 1.0,
+    "eps_scale": 1.0,
+    "eta": None,
+    "eta_interval": None,
+    "original_inference_steps": None,
+    "reverse_variance": "sigma",
+    "sigma": None,
+    "timesteps": None,
+}
+
+
+@dataclass(frozen=True)
+class SolverJob:
+    """What is calibrated.
+
+    Attributes:
+        calls: numbers of network calls; each gets a table.
+        num_samples: n, that tables are fitted to.
+        held_out: samples of other noise that they are tested on.
+        steps: of the fine trajectory.
+        seed: of the noise.
+        batch_size: samples in a chunk, and in a network call.
+        constants: of the method.
+    """
+
+    calls: tuple[int, ...] = (5, 7, 10, 15, 20)
+    num_samples: int = 128
+    held_out: int = 64
+    steps: int = 100
+    seed: int = 0
+    batch_size: int = 64
+    constants: Constants = Constants()
+
+    def check(self, big_t: int) -> None:
+        """Check the numbers against a chain of `big_t` timesteps.
+
+        Raises:
+            ValueError: naming the option, its value and what is allowed.
+        """
+        most = min(big_t, 2 * MAX_CALLS)
+        if not 2 <= self.steps <= most:
+            raise ValueError(f"`trajectory_steps` is {self.steps}; it must be 2 to {most}")
+        for calls in self.calls:
+            if not 1 <= calls <= self.steps // 2:
+                raise ValueError(
+                    f"`calls` is {calls}; it must be 1 to {self.steps // 2}, half of "
+                    f"`trajectory_steps`={self.steps}"
+                )
+        if not self.calls or len(set(self.calls)) != len(self.calls):
+            raise ValueError(f"`calls` is {list(self.calls)}; it must be different numbers")
+        for name, value in (("num_images", self.num_samples), ("held_out", self.held_out)):
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1")
+        check_batch_size(self.batch_size)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found for one number of calls.
+
+    Attributes:
+        calls: S.
+        entry: of `calibration["solver"]`.
+        held_out: mean squared error at the clamped end points, on noise that was not fitted.
+        analytic: the same of the formulas (`FEW_STEPS`).
+    """
+
+    calls: int
+    entry: dict[str, Any]
+    held_out: float
+    analytic: float
+
+    @property
+    def is_better(self) -> bool:
+        """Tell whether the table is nearer to the fine trajectory than the formulas."""
+        return self.held_out < self.analytic
+
+
+class Predictor:
+    """The network as a function of (x, t) that says x0_hat, and how often it was asked.
+
+    Args:
+        model: network and process.
+        autocast: run the network in this dtype by `torch.autocast`, None for its own.
+    """
+
+    def __init__(self, model: MeasuredModel, autocast: torch.dtype | None = None) -> None:
+        self.model, self.autocast = model, autocast
+        self.device = next(model.unet.parameters()).device
+        self.evaluations = 0
+
+    def output(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        """Return what the network says of x (B, C, H, W), without a variance, in its dtype."""
+        self.evaluations += len(x)
+        context: Any = contextlib.nullcontext()
+        if self.autocast is not None:
+            context = torch.autocast(self.device.type, dtype=self.autocast)
+        steps = torch.full((len(x),), t, device=x.device)
+        with torch.no_grad(), context:
+            output = self.model.unet(x.to(self.model.dtype), steps).sample
+        return output[:, : self.model.channels].to(x.dtype)
+
+    def __call__(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        """Return x0_hat before any clipping."""
+        now = self.model.alpha_bar[t]
+        before = self.model.alpha_bar[t - 1] if t else torch.ones_like(now)
+        of_x, of_m = x0_coefficients(self.model.prediction_type, now, before)
+        return x * float(of_x) + self.output(x, t) * float(of_m)
+
+
+Item = tuple[str, int]  # what is computed, and of which chunk
+
+
+class SolverFiles(Workdir[Item, Tensors]):
+    """The sums of one run, and the claim that says what they are of.
+
+    Args:
+        work_dir: where they are.
+        settings: everything that they depend on, as JSON types.
+    """
+
+    argument = "work_dir"
+    holds = "an unfinished calibration"
+    remedy = "delete it, or choose another folder"
+    settings_name = CLAIM
+
+    def __init__(self, work_dir: Path, settings: dict[str, Any]) -> None:
+        super().__init__(work_dir)
+        self.settings = settings
+
+    def claim(self) -> None:
+        """Note what the parts in the folder are of, or refuse those of another run.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        try:
+            before = self.kept_settings()
+        except DamagedFileError as error:
+            # the parts that were sealed for this very run are still recognised
+            logger.warning(f"{error} It is made again, and parts of this run are used.")
+            before = None
+        if before is None:
+            write_bytes(self.folder / CLAIM, to_json(self.settings))
+        else:
+            self.require_same(before, self.settings)
+
+    def about(self, item: Item) -> str:
+        """Return what a part is of, for its check sum."""
+        return f"{json.dumps(self.settings, sort_keys=True)} {item}"
+
+    def path_of(self, item: Item) -> Path:
+        """Return where a part is, or will be."""
+        return self.folder / f"part-{item[0]}-{item[1]:05d}.safetensors"
+
+    def read(self, item: Item) -> Tensors:
+        """Return the tensors of a part.
+
+        Raises:
+            DamagedFileError: it is not what was written.
+        """
+        return read_sealed(self.path_of(item), self.about(item), unsealed=False)
+
+    def save(self, item: Item, value: Tensors) -> None:
+        """Write the tensors of a part."""
+        write_bytes(self.path_of(item), pack_sealed(value, self.about(item)))
+
+    def tell(self, error: DamagedFileError) -> None:
+        """Warn of a damaged part."""
+        logger.warning(f"{error} It is computed again.")
+
+
+class Parts:
+    """Results of chunks, kept in files and shared among processes."""
+
+    def __init__(self, files: SolverFiles, chunks: int, team: Team, owner: Owner) -> None:
+        self.files, self.chunks, self.team, self.owner = files, chunks, team, owner
+
+    def part(self, name: str, c: int, make: Callable[[int], Tensors]) -> Tensors:
+        """Return a result of one chunk, from its file if there is one that is whole."""
+        found = self.files.load((name, c))
+        if found is None:
+            found = {key: tensor.detach().cpu() for key, tensor in make(c).items()}
+            if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+                raise ValueError(
+                    f"The samples of {name!r} are not finite: without clipping this network's "
+                    "samples diverge, and there is nothing to follow."
+                )
+            self.owner.check()
+            self.files.save((name, c), found)
+        return found
+
+    def over(self, name: str, make: Callable[[int], Tensors]) -> list[Tensors]:
+        """Return the results of all chunks, in order."""
+        mine = range(self.team.index, self.chunks, self.team.count)
+        shares = self.team.gather([{c: self.part(name, c, make) for c in mine}])
+        found = {c: part for share in shares for c, part in share.items()}
+        return [found[c] for c in range(self.chunks)]
+
+
+def calibrate_solver(
+    model: MeasuredModel,
+    job: SolverJob,
+    *,
+    work_dir: Path,
+    team: Team | None = None,
+    progress: Callable[[str], object] | None = None,
+    autocast: torch.dtype | None = None,
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Fit a table for each number of calls, and measure it on noise that was not fitted.
+
+    Args:
+        model: network and process.
+        job: what is calibrated.
+        work_dir: where sums are kept; all processes must see it. An interrupted run goes on.
+        team: the processes that share it; None for this one alone.
+        progress: called with a line of text now and then, or None.
+        autocast: see `Predictor`.
+
+    Returns:
+        One outcome for each number of calls, and the cost: `evaluations` of the network (a sample
+        each), `seconds`, `processes`.
+
+    Raises:
+        FolderInUseError: another process owns `work_dir`.
+        ValueError: for a number out of range, a config with thresholding, or `work_dir` with the
+            parts of another run.
+    """
+    team = Team() if team is None else team
+    job.check(len(model.alpha_bar))
+    if model.config.get("thresholding"):
+        raise ValueError(
+            "`thresholding` is True in the scheduler's config; a table goes with clipping or with "
+            "none"
+        )
+    begun = time.perf_counter()
+    own = {
+        "method": METHOD,
+        "network": model.fingerprint(),
+        "end": GeneralizedDDIMScheduler.from_config(model.config, **NEUTRAL).alpha_bar_end,
+        "autocast": str(autocast),
+        "device": Predictor(model).device.type,
+        **json.loads(json.dumps(asdict(job))),
+    }
+    with own_together(work_dir, "calibrate", team, transient=True) as owner:
+        work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
+        files = SolverFiles(work_dir, own)
+        if team.index == 0:
+            files.claim()
+        team.wait()
+        calibration = _Calibration(model, job, files, team, owner, progress, autocast)
+        outcomes = [calibration.outcome(calls) for calls in job.calls]
+    cost = {
+        "evaluations": sum(team.gather([calibration.predictor.evaluations])),
+        "seconds": time.perf_counter() - begun,
+        "processes": team.count,
+    }
+    return outcomes, cost
+
+
+def discard(work_dir: Path) -> None:
+    """Delete the parts of a run that is done, and the folder unless it holds anything else."""
+    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
+        for path in work_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+    if work_dir.is_dir() and not any(work_dir.iterdir()):
+        work_dir.rmdir()
+
+
+class _Calibration:
+    def __init__(
+        self,
+        model: MeasuredModel,
+        job: SolverJob,
+        files: SolverFiles,
+        team: Team,
+        owner: Owner,
+        progress: Callable[[str], object] | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.model, self.job, self.progress = model, job, progress or (lambda line: None)
+        self.predictor = Predictor(model, autocast)
+        self.grid = make_timesteps("trailing", job.steps, len(model.alpha_bar))
+        self.limit = model.clip
+        self.starts = {calls: self._starts(calls) for calls in job.calls}
+        wanted = {t for starts in self.starts.values() for tau in starts for t in tau}
+        self.kept = [*sorted(wanted, reverse=True), END]
+        self.analytic = GeneralizedDDIMScheduler.from_config(
+            model.config, **{**NEUTRAL, **CALIBRATED, "solver_calibrated": False}
+        )
+
+        def parts(samples: int) -> Parts:
+            chunks = math.ceil(samples / job.batch_size)
+            return Parts(files, chunks, team, owner)
+
+        self.fitted, self.tested = parts(job.num_samples), parts(job.held_out)
+        self._chunks: dict[int, Chunk] = {}
+        self._goals: dict[int, torch.Tensor] = {}
+
+    def _starts(self, calls: int) -> list[list[int]]:
+        """Return trajectories of S timesteps of the fine one, each from T - 1 on."""
+        found = []
+        for power in POWERS:
+            places = [(1 - i / calls) ** power for i in range(calls)]
+            at, tau = 0, []
+            for i, place in enumerate(places):
+                wanted = place * len(self.model.alpha_bar) - 1
+                rest = range(at, self.job.steps - (calls - 1 - i))
+                at = min(rest, key=lambda j: abs(self.grid[j] - wanted))
+                tau.append(self.grid[at])
+                at += 1
+            if tau not in found:
+                found.append(tau)
+        return found
+
+    # -- samples
+
+    def _noise(self, purpose: str, samples: int, c: int) -> torch.Tensor:
+        size = self.model.unet.config.sample_size
+        shape = (self.model.channels, *((size, size) if isinstance(size, int) else size))
+        count = min(self.job.batch_size, samples - c * self.job.batch_size)
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        noise = torch.randn(count, *shape, generator=generator(self.job.seed, purpose, c))
+        return noise.to(self.predictor.device, dtype)
+
+    def _fine(self, x: torch.Tensor, kept: Sequence[int]) -> Tensors:
+        """Follow the probability-flow ODE, order 3 with corrector and without clipping."""
+        scheduler = GeneralizedDDIMScheduler.from_config(
+            self.model.config,
+            **{
+                **NEUTRAL,
+                "clip_sample": False,
+                "solver_order": 3,
+                "solver_corrector": True,
+                "solver_calibrated": False,
+            },
+        )
+        scheduler.set_timesteps(timesteps=self.grid)
+        states = []
+        for t in self.grid:
+            if t in kept:
+                states.append(x)
+            x = scheduler.step(self.predictor.output(x, t), t, x, return_dict=False)[0]
+        return {"states": torch.stack([*states, x])}
+
+    def _chunk(self, c: int) -> Chunk:
+        if c not in self._chunks:
+            x_T = self._noise("solver", self.job.num_samples, c)
+
+            def make(c: int) -> Tensors:
+                self.progress(f"fine trajectories, chunk {c + 1} of {self.fitted.chunks}")
+                return self._fine(x_T, self.kept)
+
+            states = self.fitted.part("fine", c, make)["states"].to(x_T.device)
+            self._chunks[c] = Chunk(x_T, dict(zip(self.kept, states, strict=True)))
+        return self._chunks[c]
+
+    def _goal(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the noise and the fine end points of a chunk of the samples held out."""
+        x_T = self._noise("solver-held-out", self.job.held_out, c)
+        if c not in self._goals:
+
+            def make(c: int) -> Tensors:
+                self.progress(f"fine trajectories held out, chunk {c + 1} of {self.tested.chunks}")
+                return self._fine(x_T, ())
+
+            states = self.tested.part("fine-held-out", c, make)["states"]
+            self._goals[c] = states[-1].to(x_T.device)
+        return x_T, self._goals[c]
+
+    # -- tables
+
+    def outcome(self, calls: int) -> Outcome:
+        """Fit the table of S steps, without clipping and, if the config clips, with it."""
+        choices = [None] if self.limit is None else [None, self.limit]
+        fitted = [(self._fit(calls, clip), clip) for clip in choices]
+        table, clip = min(fitted, key=lambda each: each[0].loss)
+        steps = analytic_steps(table.timesteps, self.model.alpha_bar, self.analytic.alpha_bar_end)
+        weights = [row.tolist() for row in differences_of(table.rows, *steps[:2])]
+        levels = self.model.alpha_bar[table.timesteps].tolist()
+        stored = SolverTable(
+            timesteps=table.timesteps,
+            weights=weights,
+            eta=0.0,
+            clip=clip,
+            clips=self.limit,
+            alpha_bar=[*levels, self.analytic.alpha_bar_end],
+            shape=list(self._noise("solver", 1, 0).shape[1:]),
+        )
+        entry = solver_record(stored)
+        held_out, analytic = self._test(calls, entry)
+        how = {
+            "n": self.job.num_samples,
+            "held_out": _short(held_out),
+            "analytic": _short(analytic),
+        }
+        return Outcome(calls, {**entry, **how}, held_out, analytic)
+
+    def _fit(self, calls: int, clip: float | None) -> Table:
+        label = f"{calls}-{'free' if clip is None else 'clipped'}"
+        fits = []
+        for number, tau in enumerate(self.starts[calls]):
+            fit = Fit(
+                f"{label}-{number}",
+                self.predictor,
+                self.model.alpha_bar,
+                self.analytic.alpha_bar_end,
+                clip,
+                self.limit,
+                self._chunk,
+                self.fitted.over,
+                self.job.constants,
+                self.progress,
+            )
+            fits.append((fit.greedy(tau), fit))
+        table, fit = min(fits, key=lambda each: each[0].loss)
+        self.progress(f"{label}: step by step {table.loss:.3g}")
+        return fit.improve(table)
+
+    def _test(self, calls: int, entry: dict[str, Any]) -> tuple[float, float]:
+        """Return the held-out errors of a table, as it is read from a config, and of none."""
+        with_table = GeneralizedDDIMScheduler.from_config(
+            self.model.config,
+            **{**NEUTRAL, **CALIBRATED, "calibration": {"solver": {str(calls): entry}}},
+        )
+
+        def of(c: int) -> Tensors:
+            found: Tensors = {}
+            x_T, goal = self._goal(c)
+            for name, scheduler in (("stored", with_table), ("analytic", self.analytic)):
+                scheduler.set_timesteps(calls)
+                x = x_T
+                for t, _ in scheduler.planned_pairs():
+                    x = scheduler.step(self.predictor.output(x, t), t, x, return_dict=False)[0]
+                miss = x - goal if self.limit is None else _clamped_miss(x, goal, self.limit)
+                found[name] = miss.double().square().sum()
+            return {**found, "count": torch.tensor(float(goal.numel()), dtype=torch.float64)}
+
+        parts = self.tested.over(f"{calls}-held-out", of)
+        total = {name: float(torch.stack([p[name] for p in parts]).sum()) for name in parts[0]}
+        return total["stored"] / total["count"], total["analytic"] / total["count"]
+
+
+def _clamped_miss(x: torch.Tensor, goal: torch.Tensor, limit: float) -> torch.Tensor:
+    return x.clamp(-limit, limit) - goal.clamp(-limit, limit)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return lines of a table: held-out errors, and what is stored."""
+    lines = [f"{'calls':>6} {'analytic':>10} {'table':>10} {'ratio':>7}"]
+    for each in outcomes:
+        ratio = each.held_out / each.analytic if each.analytic else math.inf
+        clip = each.entry["clip"]
+        said = f"timesteps {' '.join(map(str, each.entry['timesteps']))}, " + (
+            "no clipping" if clip is None else f"clipping at {clip:g}"
+        )
+        if not each.is_better:
+            said = "no better than the analytic one: not stored"
+        lines.append(
+            f"{each.calls:>6} {each.analytic:>10.4g} {each.held_out:>10.4g} {ratio:>7.3f}  {said}"
+        )
+    return lines
