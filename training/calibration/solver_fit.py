@@ -234,7 +234,7 @@ class Fit:
         return Table(list(timesteps), rows, self.loss(timesteps, rows))
 
     def improve(self, table: Table) -> Table:
-        """Lower the error of the end points, as long as an iteration gains enough."""
+        """Reduce the error of the end points, as long as an iteration gains enough."""
         damping = self.constants.damping
         for number in range(self.constants.iterations):
             moves = self._moves(table)
