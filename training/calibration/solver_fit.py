@@ -234,7 +234,7 @@ class Fit:
         return Table(list(timesteps), rows, self.loss(timesteps, rows))
 
     def improve(self, table: Table) -> Table:
-        """Reduce the error of the end points, as long as an iteration gains enough."""
+        """Minimise the error of the end points, as long as an iteration gains enough."""
         damping = self.constants.damping
         for number in range(self.constants.iterations):
             moves = self._moves(table)
