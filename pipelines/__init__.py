@@ -19,6 +19,10 @@ from ddim_schedulers.pipelines.langevin import (
 )
 from ddim_schedulers.pipelines.observers import SamplingPath
 from ddim_schedulers.pipelines.pictures import make_grid, path_grid
+from ddim_schedulers.pipelines.restoration.pipeline import (
+    RestorationOutput,
+    RestorationPipeline,
+)
 from ddim_schedulers.pipelines.slerp import slerp
 
 __all__ = [
@@ -33,6 +37,8 @@ __all__ = [
     "InversionPipeline",
     "LangevinOutput",
     "ReconstructionOutput",
+    "RestorationOutput",
+    "RestorationPipeline",
     "SamplingPath",
     "VariationsOutput",
     "geometric_timesteps",

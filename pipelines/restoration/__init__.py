@@ -1,0 +1,1 @@
+"""Restoration: samples of the images that a measurement may have come from."""

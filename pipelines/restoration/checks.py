@@ -1,0 +1,164 @@
+"""What a restoration is given, checked before the first network call."""
+
+import math
+from typing import Any
+
+import torch
+
+from ddim_schedulers.pipelines.restoration.methods import METHODS, Method
+from ddim_schedulers.pipelines.restoration.operators import LinearOperator, Operator
+
+RANGES = ((-1, 1), (0, 1))
+# A measurement of images in [-1, 1] may leave the operator's bound by rounding of 8 bits, and by
+# this many standard deviations of its noise.
+_ROUNDING = 1 / 128
+_DEVIATIONS = 10
+
+
+def check_method(method: str | Method) -> Method:
+    """Return the method that is named or given.
+
+    Raises:
+        ValueError: for an unknown name, or something that is no method.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"`method` is {method!r}; it must be one of {tuple(METHODS)}, or one of their classes "
+            "with its settings, as `Ddrm(eta_b=0.9)`."
+        )
+    return METHODS[method]()
+
+
+def check_noise_std(noise_std: float) -> float:
+    """Return `noise_std` if it is a finite number >= 0.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if (
+        isinstance(noise_std, bool)
+        or not isinstance(noise_std, int | float)
+        or not 0 <= noise_std < math.inf
+    ):
+        raise ValueError(f"`noise_std` is {noise_std!r}; it must be a finite number >= 0.")
+    return float(noise_std)
+
+
+def check_operator(
+    operator: Any,  # noqa: ANN401
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Check that an operator takes images of `shape` and gives them back; return A(1), (1, ...).
+
+    Raises:
+        ValueError: for something without the three methods, an operator for other images, one that
+            is not linear, or that changes the shape on the way back.
+    """
+    kind = type(operator).__name__
+    if isinstance(operator, type) or not isinstance(operator, Operator):
+        raise ValueError(
+            f"`operator` is {operator if isinstance(operator, type) else kind}; it must be an object "
+            "with the methods A, A_adjoint and A_dagger."
+        )
+    if isinstance(operator, LinearOperator) and operator.image_shape != shape:
+        raise ValueError(
+            f"`operator` is a {kind} for images of {operator.image_shape} (C, H, W); the network's "
+            f"are {shape}."
+        )
+    ones = torch.ones(1, *shape, dtype=dtype, device=device)
+    of_ones = _applied(operator, "A", ones)
+    of_zeros = _applied(operator, "A", torch.zeros_like(ones))
+    if bool(of_zeros.any()):
+        raise ValueError(f"`operator.A` of {kind} is not linear: A(0) is not 0.")
+    for name in ("A_adjoint", "A_dagger"):
+        back = _applied(operator, name, of_ones)
+        if back.shape != ones.shape:
+            raise ValueError(
+                f"`operator.{name}` of {kind} changes the shape: it gives {tuple(back.shape[1:])} "
+                f"for a measurement of images of {shape}."
+            )
+    return of_ones
+
+
+def _applied(operator: Any, name: str, given: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    kind, shape = type(operator).__name__, tuple(given.shape)
+    try:
+        result = getattr(operator, name)(given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`operator.{name}` of {kind} fails for {shape}: {error}") from error
+    if not isinstance(result, torch.Tensor) or result.ndim < 2 or len(result) != 1:
+        said = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ValueError(
+            f"`operator.{name}` of {kind} gives {said} for {shape}; it must be a tensor with one "
+            "row for each image."
+        )
+    if not bool(result.isfinite().all()):
+        raise ValueError(f"`operator.{name}` of {kind} gives values that are not finite.")
+    return result
+
+
+def check_measurement(
+    measurement: Any,  # noqa: ANN401
+    operator: Operator,
+    of_ones: torch.Tensor,
+    noise_std: float,
+    measurement_range: tuple[float, float],
+    limit: float | None,
+) -> torch.Tensor:
+    """Return the measurement (N, ...) of images in [-1, 1], in the dtype and place of `of_ones`.
+
+    Args:
+        measurement: (N, ...) as it was given.
+        operator: A.
+        of_ones: A(1), (1, ...).
+        noise_std: as it was given.
+        measurement_range: of the images that were measured.
+        limit: the largest value of an image, None where the model's data have none.
+
+    Raises:
+        ValueError: for another type, shape or range, or values that are not finite.
+    """
+    if tuple(measurement_range) not in RANGES:
+        raise ValueError(
+            f"`measurement_range` is {measurement_range!r}; it must be one of {RANGES}."
+        )
+    if not isinstance(measurement, torch.Tensor) or not measurement.is_floating_point():
+        is_tensor = isinstance(measurement, torch.Tensor)
+        kind = measurement.dtype if is_tensor else type(measurement).__name__
+        raise ValueError(f"`measurement` is {kind}; it must be a floating-point tensor (N, ...).")
+    wanted = tuple(of_ones.shape[1:])
+    if tuple(measurement.shape[1:]) != wanted or measurement.ndim < 2 or not len(measurement):
+        raise ValueError(
+            f"`measurement` has shape {tuple(measurement.shape)}; `operator` gives (N, "
+            f"{', '.join(map(str, wanted))})."
+        )
+    if not bool(measurement.isfinite().all()):
+        raise ValueError("`measurement` holds values that are not finite.")
+    y = measurement.detach().to(of_ones.dtype).to(of_ones.device)
+    ours = operator if isinstance(operator, LinearOperator) else None
+    y = y if ours is None else ours.seen(y)
+    if tuple(measurement_range) == (0, 1):
+        # A (2 x - 1) = 2 A x - A 1
+        y, noise_std = 2 * y - of_ones, 2 * noise_std
+    if limit is not None and ours is not None and ours.largest is not None:
+        bound = limit * ours.largest * (1 + _ROUNDING) + _DEVIATIONS * noise_std
+        low, high = float(y.min()), float(y.max())
+        if max(-low, high) > bound:
+            raise ValueError(
+                f"`measurement` has values in [{low:.4g}, {high:.4g}] in units of images in [-1, 1]; "
+                f"with `noise_std` they must lie in [-{bound:.4g}, {bound:.4g}]. Divide bytes by "
+                "255, and say measurement_range=(0, 1) where the images that were measured lie in "
+                "[0, 1]."
+            )
+    return y
+
+
+def measures_nothing(operator: Operator, of_ones: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Tell whether A is 0: a random image is not in the null space of any other operator."""
+    source = torch.Generator("cpu").manual_seed(0)
+    probe = torch.randn(1, *shape, generator=source, dtype=of_ones.dtype, device="cpu")
+    return not bool(operator.A(probe.to(of_ones.device)).any())

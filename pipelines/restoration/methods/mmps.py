@@ -1,0 +1,87 @@
+"""MMPS: guidance with the covariance that the network knows (arXiv:2405.13712)."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import logging
+
+from ddim_schedulers.pipelines.restoration.denoiser import Denoiser, Prediction
+from ddim_schedulers.pipelines.restoration.methods.method import (
+    Method,
+    Problem,
+    check_signal,
+    rederived,
+)
+from ddim_schedulers.pipelines.restoration.operators import Operator
+from ddim_schedulers.pipelines.restoration.plan import Step
+from ddim_schedulers.pipelines.restoration.solvers import default_tolerance, gmres
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Mmps(Method):
+    """The score of y under x_0 | x_t ~ N(x0_hat, V), V = (1 - abar_t) / sqrt(abar_t) J^T (Eq. 15).
+
+        x0_hat <- x0_hat + V A^T (A V A^T + noise_std^2 I)^-1 (y - A x0_hat)
+
+    with J = d x0_hat / d x_t, which for an exact network is symmetric; eps_hat is re-derived. On
+    Gaussian data it is the posterior mean of x_0 given x_t and y. The system is solved by GMRES to
+    convergence, with a backward pass for each product.
+
+    Args:
+        tolerance: relative residual at which the solution of a sample is done, > 0; None takes
+            that of rounding in float64, and 1e-3 in float32, where a network's own error is larger.
+        max_iterations: backward passes of a step at most, >= 1. Where they do not suffice a warning
+            says so.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int = 50
+    name = "mmps"
+
+    def __post_init__(self) -> None:
+        limit = self.tolerance
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1
+        ):
+            raise ValueError(f"`tolerance` is {limit!r}; it must be None or lie in (0, 1).")
+        most = self.max_iterations
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ValueError(f"`max_iterations` is {most!r}; it must be an integer >= 1.")
+
+    def check(self, operator: Operator, noise_std: float, steps: list[Step]) -> None:
+        """Refuse levels without signal."""
+        check_signal("mmps", steps)
+
+    def predict(
+        self, problem: Problem, denoiser: Denoiser, x_t: torch.Tensor, step: Step
+    ) -> Prediction:
+        """Return the guided x0_hat, and the eps_hat that belongs to it."""
+        (x0, _, _), pullback = denoiser.with_pullback(x_t, step.timestep)
+        a, operator, noise = step.alpha_bar_t, problem.operator, problem.noise_std**2
+        scale = (1 - a) / a**0.5
+
+        def covariance(u: torch.Tensor) -> torch.Tensor:
+            return scale * pullback(operator.A_adjoint(u))
+
+        def product(u: torch.Tensor) -> torch.Tensor:
+            return operator.A(covariance(u)) + noise * u
+
+        residual = problem.residual(x0)
+        tolerance = self.tolerance
+        if tolerance is None:
+            exact = residual.dtype == torch.float64
+            tolerance = default_tolerance(residual.dtype) if exact else 1e-3
+        found = gmres(product, residual, tolerance, self.max_iterations)
+        worst = float(found.residual.max())
+        if worst > max(10 * tolerance, 1e-2 if x0.dtype != torch.float64 else 1e-9):
+            logger.warning(
+                f"mmps at t={step.timestep}: after {found.products} products the linear system "
+                f"still has a relative residual of {worst:.2g}. Use more `max_iterations`, or a "
+                "`noise_std` above 0."
+            )
+        return rederived(x0 + covariance(found.x), x_t, step)

@@ -1,0 +1,295 @@
+"""`RestorationPipeline`: samples of the images that a measurement may have come from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines.base import (
+    DEFAULT_BATCH_SIZE,
+    UnconditionalPipeline,
+    check_batch_size,
+    chunks,
+)
+from ddim_schedulers.pipelines.images import OutputBuffer, to_pil, to_uint8, to_unit_range
+from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
+from ddim_schedulers.pipelines.restoration.checks import (
+    check_measurement,
+    check_method,
+    check_noise_std,
+    check_operator,
+    measures_nothing,
+)
+from ddim_schedulers.pipelines.restoration.denoiser import Denoiser
+from ddim_schedulers.pipelines.restoration.loop import restore
+from ddim_schedulers.pipelines.restoration.methods import Method, Problem
+from ddim_schedulers.pipelines.restoration.operators import Operator
+from ddim_schedulers.pipelines.restoration.plan import Step, steps_of
+from ddim_schedulers.pipelines.sampling import denoise, plan, step_arguments
+
+DEFAULT_STEPS = 100
+# (x_T, its generators, what to call after each step) -> x_0
+Unconditional = Callable[[torch.Tensor, Generators, Callable[[], object]], torch.Tensor]
+
+
+@dataclass
+class RestorationOutput(BaseOutput):
+    """What a restoration returns: K samples for each of N measurements.
+
+    Attributes:
+        images: N K images in the output type; those of measurement i are i K .. (i + 1) K - 1.
+        seeds: the seed of each image, None if the caller's generators drew the noise.
+        mean: mean of the samples of each measurement, N images in the output type; None for K = 1.
+        std: their standard deviation (over K), as the output type shows it: in units of [0, 1] for
+            np and pt and of [-1, 1] for latent; pil doubles it, so that the largest possible, 0.5,
+            is white. None for K = 1.
+        residual: max |A x - y| of each image before it is clamped, float64 (N K,), in units of
+            images in [-1, 1].
+        residual_clamped: the same of the image in [-1, 1].
+        network_calls: forward passes that an image took.
+        backward_passes: of the network, that an image took at most.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    seeds: list[int] | None
+    mean: list[Image.Image] | np.ndarray | torch.Tensor | None
+    std: list[Image.Image] | np.ndarray | torch.Tensor | None
+    residual: torch.Tensor
+    residual_clamped: torch.Tensor
+    network_calls: int
+    backward_passes: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call's settings, the same for every chunk."""
+
+    method: Method
+    operator: Operator
+    y: torch.Tensor
+    noise_std: float
+    each: int
+    noise: Noise
+    latents: torch.Tensor | None
+    steps: list[Step]
+    unconditional: Unconditional | None
+
+
+class RestorationPipeline(UnconditionalPipeline):
+    """Solves linear inverse problems with an unconditional model, without training."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        measurement: torch.Tensor,
+        operator: Operator,
+        noise_std: float = 0.0,
+        method: str | Method = "ddnm",
+        *,
+        num_samples: int | None = None,
+        measurement_range: tuple[float, float] = (-1, 1),
+        seeds: Sequence[int] | int | None = None,
+        generator: Generators | None = None,
+        latents: torch.Tensor | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        eta_rule: str = "family",
+        callback_on_step_end: Callable[[], object] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> RestorationOutput:
+        """Sample images x with y = A x + noise_std n.
+
+        Args:
+            measurement: y, floating point (N, ...), what `operator.A` gives of N images.
+            operator: A; see `restoration.operators`. Any object with A, A_adjoint and A_dagger.
+            noise_std: of the measurement, >= 0, in its units.
+            method: `ddnm`, `ddrm`, `repaint`, `dps`, `pigdm` or `mmps`, or one of the classes of
+                `restoration.methods` with its settings. docs/restore.md says which one when.
+            num_samples: K, samples for each measurement; None takes it from `seeds`, else 1.
+            measurement_range: of the images that were measured, (-1, 1) or (0, 1); of the latter y
+                becomes 2 y - A(1), and its noise twice as large.
+            seeds: one for each of the N K images, as in generation: an image depends on its seed
+                and its measurement alone.
+            generator: instead of seeds, as in generation.
+            latents: (N K, C, H, W), the noise of which the method makes x_T, instead of drawn
+                noise.
+            batch_size: images in one network call.
+            num_inference_steps: number of steps; None: the scheduler's own trajectory if its config
+                keeps one, else 100.
+            timesteps: explicit trajectory instead, strictly decreasing.
+            eta: the member; None takes the scheduler's, which is 0 unless its config says so, and 1
+                for a DDPM scheduler.
+            eta_rule: `family`, sigma = eta sigma(1), or `paper`, sigma = eta sqrt(1 - alpha_bar_s),
+                as DDRM and DDNM have it.
+            callback_on_step_end: called without arguments after each network call that steps.
+            output_type: pil, np, pt or latent, as in generation.
+            return_dict: False returns the tuple `(images,)`.
+
+        Raises:
+            ValueError: before the first network call, for a measurement, operator, noise or method
+                that do not fit each other, the network or the scheduler; and for samples that are
+                not finite.
+        """
+        self.check()
+        device, shape = self._execution_device, self.image_shape
+        chosen, noise_std = check_method(method), check_noise_std(noise_std)
+        of_ones = check_operator(operator, shape, self.state_dtype, device)
+        config = self.scheduler.config
+        limit = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
+        y = check_measurement(measurement, operator, of_ones, noise_std, measurement_range, limit)
+        scale = 2.0 if tuple(measurement_range) == (0, 1) else 1.0
+        latents = None if latents is None else self.check_latents(latents)
+        each = _samples_of_each(num_samples, len(y), seeds, generator, latents)
+        noise = make_noise(len(y) * each, seeds, generator, latents)
+        if num_inference_steps is None and timesteps is None and not self._keeps_trajectory():
+            num_inference_steps = DEFAULT_STEPS
+        tau = plan(self.scheduler, num_inference_steps, timesteps, device)
+        steps = steps_of(self.scheduler, [int(t) for t in tau.tolist()], eta, eta_rule)
+        unconditional = None
+        if measures_nothing(operator, of_ones, shape):
+            chosen = Method()
+            unconditional = self._unconditional(tau, steps, eta, eta_rule)
+        chosen.check(operator, noise_std, steps)
+        run = _Run(
+            chosen, operator, y, scale * noise_std, each, noise, latents, steps, unconditional
+        )
+        named = noise.seeds if latents is None else None
+        output = OutputBuffer(output_type, noise.num_images, shape, named)
+        parts = chunks(noise.num_images, check_batch_size(batch_size))
+        result = self._restore(run, parts, output, callback_on_step_end)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (output.result(),)  # type: ignore[return-value]
+        return result
+
+    def _restore(
+        self,
+        run: _Run,
+        parts: list[tuple[int, int]],
+        output: OutputBuffer,
+        after_step: Callable[[], object] | None,
+    ) -> RestorationOutput:
+        forward = sum(b > a for a, b in pairwise(run.method.positions(len(run.steps))))
+        largest, kept, residuals, backward = parts[0][1], [], [], 0
+        with self.progress_bar(total=len(parts) * forward) as bar:
+
+            def advance() -> None:
+                bar.update()
+                if after_step is not None:
+                    after_step()
+
+            for start, stop in parts:
+                denoiser = Denoiser(self.unet, self.scheduler, largest)
+                x = self._restore_chunk(run, start, stop, denoiser, advance)
+                output.add(start, x)
+                rows = [i // run.each for i in range(start, stop)]
+                residuals.append(_residuals(run.operator, x, run.y[rows]))
+                kept.append(x.cpu())
+                backward = max(backward, denoiser.backward_passes)
+        mean = std = None
+        if run.each > 1:
+            mean, std = _spread(torch.cat(kept), run.each, output.output_type)
+        seeds = None if run.noise.seeds is None else list(run.noise.seeds)
+        residual, clamped = torch.cat(residuals, dim=1)
+        return RestorationOutput(
+            output.result(), seeds, mean, std, residual, clamped, forward, backward
+        )
+
+    def _restore_chunk(
+        self, run: _Run, start: int, stop: int, denoiser: Denoiser, advance: Callable[[], object]
+    ) -> torch.Tensor:
+        generator, device = run.noise.of(start, stop), self._execution_device
+        shape = (stop - start, *self.image_shape)
+
+        def fresh() -> torch.Tensor:
+            return draw(shape, generator, device, self.state_dtype)
+
+        z = fresh() if run.latents is None else run.latents[start:stop].to(device)
+        if run.unconditional is not None:
+            return run.unconditional(z, generator, advance)
+        y = run.y[[i // run.each for i in range(start, stop)]]
+        problem = Problem(run.operator, y, run.noise_std, run.operator.A_dagger(y))
+        x_t = run.method.start(problem, z, run.steps[0].alpha_bar_t)
+        return restore(run.method, problem, denoiser, x_t, run.steps, fresh, advance)
+
+    def _unconditional(
+        self, tau: torch.Tensor, steps: list[Step], eta: float | None, eta_rule: str
+    ) -> Unconditional | None:
+        """Return ordinary sampling of the same member: with nothing measured there is no method."""
+        if eta_rule == "paper":
+            scheduler = self.scheduler
+            if not isinstance(scheduler, GeneralizedDDIMScheduler) or scheduler.config.eta:
+                return None
+            scheduler.set_timesteps(
+                timesteps=tau.tolist(), sigma=[s.sigma for s in steps], device=tau.device
+            )
+            eta = None
+
+        def sample(
+            x_t: torch.Tensor, generator: Generators, advance: Callable[[], object]
+        ) -> torch.Tensor:
+            arguments = step_arguments(self.scheduler, generator, eta)
+            return denoise(self.unet, self.scheduler, x_t, tau, arguments, lambda _: advance())
+
+        return sample
+
+    def _keeps_trajectory(self) -> bool:
+        config = self.scheduler.config
+        return config.get("timesteps") is not None or bool(config.get("sigma"))
+
+
+def _samples_of_each(
+    num_samples: int | None,
+    count: int,
+    seeds: Sequence[int] | int | None,
+    generator: Generators | None,
+    latents: torch.Tensor | None,
+) -> int:
+    """Return K, of which N K images follow."""
+    each = num_samples
+    if each is None:
+        given = len(check_seeds(seeds)) if seeds is not None else None
+        given = len(generator) if isinstance(generator, list) else given
+        given = given if latents is None else len(latents)
+        if given is None:
+            return 1
+        if given % count or not given:
+            raise ValueError(
+                f"`seeds`, `generator` or `latents` are {given} for {count} measurements; there "
+                "must be as many for each of them."
+            )
+        return given // count
+    if isinstance(each, bool) or not isinstance(each, int) or each < 1:
+        raise ValueError(f"`num_samples` is {each!r}; it must be an integer >= 1.")
+    return each
+
+
+def _residuals(operator: Operator, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return max |A x - y| of each image, as it is and clamped, float64 (2, B) on the CPU."""
+    both = [
+        (operator.A(image) - y).flatten(1).abs().amax(dim=1).cpu().double()
+        for image in (x, x.clamp(-1, 1))
+    ]
+    return torch.stack(both)
+
+
+def _spread(x: torch.Tensor, each: int, output_type: str) -> tuple[Any, Any]:
+    """Return mean and standard deviation of every `each` images, in the output type."""
+    shown = x if output_type == "latent" else to_unit_range(x)
+    grouped = shown.view(-1, each, *x.shape[1:])
+    mean, std = grouped.mean(dim=1), grouped.std(dim=1, correction=0)
+    if output_type == "pil":
+        # the largest standard deviation of values in [0, 1] is 0.5
+        return to_pil(to_uint8(2 * mean - 1)), to_pil(to_uint8(4 * std - 1))
+    if output_type == "np":
+        return tuple(part.movedim(1, -1).float().numpy() for part in (mean, std))
+    return mean, std
