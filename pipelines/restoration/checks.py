@@ -61,8 +61,8 @@ def check_operator(
     kind = type(operator).__name__
     if isinstance(operator, type) or not isinstance(operator, Operator):
         raise ValueError(
-            f"`operator` is {operator if isinstance(operator, type) else kind}; it must be an object "
-            "with the methods A, A_adjoint and A_dagger."
+            f"`operator` is {operator if isinstance(operator, type) else kind}; it must be an "
+            "object with the methods A, A_adjoint and A_dagger."
         )
     if isinstance(operator, LinearOperator) and operator.image_shape != shape:
         raise ValueError(
@@ -149,10 +149,10 @@ def check_measurement(
         low, high = float(y.min()), float(y.max())
         if max(-low, high) > bound:
             raise ValueError(
-                f"`measurement` has values in [{low:.4g}, {high:.4g}] in units of images in [-1, 1]; "
-                f"with `noise_std` they must lie in [-{bound:.4g}, {bound:.4g}]. Divide bytes by "
-                "255, and say measurement_range=(0, 1) where the images that were measured lie in "
-                "[0, 1]."
+                f"`measurement` has values in [{low:.4g}, {high:.4g}] in units of images in "
+                f"[-1, 1]; with `noise_std` they must lie in [-{bound:.4g}, {bound:.4g}]. Divide "
+                "bytes by 255, and say measurement_range=(0, 1) where the images that were "
+                "measured lie in [0, 1]."
             )
     return y
 

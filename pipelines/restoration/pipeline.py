@@ -17,7 +17,9 @@ from ddim_schedulers.pipelines.base import (
     check_batch_size,
     chunks,
 )
+from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions
 from ddim_schedulers.pipelines.images import OutputBuffer, to_pil, to_uint8, to_unit_range
+from ddim_schedulers.pipelines.interfaces import Network
 from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
 from ddim_schedulers.pipelines.restoration.checks import (
     check_measurement,
@@ -34,8 +36,9 @@ from ddim_schedulers.pipelines.restoration.plan import Step, steps_of
 from ddim_schedulers.pipelines.sampling import denoise, plan, step_arguments
 
 DEFAULT_STEPS = 100
-# (x_T, its generators, what to call after each step) -> x_0
-Unconditional = Callable[[torch.Tensor, Generators, Callable[[], object]], torch.Tensor]
+Advance = Callable[[], object]
+# (network, x_T, its generators, what to call after each step) -> x_0
+Unmeasured = Callable[[Network, torch.Tensor, Generators, Advance], torch.Tensor]
 
 
 @dataclass
@@ -78,7 +81,8 @@ class _Run:
     noise: Noise
     latents: torch.Tensor | None
     steps: list[Step]
-    unconditional: Unconditional | None
+    unmeasured: Unmeasured | None
+    conditions: BoundConditions
 
 
 class RestorationPipeline(UnconditionalPipeline):
@@ -105,6 +109,7 @@ class RestorationPipeline(UnconditionalPipeline):
         callback_on_step_end: Callable[[], object] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        **conditions: Any,
     ) -> RestorationOutput:
         """Sample images x with y = A x + noise_std n.
 
@@ -133,6 +138,8 @@ class RestorationPipeline(UnconditionalPipeline):
             callback_on_step_end: called without arguments after each network call that steps.
             output_type: pil, np, pt or latent, as in generation.
             return_dict: False returns the tuple `(images,)`.
+            **conditions: `class_labels`, `guidance_scale` and so on, as in generation; labels are
+                one for all or one for each of the N K images.
 
         Raises:
             ValueError: before the first network call, for a measurement, operator, noise or method
@@ -150,18 +157,20 @@ class RestorationPipeline(UnconditionalPipeline):
         latents = None if latents is None else self.check_latents(latents)
         each = _samples_of_each(num_samples, len(y), seeds, generator, latents)
         noise = make_noise(len(y) * each, seeds, generator, latents)
+        bound = BoundConditions(
+            Conditions(**conditions), self.unet, self.scheduler, noise.num_images, device
+        )
         if num_inference_steps is None and timesteps is None and not self._keeps_trajectory():
             num_inference_steps = DEFAULT_STEPS
         tau = plan(self.scheduler, num_inference_steps, timesteps, device)
         steps = steps_of(self.scheduler, [int(t) for t in tau.tolist()], eta, eta_rule)
-        unconditional = None
+        unmeasured = None
         if measures_nothing(operator, of_ones, shape):
             chosen = Method()
-            unconditional = self._unconditional(tau, steps, eta, eta_rule)
+            unmeasured = self._unmeasured(tau, steps, eta, eta_rule)
         chosen.check(operator, noise_std, steps)
-        run = _Run(
-            chosen, operator, y, scale * noise_std, each, noise, latents, steps, unconditional
-        )
+        noise_std *= scale
+        run = _Run(chosen, operator, y, noise_std, each, noise, latents, steps, unmeasured, bound)
         named = noise.seeds if latents is None else None
         output = OutputBuffer(output_type, noise.num_images, shape, named)
         parts = chunks(noise.num_images, check_batch_size(batch_size))
@@ -176,7 +185,7 @@ class RestorationPipeline(UnconditionalPipeline):
         run: _Run,
         parts: list[tuple[int, int]],
         output: OutputBuffer,
-        after_step: Callable[[], object] | None,
+        after_step: Advance | None,
     ) -> RestorationOutput:
         forward = sum(b > a for a, b in pairwise(run.method.positions(len(run.steps))))
         largest, kept, residuals, backward = parts[0][1], [], [], 0
@@ -188,7 +197,7 @@ class RestorationPipeline(UnconditionalPipeline):
                     after_step()
 
             for start, stop in parts:
-                denoiser = Denoiser(self.unet, self.scheduler, largest)
+                denoiser = Denoiser(run.conditions.of(start, stop), self.scheduler, largest)
                 x = self._restore_chunk(run, start, stop, denoiser, advance)
                 output.add(start, x)
                 rows = [i // run.each for i in range(start, stop)]
@@ -205,7 +214,7 @@ class RestorationPipeline(UnconditionalPipeline):
         )
 
     def _restore_chunk(
-        self, run: _Run, start: int, stop: int, denoiser: Denoiser, advance: Callable[[], object]
+        self, run: _Run, start: int, stop: int, denoiser: Denoiser, advance: Advance
     ) -> torch.Tensor:
         generator, device = run.noise.of(start, stop), self._execution_device
         shape = (stop - start, *self.image_shape)
@@ -214,20 +223,21 @@ class RestorationPipeline(UnconditionalPipeline):
             return draw(shape, generator, device, self.state_dtype)
 
         z = fresh() if run.latents is None else run.latents[start:stop].to(device)
-        if run.unconditional is not None:
-            return run.unconditional(z, generator, advance)
+        if run.unmeasured is not None:
+            return run.unmeasured(denoiser.network, z, generator, advance)
         y = run.y[[i // run.each for i in range(start, stop)]]
         problem = Problem(run.operator, y, run.noise_std, run.operator.A_dagger(y))
         x_t = run.method.start(problem, z, run.steps[0].alpha_bar_t)
         return restore(run.method, problem, denoiser, x_t, run.steps, fresh, advance)
 
-    def _unconditional(
+    def _unmeasured(
         self, tau: torch.Tensor, steps: list[Step], eta: float | None, eta_rule: str
-    ) -> Unconditional | None:
-        """Return ordinary sampling of the same member: with nothing measured there is no method."""
+    ) -> Unmeasured | None:
+        """Return ordinary sampling of the same member, to the bit: there is nothing to do."""
         if eta_rule == "paper":
-            scheduler = self.scheduler
-            if not isinstance(scheduler, GeneralizedDDIMScheduler) or scheduler.config.eta:
+            scheduler, config = self.scheduler, self.scheduler.config
+            own = [config.get(key) for key in ("eta", "eta_interval")]
+            if not isinstance(scheduler, GeneralizedDDIMScheduler) or own != [None, None]:
                 return None
             scheduler.set_timesteps(
                 timesteps=tau.tolist(), sigma=[s.sigma for s in steps], device=tau.device
@@ -235,10 +245,10 @@ class RestorationPipeline(UnconditionalPipeline):
             eta = None
 
         def sample(
-            x_t: torch.Tensor, generator: Generators, advance: Callable[[], object]
+            network: Network, x_t: torch.Tensor, generator: Generators, advance: Advance
         ) -> torch.Tensor:
             arguments = step_arguments(self.scheduler, generator, eta)
-            return denoise(self.unet, self.scheduler, x_t, tau, arguments, lambda _: advance())
+            return denoise(network, self.scheduler, x_t, tau, arguments, lambda _: advance())
 
         return sample
 

@@ -8,7 +8,9 @@ from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines.compatibility import DDPMScheduler
 from ddim_schedulers.pipelines.interfaces import Scheduler
 from ddim_schedulers.pipelines.sampling import alpha_bar_table, step_arguments
+from ddim_schedulers.scales import is_one
 from ddim_schedulers.sigmas import as_sigma, check_eta, check_sigma, sigma_eta
+from ddim_schedulers.timesteps import in_interval
 from ddim_schedulers.transition import transition
 
 ETA_RULES = ("family", "paper")
@@ -67,6 +69,9 @@ def steps_of(
             "predicts eps says nothing about x_0; leave it out of `timesteps`."
         )
     sigma = _sigma(scheduler, a_t, a_s, eta, eta_rule)
+    interval = scheduler.config.get("eta_interval")
+    if interval is not None:
+        sigma = torch.where(in_interval(interval, len(table))[timesteps], sigma, 0.0)
     sigma = torch.where(a_s == 1, 0.0, sigma)
     rows = transition(a_s, sigma)
     columns = [column.tolist() for column in (a_t, a_s, rows.x0, rows.eps, rows.std)]
@@ -112,6 +117,12 @@ def _check_noise(scheduler: Scheduler) -> None:
             f"`scheduler` has solver_order={order}: what a measurement makes of a prediction "
             "changes from step to step, so those of earlier steps say nothing; use solver_order=1."
         )
+    for scale in ("eps_scale", "end_scale"):
+        if not is_one(config.get(scale, 1.0)):
+            raise ValueError(
+                f"`scheduler` has {scale}={config[scale]!r}; a restoration has no such scale, it "
+                "must be 1."
+            )
     if isinstance(scheduler, GeneralizedDDIMScheduler):
         key, own = "reverse_variance", ("sigma",)
     elif isinstance(scheduler, MarkovianDDPMScheduler | DDPMScheduler):

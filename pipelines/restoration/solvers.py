@@ -36,7 +36,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 
 def gmres(product: Product, b: torch.Tensor, tolerance: float, max_iterations: int) -> Solution:
-    """Solve M x = b from x = 0 by GMRES (Saad and Schultz, 1986), without restarts.
+    """Return x with M x = b, by GMRES from x = 0 without restarts (Saad and Schultz, 1986).
 
     M need be neither symmetric nor definite: the Jacobian of a network is only nearly so. A
     singular M is fine where b lies in its range.

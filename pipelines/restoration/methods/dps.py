@@ -18,8 +18,8 @@ class Dps(Method):
     the last steps carry it. One backward pass a step.
 
     Args:
-        zeta: the paper's zeta', > 0. (The authors' program leaves out the 2 of the square: its scale
-            is twice our zeta.)
+        zeta: the paper's zeta', > 0. (The authors' program leaves out the 2 of the square: its
+            scale is twice our zeta.)
 
     Raises:
         ValueError: for a `zeta` that is not finite and > 0.

@@ -15,8 +15,8 @@ class RePaint(Method):
     """x_s = P (sqrt(abar_s) A^+ y + sqrt(1 - abar_s) z) + (I - P) x_s', P = A^+ A (Eq. 8).
 
     x_s' is the family's step. Then the trajectory goes back in time, by the forward process, and
-    comes again, so that the two parts grow together (Sec. 4.2 and the authors' schedule). For a mask
-    P is the mask; other operators put in their row space.
+    comes again, so that the two parts grow together (Sec. 4.2 and the authors' schedule). For a
+    mask P is the mask; other operators put in their row space.
 
     Args:
         resamplings: r, how often each stretch is gone through, >= 1.
