@@ -531,5 +531,5 @@ SETTINGS = {
 @pytest.mark.parametrize("call", SETTINGS)
 def test_settings_of_methods_that_are_refused(call):
     with pytest.raises(ValueError) as caught:
-        eval(f"methods.{call}")
+        eval(call, vars(methods))
     assert SETTINGS[call] in str(caught.value)
