@@ -227,7 +227,7 @@ def test_the_papers_formulas(prediction_type, pipe):
     for method, std in (("ddnm", 0.0), ("ddnm", noise), ("ddrm", noise)):
         source = torch.Generator().manual_seed(9)
 
-        def draw():
+        def draw(source=source):
             return torch.randn(1, *SHAPE, generator=source).double().flatten()
 
         seen = torch.cat([U.T @ y.double().flatten(), torch.zeros(144, dtype=torch.float64)])
