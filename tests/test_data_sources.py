@@ -397,3 +397,14 @@ def test_workers_do_not_change_the_batches():
     assert len(alone) == len(helped) == 6
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_padding_a_batch_is_padding_each_image(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 5, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    config = TrainingConfig(data=str(tmp_path / "a.npz"), image_size=8, fit="pad")
+    data, _ = load_data(config)
+    together = data.all()
+    assert together.shape == (len(data), 3, 8, 8)
+    alone = [data.prepare(images[i].transpose(2, 0, 1), None) for i in data.ids]
+    assert torch.equal(together, torch.stack(alone))

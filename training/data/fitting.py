@@ -10,7 +10,10 @@ from ddim_schedulers.pipelines.image_files import Fit
 def fit_image(
     image: torch.Tensor, size: tuple[int, int], how: str, crop: np.ndarray | None = None
 ) -> torch.Tensor:
-    """Return an image (C, H, W) at `size`: padded, cut or resized, as `DataConfig.fit` says."""
+    """Return an image (C, H, W) at `size`: padded, cut or resized, as `DataConfig.fit` says.
+
+    Padding takes a batch (B, C, H, W) too.
+    """
     height, width = image.shape[-2:]
     if (height, width) == size or how == "exact":
         return image

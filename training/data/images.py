@@ -84,8 +84,9 @@ class ImageData:
     ) -> tuple[torch.Tensor, np.ndarray]:
         """Return images as `batch`, and which of the source each of them is, (B,) int64."""
         ids = self.ids[np.asarray(indices, dtype=np.int64)]
-        if isinstance(self.source, ArraySource) and self.fit == "exact":
-            return self.scale(torch.from_numpy(self.source.many(ids))), ids
+        if isinstance(self.source, ArraySource) and self.fit in ("exact", "pad"):
+            whole = self.scale(torch.from_numpy(self.source.many(ids)))  # no image is cut
+            return fit_image(whole, self.size, self.fit), ids
         images = []
         for row, position in enumerate(np.asarray(indices)):
             crop = None if crops is None else crops[row]
