@@ -137,7 +137,7 @@ class BoundConditions:
         self._check(device)
         self.labels: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
-        known = self.classes or _classes_of(conditions.classifier)
+        known = known_classes(network, conditions.classifier)
         if conditions.class_labels is not None:
             self.labels, self.weights = _read(conditions.class_labels, known, num_images, device)
         elif self.classes is not None:
@@ -237,8 +237,21 @@ class BoundConditions:
         if other is not None and (self.classes is None or other.ids != self.classes.ids):
             allowed = "be unconditional, as `unet`"
             if self.classes is not None:
-                allowed = f"have the {len(self.classes.ids)} classes of `unet`, or none"
-            raise ValueError(f"`guide` has {len(other.ids)} classes; it must {allowed}.")
+                allowed = f"have those of `unet`, {_span(self.classes.ids)}, or none"
+            raise ValueError(f"`guide` has the classes {_span(other.ids)}; it must {allowed}.")
+
+
+def known_classes(network: Network, classifier: torch.nn.Module | None) -> ClassLabels | None:
+    """Return the classes that can be asked for, of the network or else of the classifier.
+
+    None: the network has none, and no classifier tells `names`, as that of `train-classifier` does.
+    """
+    if (classes := class_labels_of(network)) is not None:
+        return classes
+    names = getattr(classifier, "names", None)
+    if not isinstance(names, Sequence) or not names:
+        return None
+    return ClassLabels(len(names), None, dict(enumerate(names)))
 
 
 def check_interval(interval: Sequence[float] | None, name: str) -> None:
@@ -313,6 +326,8 @@ def _number(label: Any, classes: ClassLabels | None, name: str) -> int:  # noqa:
         label = int(label)
     if classes is not None:
         return classes.number(label, name)
+    if isinstance(label, str) and label.isascii() and label.isdecimal():
+        label = int(label)
     if isinstance(label, bool) or not isinstance(label, int) or label < 0:
         raise ValueError(f"`{name}` is {label!r}; it must be the number of a class, >= 0.")
     return label
@@ -379,14 +394,6 @@ def _only_null(classes: ClassLabels, conditions: Conditions) -> int:
     return classes.null_class
 
 
-def _classes_of(classifier: torch.nn.Module | None) -> ClassLabels | None:
-    """Return the classes of a classifier that tells their names, as that of `train-classifier`."""
-    names = getattr(classifier, "names", None)
-    if not isinstance(names, Sequence) or not names:
-        return None
-    return ClassLabels(len(names), None, dict(enumerate(names)))
-
-
 def _check_classifier(given: Conditions, device: torch.device) -> None:
     classifier = given.classifier
     if not isinstance(classifier, torch.nn.Module):
@@ -407,6 +414,10 @@ def _check_place(module: Any, name: str, device: torch.device) -> None:  # noqa:
     found = next((p.device for p in module.parameters()), device)
     if found != device:
         raise ValueError(f"`{name}` is on {found}; it must be on {device}, as the samples.")
+
+
+def _span(ids: Sequence[int]) -> str:
+    return f"{ids[0]} to {ids[-1]}"
 
 
 def _is_number(value: object) -> bool:

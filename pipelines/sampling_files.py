@@ -19,6 +19,8 @@ from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError, opened, read_bytes, read_npz
 
 if TYPE_CHECKING:
+    from ddim_schedulers.class_labels import ClassLabels
+    from ddim_schedulers.pipelines.conditions import Label
     from ddim_schedulers.pipelines.sampling_job import SamplingJob
 
 logger = logging.get_logger(__name__)
@@ -29,6 +31,7 @@ GRID_IMAGES = 64
 ORIGIN = "pipeline"
 FORMATS = ("png", "npz")
 FOLDERS = {"png": "images", "npz": "shards"}
+LONGEST_NAME = 60  # of a class, in the name of a file
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npz", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -48,6 +51,7 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
         job: what is sampled.
         rank: of this process.
         shape: (C, H, W) of the images.
+        classes: names of the classes that the job numbers; None: the numbers are their names.
     """
 
     holds = "samples"
@@ -55,9 +59,15 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
     settings_name = SETTINGS
 
     def __init__(
-        self, output: Path, job: SamplingJob, rank: int, shape: tuple[int, int, int]
+        self,
+        output: Path,
+        job: SamplingJob,
+        rank: int,
+        shape: tuple[int, int, int],
+        classes: ClassLabels | None = None,
     ) -> None:
         super().__init__(output)
+        self.classes = classes
         self.job, self.chunks, self.rank = job, chunks(job.num_images, job.batch_size), rank
         self.images, self.shape = output / FOLDERS[job.file_format], shape
         self.damaged: list[DamagedFileError] = []
@@ -65,8 +75,15 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """Return the files of a chunk, in order."""
         if self.job.file_format == "png":
-            return [Piece(f"{i:06d}.png", i, i + 1) for i in range(start, stop)]
+            labels = self.job.labels(start, stop)
+            ends = [""] * (stop - start) if labels is None else map(self._class_name, labels)
+            numbered = zip(range(start, stop), ends, strict=True)
+            return [Piece(f"{i:06d}{end}.png", i, i + 1) for i, end in numbered]
         return [Piece(f"{start:06d}-{stop - 1:06d}.npz", start, stop)]
+
+    def _class_name(self, label: Label) -> str:
+        name = str(label) if self.classes is None else self.classes.name(int(label))
+        return "-" + re.sub(r"[^\w]+", "_", name)[:LONGEST_NAME]
 
     def path_of(self, item: Piece) -> Path:
         """Return where a file is, or will be."""
@@ -89,6 +106,8 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
         """Write the images of a file, uint8 (n, H, W, C)."""
         if self.job.file_format == "npz":
             arrays = {"images": value, "seeds": self._seeds(item)}
+            if (labels := self.job.labels(item.start, item.stop)) is not None:
+                arrays["labels"] = np.array(labels, dtype=np.int64)
             write_npz(self.path_of(item), arrays, self.rank)
         else:
             write_png(self.path_of(item), to_pil(value)[0], self.rank)
@@ -196,7 +215,9 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
                     "folder, or delete them."
                 )
             return
-        own = re.compile(r"\d{6,}\.png" if self.job.file_format == "png" else r"\d{6,}-\d{6,}\.npz")
+        own = re.compile(
+            r"\d{6,}(-\w+)?\.png" if self.job.file_format == "png" else r"\d{6,}-\d{6,}\.npz"
+        )
         others = [p for p in found if p.parent == self.images and not own.fullmatch(p.name)]
         if others:
             raise ValueError(

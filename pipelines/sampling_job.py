@@ -10,6 +10,7 @@ writes its files under a temporary name and renames them.
     OUTPUT/images/000000.png    one file an image, or
     OUTPUT/shards/000000-000063.npz
                                 one file a chunk: `images` uint8 (n, H, W, C) and `seeds` (n,)
+    OUTPUT/images/000000-cat.png, and `labels` (n,) in a shard: the class, where images have one
     OUTPUT/grid.png             the first images, once all files exist
 """
 
@@ -18,14 +19,21 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.conditions import (
+    BoundConditions,
+    Conditions,
+    Label,
+    known_classes,
+)
 from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_png
 from ddim_schedulers.pipelines.fingerprints import weights_fingerprint
 from ddim_schedulers.pipelines.generation import GenerationPipeline
@@ -46,6 +54,26 @@ from ddim_schedulers.pipelines.sampling_files import (
 )
 from ddim_schedulers.reading import DamagedFileError
 
+# What a job says of classes and guidance.
+CONDITION_KEYS = (
+    "class_labels",
+    "guidance_scale",
+    "guidance_interval",
+    "guidance_rescale",
+    "negative_label",
+)
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The networks beside the pipeline's, on its device; see `conditions.Conditions`."""
+
+    guide: Any = None
+    classifier: torch.nn.Module | None = None
+
+
+NO_GUIDES = Guides()
+
 
 @dataclass(frozen=True)
 class SamplingJob:
@@ -61,6 +89,12 @@ class SamplingJob:
         timesteps: as in generation.
         eta: as in generation.
         use_clipped_model_output: as in generation.
+        class_labels: names or numbers of classes; image i has the class i modulo their number. None
+            takes all classes of a conditional network in turn.
+        guidance_scale: as in generation.
+        guidance_interval: as in generation.
+        guidance_rescale: as in generation.
+        negative_label: as in generation.
     """
 
     num_images: int
@@ -71,6 +105,11 @@ class SamplingJob:
     timesteps: tuple[int, ...] | None = None
     eta: float | None = None
     use_clipped_model_output: bool | None = None
+    class_labels: tuple[Label, ...] | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    negative_label: Label | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -92,6 +131,19 @@ class SamplingJob:
                 f"`seed` is {self.seed!r}; the seeds seed .. seed + num_images - 1 must lie in 0 "
                 ".. 2**63 - 1."
             )
+        if self.class_labels is not None and not self.class_labels:
+            raise ValueError("`class_labels` is empty; it must be None or at least one class.")
+        Conditions(**{key: getattr(self, key) for key in CONDITION_KEYS})
+
+    def labels(self, start: int, stop: int) -> list[Label] | None:
+        """Return the classes of the images start .. stop - 1."""
+        given = self.class_labels
+        return None if given is None else [given[i % len(given)] for i in range(start, stop)]
+
+    def conditions(self, guides: Guides, start: int, stop: int) -> dict[str, Any]:
+        """Return the arguments of generation that are the conditions of some images."""
+        own = {key: getattr(self, key) for key in CONDITION_KEYS}
+        return {**own, **vars(guides), "class_labels": self.labels(start, stop)}
 
 
 @dataclass(frozen=True)
@@ -139,6 +191,7 @@ def sample_to_directory(
     *,
     rank: int = 0,
     world_size: int = 1,
+    guides: Guides = NO_GUIDES,
 ) -> SamplingReport:
     """Sample this process's share of a job into a folder, without the files that are whole.
 
@@ -150,6 +203,7 @@ def sample_to_directory(
         job: what to sample, the same for every process.
         rank: of this process.
         world_size: number of processes.
+        guides: of auto guidance, or classifier guidance.
 
     Raises:
         FolderInUseError: another process owns the folder, see `ownership`.
@@ -163,25 +217,28 @@ def sample_to_directory(
     # before the settings are written, with which a corrected call would have to agree
     plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
+    job = with_classes(pipe, job, guides)
     folder = Path(output)
     check_folders(folder, FOLDERS[job.file_format], "`output`")
     with own(folder, "sample", rank=rank, world_size=world_size) as owner:
-        return _sample_share(pipe, folder, job, rank, world_size, owner)
+        return _sample_share(pipe, folder, job, guides, rank, world_size, owner)
 
 
 def _sample_share(
     pipe: GenerationPipeline,
     folder: Path,
     job: SamplingJob,
+    guides: Guides,
     rank: int,
     world_size: int,
     owner: Owner,
 ) -> SamplingReport:
-    files = SamplingFiles(folder, job, rank, pipe.image_shape)
+    classes = known_classes(pipe.unet, guides.classifier)
+    files = SamplingFiles(folder, job, rank, pipe.image_shape, classes)
     files.images.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.images):
         remove_leftovers(place, rank, world_size)
-    settings, defaults = settings_of(pipe, job), defaults_of_settings(pipe)
+    settings, defaults = settings_of(pipe, job, guides), defaults_of_settings(pipe)
     files.check_origin()
     files.compare(settings, defaults)
     steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
@@ -194,7 +251,7 @@ def _sample_share(
             missing = files.missing(pieces)
             if missing:
                 sampled += stop - start
-                images, share = _sample(pipe, job, start, stop, bar)
+                images, share = _sample(pipe, job, start, stop, bar, guides)
                 owner.check()
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
@@ -227,8 +284,25 @@ def _sample_share(
     return SamplingReport(written, present, complete, sampled)
 
 
+def with_classes(pipe: GenerationPipeline, job: SamplingJob, guides: Guides) -> SamplingJob:
+    """Return the job with the numbers of its classes: those asked for, else all in turn.
+
+    Raises:
+        ValueError: for conditions that do not fit the network.
+    """
+    classes = class_labels_of(pipe)
+    without = job.guidance_scale == 0 and job.negative_label is None and guides == NO_GUIDES
+    if job.class_labels is None and classes is not None and not without:
+        job = replace(job, class_labels=classes.ids)
+    count = 1 if job.class_labels is None else len(job.class_labels)
+    asked = Conditions(**job.conditions(guides, 0, count))
+    bound = BoundConditions(asked, pipe.unet, pipe.scheduler, count, pipe._execution_device)
+    given = job.class_labels is not None and bound.numbers is not None
+    return replace(job, class_labels=tuple(bound.numbers or ())) if given else job
+
+
 def _sample(
-    pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int, bar: Any
+    pipe: GenerationPipeline, job: SamplingJob, start: int, stop: int, bar: Any, guides: Guides
 ) -> tuple[np.ndarray, float | None]:
     """Return the images of a chunk, and the share of their values that was clipped."""
 
@@ -249,6 +323,7 @@ def _sample(
             timesteps=job.timesteps,
             eta=job.eta,
             use_clipped_model_output=job.use_clipped_model_output,
+            **job.conditions(guides, start, end),
             callback_on_step_end=advance,
             output_type="latent",
         )
@@ -258,7 +333,9 @@ def _sample(
     return to_uint8(output.images[: stop - start]), output.clipped_share
 
 
-def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
+def settings_of(
+    pipe: GenerationPipeline, job: SamplingJob, guides: Guides = NO_GUIDES
+) -> dict[str, Any]:
     """Return everything that the files depend on, as JSON types."""
     settings = {
         "job": asdict(job),
@@ -271,6 +348,14 @@ def settings_of(pipe: GenerationPipeline, job: SamplingJob) -> dict[str, Any]:
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": _public(pipe.scheduler.config),
     }
+    if (classes := class_labels_of(pipe)) is not None:
+        settings["null_class"] = classes.null_class
+    for name, network in vars(guides).items():
+        if network is not None:
+            settings[name] = {
+                "network": weights_fingerprint(network),
+                "network_config": _public(getattr(network, "config", {})),
+            }
     return json.loads(json.dumps(settings, default=lambda x: np.asarray(x).tolist()))
 
 

@@ -733,7 +733,10 @@ def test_what_an_unconditional_network_cannot_do_is_named():
     for settings, message in (
         ({"class_labels": 1}, "`class_labels` is given, but `unet` is unconditional"),
         ({"guidance_scale": 2}, "`guidance_scale` is 2, but `unet` is unconditional"),
-        ({"guidance_scale": 2, "guide": conditional()}, "`guide` has 3 classes; it must be uncon"),
+        (
+            {"guidance_scale": 2, "guide": conditional()},
+            "`guide` has the classes 0 to 2; it must be uncon",
+        ),
         (
             {"guidance_scale": 2, "classifier": Bayes(network.mixture)},
             "`class_labels` is None; with a `classifier`",

@@ -188,6 +188,99 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_condition_arguments(parser: argparse.ArgumentParser, labels: str) -> None:
+    """Add what says which classes are asked for, and how much they count.
+
+    Args:
+        parser: of the verb.
+        labels: help of `--labels`.
+    """
+    parser.add_argument("--labels", nargs="+", metavar="CLASS", help=labels)
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        metavar="W",
+        help="1: the class alone; above: it counts for more; 0: no class, or the guide alone",
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the shares of t / T between which guidance acts (everywhere)",
+    )
+    parser.add_argument(
+        "--guidance_rescale",
+        type=float,
+        metavar="PHI",
+        help="0 .. 1: give the prediction its deviation back (0)",
+    )
+    parser.add_argument(
+        "--negative_label", metavar="CLASS", help="lead away from this class, not from no class"
+    )
+    parser.add_argument(
+        "--guide",
+        metavar="PATH",
+        help="a pipeline, run or checkpoint of a weaker network, to lead away from",
+    )
+    parser.add_argument(
+        "--classifier",
+        metavar="PATH",
+        help="a classifier of `train-classifier`, to lead to --labels",
+    )
+
+
+CONDITION_OPTIONS = ("guidance_scale", "guidance_interval", "guidance_rescale", "negative_label")
+
+
+def conditions_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of generation that the options of guidance set; not the networks."""
+    return {key: v for key in CONDITION_OPTIONS if (v := getattr(args, key)) is not None}
+
+
+def labels_of(args: argparse.Namespace) -> Any:  # noqa: ANN401
+    """Return `--labels` as the pipelines take them: one for all, or a list."""
+    return args.labels[0] if args.labels is not None and len(args.labels) == 1 else args.labels
+
+
+def load_guides(pipe: "UnconditionalPipeline", args: argparse.Namespace) -> dict[str, Any]:
+    """Load the networks of `--guide` and `--classifier` to where the pipeline is.
+
+    Raises:
+        ValueError: for one that cannot be read, or a guide of another process than the pipeline's.
+    """
+    found: dict[str, Any] = {}
+    if args.guide is not None:
+        saved = read_saved(args.guide, allow_pickle=args.allow_pickle, option="--guide")
+        check_same_process(pipe.scheduler, saved.scheduler)
+        found["guide"] = saved.unet.to(device=pipe.device, dtype=pipe.unet.dtype)
+    if args.classifier is not None:
+        from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
+
+        found["classifier"] = load_noisy_classifier(args.classifier).to(pipe.device)
+    return found
+
+
+def check_same_process(own: Any, other: Any) -> None:  # noqa: ANN401
+    """Check that a guide was trained for the same noise levels and prediction.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    from ddim_schedulers.pipelines.sampling import alpha_bar_table
+
+    kinds = [scheduler.config.prediction_type for scheduler in (own, other)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"--guide predicts {kinds[1]!r}; it must predict {kinds[0]!r}.")
+    tables = [alpha_bar_table(scheduler) for scheduler in (own, other)]
+    # stock schedulers keep float32
+    if len(tables[0]) != len(tables[1]) or (tables[0] - tables[1]).abs().max() > 1e-6:
+        raise ValueError(
+            "--guide was trained with other noise levels (betas) than --pipeline; they must be the "
+            "same."
+        )
+
+
 def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says how a repository of the Hub is read."""
     parser.add_argument(
@@ -278,6 +371,7 @@ def read_saved(
     weights: str = "averaged",
     revision: str | None = None,
     allow_pickle: bool = False,
+    option: str = "--pipeline",
 ) -> "UnconditionalPipeline":
     """Read a pipeline or checkpoint with any scheduler, which the options may replace.
 
@@ -286,6 +380,7 @@ def read_saved(
         weights: see `places`.
         revision: of a name on the Hub.
         allow_pickle: see `repositories.fetch`.
+        option: what gave `place`, for the messages.
 
     Raises:
         ValueError: saying in one sentence what is wrong with `place`.
@@ -305,23 +400,23 @@ def read_saved(
 
     logging.disable_progress_bar()
     place = repositories.pinned(place, revision)
-    found = places.find(place, "--pipeline", weights)
+    found = places.find(place, option, weights)
     if found.checkpoint is not None:
         from ddim_schedulers.training.networks.checkpoint_network import load_checkpoint
 
         unet, scheduler, said = load_checkpoint(found.checkpoint, weights)
         if process_of()[0] == 0:
-            print(f"--pipeline: {said}", file=sys.stderr)
+            print(f"{option}: {said}", file=sys.stderr)
         return Saved(unet, scheduler)
     try:
-        there = repositories.fetch(found.name, "--pipeline", allow_pickle=allow_pickle)
-        _check_parts(there.folder, place)
+        there = repositories.fetch(found.name, option, allow_pickle=allow_pickle)
+        _check_parts(there.folder, place, option)
         saved: Saved = there.read(Saved)
     except DamagedFileError as error:
-        raise ValueError(f"--pipeline: {error}") from error
+        raise ValueError(f"{option}: {error}") from error
     except OSError as error:
         raise ValueError(
-            f"--pipeline {place!r} cannot be loaded: {' '.join(str(error).split())}"
+            f"{option} {place!r} cannot be loaded: {' '.join(str(error).split())}"
         ) from error
     there.finish(saved.unet)
     if there.commit:
@@ -329,12 +424,12 @@ def read_saved(
     return saved
 
 
-def _check_parts(folder: Path, place: str) -> None:
+def _check_parts(folder: Path, place: str, option: str) -> None:
     parts = read_json(folder / "model_index.json")
     for name, alone in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
         # the oldest repositories have their files beside the index
         if name not in parts or not ((folder / name).is_dir() or (folder / alone).is_file()):
-            raise ValueError(f"--pipeline {place!r} has no {name}; the verbs need one.")
+            raise ValueError(f"{option} {place!r} has no {name}; the verbs need one.")
 
 
 def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # noqa: ANN401

@@ -12,6 +12,9 @@ HELP = "Interpolate between seeds or images: a chain, a four-corner grid, or DDP
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     _model_options.add_model_arguments(parser)
+    _model_options.add_condition_arguments(
+        parser, "the class of all pictures, or one for each end; between two the class goes over"
+    )
     parser.add_argument("--output", required=True, help="folder for images/, latents and grid.png")
     ends = parser.add_mutually_exclusive_group(required=True)
     ends.add_argument("--seeds", type=int, nargs="+", help="ends as seeds")
@@ -102,6 +105,9 @@ def _interpolate(pipe: Any, args: argparse.Namespace, images: list | None) -> An
         "num_inference_steps": args.num_inference_steps,
         "timesteps": args.timesteps,
         "batch_size": args.batch_size,
+        "class_labels": _model_options.labels_of(args),
+        **_model_options.conditions_of(args),
+        **_model_options.load_guides(pipe, args),
     }
     if args.mode == "diffuse":
         return pipe.diffuse(

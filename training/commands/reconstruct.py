@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", nargs="+", required=True, help="image files, or folders of them"
     )
     parser.add_argument("--output", required=True, help="folder for images/, latents and grid.png")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="CLASS",
+        help="of a network with classes: the class of all images, or one for each in their order",
+    )
     parser.add_argument("--num_images", type=int, help="take the first ones only (all)")
     parser.add_argument(
         "--refinements",
@@ -58,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
             refinements=args.refinements,
             tolerance=tolerance,
             batch_size=args.batch_size,
+            class_labels=_model_options.labels_of(args),
         )
         _picture_files.write(folder, names, output.images)
         _picture_files.write_latents(folder / "latents.safetensors", output.inversion.latents)

@@ -11,6 +11,10 @@ HELP = "Sample images into a folder; continues where it was stopped, on any numb
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     _model_options.add_model_arguments(parser)
+    _model_options.add_condition_arguments(
+        parser,
+        "classes, names or numbers: image i has class i modulo their number (all classes in turn)",
+    )
     parser.add_argument("--num_images", type=int, required=True, help="how many, in all processes")
     parser.add_argument(
         "--output", required=True, help="folder for images/ or shards/ and grid.png"
@@ -30,7 +34,12 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.pipelines.ownership import own
     from ddim_schedulers.pipelines.sampling_files import FOLDERS
-    from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, sample_to_directory
+    from ddim_schedulers.pipelines.sampling_job import (
+        Guides,
+        SamplingJob,
+        process_of,
+        sample_to_directory,
+    )
 
     _model_options.apply_preset(args)
     rank, world_size = process_of()
@@ -42,12 +51,17 @@ def run(args: argparse.Namespace) -> int:
         num_inference_steps=args.num_inference_steps,
         timesteps=None if args.timesteps is None else tuple(args.timesteps),
         eta=_model_options.eta_of_call(args),
+        class_labels=None if args.labels is None else tuple(args.labels),
+        **_model_options.conditions_of(args),
     )
     check_folders(Path(args.output), FOLDERS[args.format], "--output")
     with own(args.output, "sample", rank=rank, world_size=world_size):
         pipe = _model_options.load(GenerationPipeline, args)
         _model_options.check_own_scheduler(pipe.scheduler, args)
-        report = sample_to_directory(pipe, args.output, job, rank=rank, world_size=world_size)
+        guides = Guides(**_model_options.load_guides(pipe, args))
+        report = sample_to_directory(
+            pipe, args.output, job, rank=rank, world_size=world_size, guides=guides
+        )
     state = "complete" if report.complete else "other processes are still at work"
     # one write for the whole line: processes share the terminal
     print(
