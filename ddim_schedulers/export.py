@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import BUNDLE_PREFIX, bundle
+from .forms import FORMS as FORMS
+from .forms import check_form as check_form
 from .plugin import STOCK_CLASSES, to_portable
 from .reading import read_json
 from .settings import SETTINGS_KEY
-
-FORMS = ("portable", "plug-in", "self-contained")
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -51,17 +51,6 @@ class Export:
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     schedulers: dict[str, Any] = field(default_factory=dict)
-
-
-def check_form(form: str) -> str:
-    """Return `form` if it is one of `FORMS`.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if form not in FORMS:
-        raise ValueError(f"`form` is {form!r}; it must be one of {FORMS}.")
-    return form
 
 
 def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") -> Export:

@@ -20,11 +20,12 @@ from .config_reading import (
     without_shared_defaults,
 )
 from .parameterization import check_prediction_type
+from .planning import SCHEDULER_SPACINGS
 from .reverse_noise import LEARNED
 from .scales import check_scales
 from .settings import restore_settings
 from .sigmas import check_sigma
-from .timesteps import TIMESTEP_SPACINGS, check_original_steps, check_quadratic_end, check_timesteps
+from .timesteps import check_original_steps, check_quadratic_end, check_timesteps
 
 # Constructor arguments that one of our classes has and another lacks. They travel through
 # `from_config` as hidden keys, without diffusers' warning about unexpected ones.
@@ -69,9 +70,6 @@ BETA_KEYS = tuple(key for key in PROCESS_KEYS if key != "prediction_type")
 
 # Which noise a scheduler adds where nobody has said it.
 UNSAID = {"reverse_variance": "sigma", "variance_type": "fixed_small"}
-
-# A scheduler knows the network, so two of its trajectories come from measurements of it.
-SCHEDULER_SPACINGS = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
 
 
 class Settings(FrozenDict):

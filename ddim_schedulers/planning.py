@@ -8,8 +8,11 @@ import torch
 from .optimal import Statistics, optimal_timesteps, statistics_of
 from .reverse_noise import Noise, cost_name, noise_named
 from .solver_tables import check_solver_tables
-from .timesteps import check_num_inference_steps, check_timesteps, make_timesteps
+from .timesteps import TIMESTEP_SPACINGS, check_num_inference_steps, check_timesteps, make_timesteps
 from .trajectory import calibrated_timesteps, trajectory_of
+
+# A scheduler knows the network, so two of its trajectories come from measurements of it.
+SCHEDULER_SPACINGS = (*TIMESTEP_SPACINGS, "optimal", "calibrated")
 
 # Planned trajectories by what they were planned from.
 Kept = dict[tuple[Any, ...], list[int]]

@@ -318,6 +318,48 @@ print("LEFT", status, sorted(heavy))
     assert "ddim-schedulers" in done.stdout + done.stderr
 
 
+# Whose help imports torch (diffusers never), and why.
+HELP_WITH_TORCH = {
+    "train": "HfArgumentParser makes its flags of the settings, and transformers imports torch",
+    "sample": "noises, spacings and solver forms are named beside the equations that they name",
+    "reconstruct": "as sample",
+    "interpolate": "as sample",
+}
+
+
+def helps_of(verbs, tmp_path):
+    """Returns which heavy modules one process has after the help of some verbs, and its output."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import ddim_schedulers_cli
+for verb in {verbs!r}:
+    for words in ([verb, "--help"], [verb, "--output", "x", "-h"]):
+        sys.argv[1:] = words
+        try:
+            sys.exit(ddim_schedulers_cli.main())
+        except SystemExit as stop:
+            assert stop.code in (0, 2), (words, stop.code)
+print("LEFT", *sorted({{"torch", "numpy", "diffusers"}} & set(sys.modules)))
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:], done.stdout
+
+
+def test_help_of_a_verb_imports_no_torch(tmp_path):
+    verbs = [verb for verb in cli.VERBS if verb not in HELP_WITH_TORCH]
+    heavy, shown = helps_of(verbs, tmp_path)
+    assert heavy == [] and len(verbs) >= 7
+    assert all(f"usage: ddim-schedulers {verb}" in shown for verb in verbs)
+
+
+def test_help_of_a_verb_with_torch_imports_no_diffusers(tmp_path):
+    heavy, shown = helps_of(list(HELP_WITH_TORCH), tmp_path)
+    assert "torch" in heavy and "diffusers" not in heavy
+    assert all(f"usage: ddim-schedulers {verb}" in shown for verb in HELP_WITH_TORCH)
+
+
 def test_the_console_script_runs_a_verb(tmp_path):
     script = Path(__file__).parents[1] / "ddim_schedulers_cli.py"
     for words, status, said in (

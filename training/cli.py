@@ -15,7 +15,9 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
+import pathlib
 import sys
 import traceback
 
@@ -85,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     _check_flags(parser, argv[:end])
     args = parser.parse_args(argv[:end])
     show_traceback = args.traceback or os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
+    asks = not argv[end:] or not {"-h", "--help"}.isdisjoint(argv[end:])
+    helps = asks and _without_package()
     try:
         return _run(args.verb, argv[end:])
     except KeyboardInterrupt:
@@ -102,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         print(message, file=sys.stderr)
         return 2 if isinstance(error, ModuleNotFoundError | ValueError) else 1
     finally:
-        if "torch.distributed" in sys.modules:
+        if "torch.distributed" in sys.modules and not helps:
             from ddim_schedulers.training.common.processes import leave_group
 
             leave_group()
@@ -161,6 +165,26 @@ def _run(verb: str, argv: list[str]) -> int:
         parser.print_help()
         return 2
     return int(module.run(parser.parse_args(spelled(parser, argv))))
+
+
+def _without_package() -> bool:
+    """Let a parser be imported whose package is not: for help, where nothing is run.
+
+    Importing `ddim_schedulers` imports torch and diffusers, which takes seconds.
+
+    Returns:
+        Whether the package is left out; not where it was imported before.
+    """
+    if (imported := sys.modules.get("ddim_schedulers")) is not None:
+        return not hasattr(imported, "__version__")
+    spec = importlib.util.find_spec("ddim_schedulers")  # finds the package, does not import it
+    assert spec is not None and spec.submodule_search_locations is not None
+    package = importlib.util.module_from_spec(spec)
+    root = pathlib.Path(spec.submodule_search_locations[0]).parent
+    if (root / "pyproject.toml").exists():  # a clone, see `ddim_schedulers/__init__.py`
+        package.__path__.append(str(root))
+    sys.modules["ddim_schedulers"] = package
+    return True
 
 
 def _message(verb: str, error: Exception) -> str | None:

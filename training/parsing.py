@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ddim_schedulers.reading import DamagedFileError, read_json, read_yaml
+from ddim_schedulers.plain_files import DamagedFileError, read_json, read_yaml
 from ddim_schedulers.training.common.flags import nearest, spelled
 from ddim_schedulers.training.config import GROUPS, TrainingConfig, names_code
 

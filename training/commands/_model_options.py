@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ddim_schedulers.reading import DamagedFileError, read_json
+from ddim_schedulers.plain_files import DamagedFileError, read_json
 from ddim_schedulers.training.config import DTYPES
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    from ddim_schedulers.family_config import SCHEDULER_SPACINGS
     from ddim_schedulers.multistep import (
         MAX_ORDER,
         SOLVER_FORMS,
         SOLVER_VARIABLES,
         SOLVER_WEIGHTS,
     )
+    from ddim_schedulers.planning import SCHEDULER_SPACINGS
     from ddim_schedulers.reverse_noise import REVERSE_VARIANCES, VARIANCE_TYPES
 
     parser.add_argument("--pipeline", required=True, help=PIPELINE_HELP)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ddim_schedulers.export import FORMS
+from ddim_schedulers.forms import FORMS
 
 HELP = "Turn a PyTorch DDPM checkpoint (pesser/pytorch_diffusion, DDIM) into a pipeline."
 

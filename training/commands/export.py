@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ddim_schedulers.export import FORMS
+from ddim_schedulers.forms import FORMS
 from ddim_schedulers.training.commands._model_options import add_repository_arguments
 from ddim_schedulers.training.networks.places import WEIGHTS
 

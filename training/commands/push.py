@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ddim_schedulers.export import FORMS
+from ddim_schedulers.forms import FORMS
 
 HELP = "Share a saved pipeline on the Hugging Face Hub."
 

@@ -4,8 +4,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddim_schedulers.training.common.repositories import may_be_repository
-
 INDEX = "model_index.json"
 STATE = "state.json"
 WEIGHTS = ("averaged", "raw")
@@ -42,6 +40,8 @@ def find(
     Raises:
         ValueError: nothing is there, and it is no name on the Hub; or a folder that holds neither.
     """
+    from ddim_schedulers.training.common.repositories import may_be_repository
+
     folder = Path(place)
     if folder.is_file():
         raise ValueError(f"{option} {place!r} is a file; it must be a pipeline's folder.")

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ddim_schedulers import MarkovianDDPMScheduler
-from ddim_schedulers.export import check_form, save_pipeline
+from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.forms import check_form
 from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.reading import FREE_BYTES, check_archive

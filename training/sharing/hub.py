@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddim_schedulers.export import Export, check_form, export_folder
+from ddim_schedulers.export import Export, export_folder
+from ddim_schedulers.forms import check_form
 from ddim_schedulers.pipelines.ownership import own
 from ddim_schedulers.training.sharing.secrets import HUB_TOKEN, check_upload
 
