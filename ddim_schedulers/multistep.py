@@ -18,7 +18,9 @@ rho is large and x0_hat settles with each doubling of the signal, and rho where 
 the step that lands on x_0 (rho = 0) has a full order, too. log rho, which is -lambda, is the
 variable of DPM-Solver++ (arXiv:2211.01095), UniPC and SA-Solver for x0, and of DPM-Solver
 (arXiv:2206.00927) and diffusers' DEIS for eps. It is infinite at rho = 0: there the step that lands
-on x_0 has order 1.
+on x_0 has order 1. The number of the step itself gives the classical weights, (3, -1) / 2, (23,
+-16, 5) / 12 and so on, of iPNDM (arXiv:2204.13902, Sec. 3): of order 2 at most, as rho is not even
+in it.
 
 The corrector (UniC of UniPC, arXiv:2302.04867) takes the step to t once more when the prediction at
 t is there, with the polynomial that passes through it as well. x_t is then better than the sample
@@ -45,7 +47,7 @@ import torch
 from .transition import direction
 
 SOLVER_FORMS = ("epsilon", "sample")
-SOLVER_VARIABLES = ("asinh", "log_rho", "rho")
+SOLVER_VARIABLES = ("asinh", "log_rho", "rho", "step")
 # The variable of each form where none is asked for.
 OWN_VARIABLE = {"epsilon": "rho", "sample": "asinh"}
 # `bh1` and `bh2`: UniPC's B(h), for x0 h and 1 - exp(-h).
@@ -140,9 +142,11 @@ def variable(form: str, alpha_bar: torch.Tensor, name: str | None = None) -> tor
 
     Args:
         form: whose own variable it is where `name` is None.
-        alpha_bar: in [0, 1].
+        alpha_bar: in [0, 1]; for `step`, of the planned timesteps in the order of sampling.
         name: one of `SOLVER_VARIABLES`, or None.
     """
+    if name == "step":
+        return -torch.arange(len(alpha_bar), dtype=torch.float64, device="cpu")
     return _variable(name or OWN_VARIABLE[form], ((1 - alpha_bar) / alpha_bar).sqrt())
 
 
@@ -261,6 +265,9 @@ def step_moments(
     rho_s = (1 - alpha_bar_s).sqrt() / root
     rho_end = direction(alpha_bar_s, sigma) / root
     mass, length = root * (rho_end - rho), rho_s - rho
+    if name == "step":
+        mass = mass if form == "epsilon" else root * (1 - rho_end / rho)
+        return [mass * (-1) ** m / (m + 1) for m in powers]
     if form == "epsilon" and name == "rho":
         return [mass * length**m / (m + 1) for m in powers]
     start = _variable(name, rho)

@@ -103,8 +103,9 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             when the prediction where it landed is there; no network call (UniPC, arXiv:2302.04867).
         lower_order_final: end with a step of order 1, after one of at most order 2.
         solver_variable: what the predictions are a polynomial of: `asinh` (of rho / 3), `log_rho`
-            (DPM-Solver++, UniPC, SA-Solver; a step that lands on alpha_bar = 1 has order 1 then)
-            or `rho`. `None` is `asinh` for `solver_form` `sample` and `rho` for `epsilon`.
+            (DPM-Solver++, UniPC, SA-Solver; a step that lands on alpha_bar = 1 has order 1 then),
+            `rho`, or `step`, its number (iPNDM). `None` is `asinh` for `solver_form` `sample` and
+            `rho` for `epsilon`.
         solver_weights: how a step of order 2, and the corrector of one of order 1, weighs the
             difference of two predictions: `exact`, or as diffusers does, with `solver_variable`
             `log_rho`: `bh1` (UniPC `bh1`, SA-Solver) or `bh2` (UniPC `bh2`, DPM-Solver++

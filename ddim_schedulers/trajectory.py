@@ -179,7 +179,8 @@ def jump_costs(
     node = variable(form, alpha_bar_t, variable_name)
     e = points if form == "epsilon" else path[:n] - rho[:, None] * points
     for i in range(1, n):
-        slope = (e[:i] - e[i]) / (node[:i] - node[i])[:, None]
+        apart = torch.ones_like(node[:i]) if variable_name == "step" else node[:i] - node[i]
+        slope = (e[:i] - e[i]) / apart[:, None]
         missed = miss[i, i + 1 :] + gain[i, i + 1 :, None] * slope[:, None]
         cost[:i, i, i + 1 :] = missed.square().sum(-1)
     return cost

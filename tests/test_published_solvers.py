@@ -236,6 +236,22 @@ def test_tau_and_eta():
         sigma_tau(a_t, a_s, -1)
 
 
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_ipndm(order):
+    """The classical Adams-Bashforth weights of eps in DDIM's step (arXiv:2204.13902)."""
+    classical = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12]}
+    classical[4] = [55 / 24, -59 / 24, 37 / 24, -9 / 24]
+    levels, x, seen = Levels(), X, []
+    for i, t in enumerate(PLAN):
+        seen.append((x - levels.alpha[i] * network(x, t)) / levels.sigma[i])
+        weights = classical[min(i + 1, order)]
+        eps = sum(w * e for w, e in zip(weights, reversed(seen), strict=False))
+        x_0 = (x - levels.sigma[i] * eps) / levels.alpha[i]
+        x = levels.alpha[i + 1] * x_0 + levels.sigma[i + 1] * eps
+    settings = {"solver_order": order, "solver_form": "epsilon", "solver_variable": "step"}
+    assert_same(ours("epsilon", **settings), x)
+
+
 # -- diffusers' classes
 
 

@@ -65,15 +65,29 @@ def test_the_fine_path_is_the_solution(gaussian):
 
 
 @pytest.mark.parametrize("form", ["sample", "epsilon"])
-@pytest.mark.parametrize("order", [1, 2])
-def test_a_cost_is_the_miss_of_the_scheduler_itself(gaussian, form, order, monkeypatch):
+@pytest.mark.parametrize(
+    ("order", "variable", "weights"),
+    [
+        (1, None, "exact"),
+        (2, None, "exact"),
+        (2, "log_rho", "exact"),
+        (2, "log_rho", "bh1"),
+        (2, "log_rho", "bh2"),
+        (2, "step", "exact"),
+    ],
+)
+def test_a_cost_is_the_miss_of_the_scheduler_itself(
+    gaussian, form, order, variable, weights, monkeypatch
+):
     """From the fine trajectory's own points, steps of the scheduler with these timesteps."""
     scheduler, plan, eps = gaussian
     exact = _paths(scheduler, plan)
     monkeypatch.setattr(trajectory, "fine_path", lambda *_: exact - exact[0])
     a = torch.cat([scheduler.alpha_bar[plan], torch.ones(1, dtype=torch.float64)])
-    cost = jump_costs(eps, a[:-1], a[-1:], order, form)
-    solver = GeneralizedDDIMScheduler(clip_sample=False, solver_order=order, solver_form=form)
+    chosen = {"variable_name": variable, "weights_name": weights}
+    cost = jump_costs(eps, a[:-1], a[-1:], order, form, **chosen)
+    settings = {"solver_form": form, "solver_variable": variable, "solver_weights": weights}
+    solver = GeneralizedDDIMScheduler(clip_sample=False, solver_order=order, **settings)
     x = exact * a.sqrt()[:, None]
     for p, i, k in ((0, 5, 9), (10, 11, 40), (30, 50, 60)):
         rest = [plan[k]] if k < 60 else []
