@@ -52,7 +52,7 @@ def test_every_command_module_is_a_verb():
         for info in pkgutil.iter_modules(ddim_schedulers.training.commands.__path__)
         if not info.name.startswith("_")
     }
-    assert modules == set(cli.VERBS)
+    assert modules == {verb.replace("-", "_") for verb in cli.VERBS}
     assert set(cli.VERBS) >= cli.OWN_PARSER
 
 
@@ -62,7 +62,7 @@ def test_help_of_each_verb(verb, capsys):
         cli.main([verb, "--help"])
     assert stop.value.code == 0
     assert f"usage: ddim-schedulers {verb}" in capsys.readouterr().out
-    module = sys.modules[f"ddim_schedulers.training.commands.{verb}"]
+    module = sys.modules[cli.module_of(verb)]
     assert module.HELP == cli.VERBS[verb]
 
 
@@ -121,7 +121,7 @@ def test_dashes_and_underscores_are_as_good_in_every_verb(verb, capsys):
     with pytest.raises(SystemExit):
         cli.main([verb, "--help"])
     flags = set(re.findall(r"(?<!\S)--[\w-]+", capsys.readouterr().out))
-    module = sys.modules[f"ddim_schedulers.training.commands.{verb}"]
+    module = sys.modules[cli.module_of(verb)]
     if verb in cli.OWN_PARSER:
         parser = parsing._parser(verb)
     else:
@@ -143,7 +143,7 @@ def test_dashes_and_underscores_are_as_good_in_every_verb(verb, capsys):
 @pytest.mark.parametrize("verb", sorted(set(cli.VERBS) - cli.OWN_PARSER))
 def test_the_help_says_every_default(verb):
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"ddim_schedulers.training.commands.{verb}").add_arguments(parser)
+    importlib.import_module(cli.module_of(verb)).add_arguments(parser)
     for action in parser._actions:
         if action.required or action.default in (None, False, argparse.SUPPRESS):
             continue

@@ -3,8 +3,8 @@
 This module imports nothing of the package by itself: the console script runs its file alone
 (`ddim_schedulers_cli`), so that `--help` needs no torch.
 
-A verb is a module `ddim_schedulers.training.commands.<verb>`, imported only when it is chosen. It
-defines
+A verb is a module `ddim_schedulers.training.commands.<verb>` (with _ for -), imported only when it
+is chosen. It defines
 
 - `HELP`: one sentence, the same as in `VERBS` (so that listing the verbs imports none of them), and
 - either `add_arguments(parser)` and `run(args) -> int`,
@@ -27,7 +27,9 @@ TRACEBACK_VARIABLE = "DDIM_SCHEDULERS_TRACEBACK"
 # In the order of a project: look, train, use, measure, share.
 VERBS: dict[str, str] = {
     "demo": "Train a small model on embedded digits and sample it with every member of the family.",
-    "train": "Train an unconditional UNet2DModel on your images.",
+    "train": "Train a UNet2DModel on your images, with or without classes.",
+    "train-classifier": "Train a classifier of noisy images, which guides a network that knows no "
+    "classes.",
     "sample": "Sample images into a folder; continues where it was stopped, on any number of "
     "processes.",
     "reconstruct": "Encode images to latents with DDIM, decode them again and report the error.",
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<12} {text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<16} {text}" for verb, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} [--version] [--traceback] VERB ...",
@@ -151,10 +153,15 @@ def _version() -> str:
         return __version__
 
 
+def module_of(verb: str) -> str:
+    """Return the full name of the module of a verb."""
+    return f"ddim_schedulers.training.commands.{verb.replace('-', '_')}"
+
+
 def _run(verb: str, argv: list[str]) -> int:
     from ddim_schedulers.training.common.flags import spelled
 
-    module = importlib.import_module(f"ddim_schedulers.training.commands.{verb}")
+    module = importlib.import_module(module_of(verb))
     if verb in OWN_PARSER:
         return int(module.main(argv or ["--help"]))
     parser = argparse.ArgumentParser(

@@ -137,7 +137,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         list(GROUPS),
         prog=prog,
         allow_abbrev=False,
-        description="Train an unconditional UNet2DModel. Fields of --config have the same names.",
+        description="Train a UNet2DModel, with or without classes. Fields of --config are named "
+        "alike.",
     )
     nullable = _nullable()
     for action in parser._actions:

@@ -1,6 +1,6 @@
-"""`ddim-schedulers train`: train an unconditional diffusion model."""
+"""`ddim-schedulers train`: train a diffusion model."""
 
-HELP = "Train an unconditional UNet2DModel on your images."
+HELP = "Train a UNet2DModel on your images, with or without classes."
 
 
 def main(argv: list[str]) -> int:

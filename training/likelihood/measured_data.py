@@ -58,29 +58,52 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
 
 
-def load_measured_data(args: argparse.Namespace, measured_model: MeasuredModel) -> ImageData:
+def add_label_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which class an image is of, as in `ddim-schedulers train`."""
+    group = parser.add_argument_group("classes")
+    group.add_argument(
+        "--label_column",
+        help="column of a table, or array of an .npz file, with the class of each image (the only "
+        "column of class labels, or the array `labels`)",
+    )
+    group.add_argument(
+        "--class_names", nargs="+", help="names of all classes, in the order of their numbers"
+    )
+
+
+def load_measured_data(
+    args: argparse.Namespace, measured_model: MeasuredModel, class_conditional: bool = False
+) -> ImageData:
     """Return the images that the flags name, checked against the network.
+
+    Args:
+        args: the flags.
+        measured_model: the network.
+        class_conditional: whether the images have classes, see `add_label_arguments`.
 
     Raises:
         ValueError: as the trainer's `load_data`, or for images of other channels or another size.
     """
     from ddim_schedulers.pipelines.sampling_job import process_of
     from ddim_schedulers.training.config import TrainingConfig
-    from ddim_schedulers.training.data.images import digits, load_data
+    from ddim_schedulers.training.data.images import digits, load_data, with_classes
 
     size = measured_model.unet.config.sample_size
     own = args.image_size if args.image_size is not None else size if type(size) is int else None
     if args.data == "digits" and args.split != "train":
         raise ValueError(f"`--split` is {args.split!r}; the digits are divided by --part")
+    names = ["data", "data_config", "split", "image_column", "array_key", "fit", "image_mode"]
+    names += ["background", "max_image_pixels", "value_range"]
+    names += ["label_column", "class_names"] if class_conditional else []
+    config = TrainingConfig(
+        **{name: getattr(args, name) for name in names},
+        class_conditional=class_conditional,
+        image_size=own,
+        validation_fraction=0.0,
+    )
     if args.data == "digits" and own in (None, 8):
-        data = digits(args.part)
+        data = with_classes(digits(args.part), config)
     else:
-        names = ["data", "data_config", "split", "image_column", "array_key", "fit", "image_mode"]
-        names += ["background", "max_image_pixels"]
-        settings = {name: getattr(args, name) for name in names}
-        config = TrainingConfig(
-            **settings, image_size=own, value_range=args.value_range, validation_fraction=0.0
-        )
         data = load_data(config)[0]
     if process_of()[0] == 0:
         print(data.inventory.line(), file=sys.stderr)
