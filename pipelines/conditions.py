@@ -17,7 +17,7 @@ from ddim_schedulers.pipelines.guidance import (
     LabelledNetwork,
 )
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
-from ddim_schedulers.pipelines.sampling import Levels
+from ddim_schedulers.pipelines.sampling import Levels, alpha_bar_table
 
 Label = int | str
 
@@ -252,6 +252,29 @@ def known_classes(network: Network, classifier: torch.nn.Module | None) -> Class
     if not isinstance(names, Sequence) or not names:
         return None
     return ClassLabels(len(names), None, dict(enumerate(names)))
+
+
+def check_same_process(own: Scheduler, other: Scheduler, name: str) -> None:
+    """Check that a network was trained for the same noise levels and prediction as the pipeline's.
+
+    Args:
+        own: scheduler of the pipeline.
+        other: scheduler that the network was saved with.
+        name: of the network's argument, for the message.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    kinds = [scheduler.config.prediction_type for scheduler in (own, other)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"`{name}` predicts {kinds[1]!r}; it must predict {kinds[0]!r}.")
+    tables = [alpha_bar_table(scheduler) for scheduler in (own, other)]
+    # stock schedulers keep float32
+    if len(tables[0]) != len(tables[1]) or bool(((tables[0] - tables[1]).abs() > 1e-6).any()):
+        raise ValueError(
+            f"`{name}` was trained with other noise levels than the pipeline; `betas` and "
+            "`num_train_timesteps` must be the same."
+        )
 
 
 def check_interval(interval: Sequence[float] | None, name: str) -> None:

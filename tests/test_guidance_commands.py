@@ -212,7 +212,7 @@ def test_sample_takes_labels_and_guidance(models, tmp_path, capsys):
             "'cow'; it must be the number of a class, 0 to 2, or its name: 'cat'",
         ),
         (["--guidance_interval", "0.2", "0.8"], "`guidance_scale` is None"),
-        (["--guide", str(models / "v"), "--guidance_scale", "2"], "--guide predicts 'v_predic"),
+        (["--guide", str(models / "v"), "--guidance_scale", "2"], "`guide` predicts 'v_predic"),
         (["--guide", str(models / "other betas"), "--guidance_scale", "2"], "noise levels"),
         (["--guide", str(tmp_path / "no"), "--guidance_scale", "2"], "--guide"),
     ):

@@ -251,34 +251,16 @@ def load_guides(pipe: "UnconditionalPipeline", args: argparse.Namespace) -> dict
     """
     found: dict[str, Any] = {}
     if args.guide is not None:
+        from ddim_schedulers.pipelines.conditions import check_same_process
+
         saved = read_saved(args.guide, allow_pickle=args.allow_pickle, option="--guide")
-        check_same_process(pipe.scheduler, saved.scheduler)
+        check_same_process(pipe.scheduler, saved.scheduler, "guide")
         found["guide"] = saved.unet.to(device=pipe.device, dtype=pipe.unet.dtype)
     if args.classifier is not None:
         from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
 
         found["classifier"] = load_noisy_classifier(args.classifier).to(pipe.device)
     return found
-
-
-def check_same_process(own: Any, other: Any) -> None:  # noqa: ANN401
-    """Check that a guide was trained for the same noise levels and prediction.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    from ddim_schedulers.pipelines.sampling import alpha_bar_table
-
-    kinds = [scheduler.config.prediction_type for scheduler in (own, other)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"--guide predicts {kinds[1]!r}; it must predict {kinds[0]!r}.")
-    tables = [alpha_bar_table(scheduler) for scheduler in (own, other)]
-    # stock schedulers keep float32
-    if len(tables[0]) != len(tables[1]) or (tables[0] - tables[1]).abs().max() > 1e-6:
-        raise ValueError(
-            "--guide was trained with other noise levels (betas) than --pipeline; they must be the "
-            "same."
-        )
 
 
 def add_repository_arguments(parser: argparse.ArgumentParser) -> None:

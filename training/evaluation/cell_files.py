@@ -226,7 +226,8 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
             metric.of_classes and name in measured for name, metric in METRICS.items()
         )
         for name, metric in sorted(METRICS.items()):
-            if has_classes or not metric.of_classes:
+            needed = not metric.of_labels and (has_classes or not metric.of_classes)
+            if needed or name in measured:
                 found = measured.get(name)
                 require(_is_number(found, metric.low, metric.high), f"{name} of {space}", found)
     return content

@@ -19,17 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.config_reading import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.base import chunks
+from ddim_schedulers.pipelines.conditions import (
+    BoundConditions,
+    Conditions,
+    check_same_process,
+)
 from ddim_schedulers.pipelines.files import check_folders
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.pipelines.sampling_files import read_shard
 from ddim_schedulers.pipelines.sampling_job import (
+    Guides,
     SamplingJob,
     defaults_of_settings,
     sample_to_directory,
     settings_of,
+    with_classes,
 )
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.repositories import fetch
@@ -42,6 +50,7 @@ from ddim_schedulers.training.evaluation.cell_files import (
     check_sum_of_images,
 )
 from ddim_schedulers.training.evaluation.config import (
+    GUIDES,
     Cell,
     EvaluationConfig,
     defaults_of,
@@ -79,6 +88,7 @@ class Evaluation:
         self.folder = Path(config.output_dir)
         check_folders(self.folder, "cells", "output_dir")
         self.warm = self.shows_steps = False
+        self._guides: dict[tuple[str, str], Any] = {}
         self.commit = commit()
         self.pipe = self._load_pipeline()
         self.files = CellFiles(self.folder, progress)
@@ -90,15 +100,7 @@ class Evaluation:
             self.real.prepare()
 
     def _load_pipeline(self) -> GenerationPipeline:
-        found = fetch(pipeline_folder(self.config.pipeline))
-        try:
-            pipe = found.read(GenerationPipeline)
-        except OSError as error:
-            raise ValueError(
-                f"`pipeline` is {self.config.pipeline!r}; it cannot be loaded: {error}"
-            ) from error
-        found.finish(pipe.unet)
-        self.pipeline_commit = found.commit
+        pipe = self._read(self.config.pipeline, "pipeline")
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device).speed_up(
             compile=self.config.compile,
@@ -106,11 +108,23 @@ class Evaluation:
             dtype=getattr(torch, self.config.dtype),
         )
 
+    def _read(self, place: str, name: str) -> GenerationPipeline:
+        found = fetch(pipeline_folder(place))
+        try:
+            pipe = found.read(GenerationPipeline)
+        except OSError as error:
+            raise ValueError(f"`{name}` is {place!r}; it cannot be loaded: {error}") from error
+        found.finish(pipe.unet)
+        if name == "pipeline":
+            self.pipeline_commit = found.commit
+        return pipe
+
     def _check_scheduler(self, cell: Cell) -> None:
         try:
             scheduler = self._pipe_of(cell).scheduler
             scheduler.set_timesteps(cell.steps)
             step_arguments(scheduler, None, None, cell.sampler.use_clipped_model_output)
+            with_classes(self.pipe, self._job(cell), self.guides_of(cell))
         except ValueError as error:
             raise ValueError(f"row {cell.sampler.name!r}, S = {cell.steps}: {error}") from error
 
@@ -142,7 +156,33 @@ class Evaluation:
             file_format="npz",
             num_inference_steps=cell.steps,
             use_clipped_model_output=cell.sampler.use_clipped_model_output,
+            **{k: v for k, v in cell.sampler.conditions.items() if k not in GUIDES},
         )
+
+    def guides_of(self, cell: Cell) -> Guides:
+        """Return the networks beside the pipeline's that guide a row's samples, loaded once.
+
+        Raises:
+            ValueError: for one that cannot be loaded, or does not fit the pipeline.
+        """
+        found: dict[str, Any] = {}
+        for name in GUIDES:
+            place = cell.sampler.conditions.get(name)
+            if place is not None:
+                if (name, place) not in self._guides:
+                    self._guides[name, place] = self._load_guide(name, place)
+                found[name] = self._guides[name, place]
+        return Guides(**found)
+
+    def _load_guide(self, name: str, place: str) -> Any:  # noqa: ANN401
+        if name == "classifier":
+            from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
+
+            return load_noisy_classifier(place).to(self.device)
+        guide = self._read(place, name)
+        check_same_process(self.pipe.scheduler, guide.scheduler, name)
+        network: Any = guide.unet
+        return network.to(device=self.device, dtype=self.pipe.unet.dtype)
 
     def missing(self, cell: Cell) -> list[str]:
         """Return the feature spaces in which a cell is still to be measured."""
@@ -168,9 +208,10 @@ class Evaluation:
             return self._measure(cell)
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        pipe, job = self._pipe_of(cell), self._job(cell)
+        pipe, guides = self._pipe_of(cell), self.guides_of(cell)
+        job = with_classes(pipe, self._job(cell), guides)
         images = self.files.images_of(cell)
-        settings = settings_of(pipe, job)
+        settings = settings_of(pipe, job, guides)
         kept, missing = self.files.load(cell) or {}, self.missing(cell)
         self.team.wait()  # nobody writes before all have looked
         if kept:
@@ -179,7 +220,7 @@ class Evaluation:
             return kept
         parts = chunks(cell.n, job.batch_size)
         shards = [images / "shards" / f"{a:06d}-{b - 1:06d}.npz" for a, b in parts]
-        cost = self._sample(pipe, job, images)
+        cost = self._sample(pipe, job, guides, images)
 
         def read(i: int) -> np.ndarray:
             (a, b), shape = parts[i], pipe.image_shape
@@ -194,7 +235,8 @@ class Evaluation:
             ]
             fake = self.real.joined(mine)
             if self.team.index == 0:
-                found[name] = self.real.measure(name, fake)
+                labels: Any = job.labels(0, cell.n)
+                found[name] = self.real.measure(name, fake, labels, class_labels_of(pipe))
         result = {
             "row": cell.sampler.name,
             "steps": cell.steps,
@@ -217,19 +259,26 @@ class Evaluation:
             shutil.rmtree(images)
         return self.files.read(cell)  # the same on every process
 
-    def _sample(self, pipe: GenerationPipeline, job: SamplingJob, images: Path) -> dict[str, Any]:
+    def _sample(
+        self, pipe: GenerationPipeline, job: SamplingJob, guides: Guides, images: Path
+    ) -> dict[str, Any]:
         """Sample the images that are missing of a cell; the cost of these, and with what."""
         if not self.warm:  # compiling and first touches are no part of what sampling costs
             zeros = torch.zeros(job.batch_size, *self.pipe.image_shape, device=self.device)
+            conditions = Conditions(**job.conditions(guides, 0, job.batch_size))
+            bound = BoundConditions(
+                conditions, pipe.unet, pipe.scheduler, job.batch_size, self.device
+            )
             with torch.no_grad():
-                predict(pipe.unet, zeros, torch.zeros((), dtype=torch.long, device=self.device))
+                t = torch.zeros((), dtype=torch.long, device=self.device)
+                predict(bound.of(0, job.batch_size), zeros, t)
             self.warm = True
         shown = self.shows_steps and self.team.index == 0
         pipe.set_progress_bar_config(disable=not shown, leave=False)
         self.team.wait()
         begun = time.perf_counter()
         share = {"rank": self.team.index, "world_size": self.team.count}
-        report = sample_to_directory(pipe, images, job, **share)
+        report = sample_to_directory(pipe, images, job, guides=guides, **share)
         left = sum(self.team.gather([report.sampled]))
         seconds = time.perf_counter() - begun
         rate = left / seconds if left else None

@@ -12,6 +12,9 @@
             members: [0, 1, sigma-hat]
             spacing: [trailing]
           - steps: [10, 20]
+            members: [0]
+            guidance: [0, 1, 2, {scale: 4, interval: [0.2, 0.8]}]   # of a network with classes
+          - steps: [10, 20]
             schedulers: [{class: DPMSolverMultistepScheduler, use_karras_sigmas: true}]
 
 A *row* of a table is a sampler: a scheduler with its settings. A *cell* is a row at one number of
@@ -27,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddim_schedulers.pipelines.sampling_job import SamplingJob
 from ddim_schedulers.training.common.flags import nearest
 from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.config import DTYPES, DataConfig, TrainingConfig
@@ -77,6 +81,9 @@ class Sampler:
         settings: config keys that replace those of the pipeline's own scheduler.
         use_clipped_model_output: passed to `step`; None leaves the scheduler's default.
         said: the settings that the name says.
+        conditions: arguments of generation that guide it, by their names; `guide` and `classifier`
+            are places of networks.
+        base: the name without what is said of guidance.
     """
 
     name: str
@@ -84,6 +91,8 @@ class Sampler:
     settings: dict[str, Any]
     use_clipped_model_output: bool | None = None
     said: tuple[str, ...] = ()
+    conditions: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -308,7 +317,19 @@ _BLOCK = (
     "settings",
     "use_clipped_model_output",
     "repeats",
+    "guidance",
 )
+# What an entry of `guidance` may say, and the argument of generation that it is.
+_GUIDANCE = {
+    "scale": "guidance_scale",
+    "interval": "guidance_interval",
+    "rescale": "guidance_rescale",
+    "negative_label": "negative_label",
+    "labels": "class_labels",
+    "guide": "guide",
+    "classifier": "classifier",
+}
+GUIDES = ("guide", "classifier")
 
 
 def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
@@ -322,7 +343,9 @@ def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
         )
     if not steps:
         raise ValueError(f"{where}: `steps` is empty; it must be a list of integers >= 1")
-    samplers = list(_samplers(block, where))
+    plain = list(_samplers(block, where))
+    entries = _list(block.get("guidance", [None]), f"{where}: guidance")
+    samplers = [_guided(sampler, entry, where) for sampler in plain for entry in entries]
     if not samplers:
         raise ValueError(f"{where}: a block of the grid needs members or schedulers")
     # all samplers of one S before the next: a run that is stopped has whole columns
@@ -358,6 +381,40 @@ def _samplers(block: Mapping[str, Any], where: str) -> Iterator[Sampler]:
         label = ", ".join(parts) if name is None else str(name)
         said = tuple(settings) if name is None else ()
         yield _checked_sampler(Sampler(label, scheduler, settings, own_clipped, said), where)
+
+
+def _guided(sampler: Sampler, entry: Any, where: str) -> Sampler:
+    """Return a sampler with the guidance that an entry of `guidance` asks for."""
+    if entry is None:
+        return sampler
+    is_scale = isinstance(entry, int | float) and not isinstance(entry, bool)
+    values = {"scale": entry} if is_scale else dict(_mapping(entry, f"{where}: guidance"))
+    _known(values, (*_GUIDANCE, "name"), f"{where}: guidance")
+    name = values.pop("name", None)
+    for key in ("interval", "labels"):
+        if isinstance(values.get(key), list):
+            values[key] = tuple(values[key])
+    conditions = {_GUIDANCE[key]: value for key, value in values.items()}
+    for key in GUIDES:
+        if conditions.get(key) is not None and not isinstance(conditions[key], str):
+            raise ValueError(f"{where}: `{key}` is {conditions[key]!r}; it must be a path")
+    try:
+        given = {key: value for key, value in conditions.items() if key not in GUIDES}
+        SamplingJob(num_images=1, **given)
+    except ValueError as error:
+        raise ValueError(f"{where}: guidance: {error}") from error
+    said = ", ".join(_said(key, value) for key, value in values.items()) if name is None else name
+    return dataclasses.replace(
+        sampler, name=f"{sampler.name}, {said}", conditions=conditions, base=sampler.name
+    )
+
+
+def _said(key: str, value: Any) -> str:
+    if key == "scale":
+        return f"w {value:g}"
+    if isinstance(value, tuple):
+        return f"{key} {' '.join(map(str, value))}"
+    return f"{key} {Path(value).name if key in GUIDES else value}"
 
 
 def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:

@@ -74,6 +74,52 @@ def curves(
     return figure
 
 
+def guidance_figure(table: dict[str, Any], features: Sequence[str]) -> Any:
+    """Plot over the guidance scale w: Frechet distance, precision against recall, recognised.
+
+    A line is a sampler at one number of steps; its points are its guidance scales.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6 * len(features) + 0.8), layout="constrained")
+    axes = figure.subplots(len(features), 3, squeeze=False)
+    lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for cell in table["cells"]:
+        said = table["guidance"].get(cell["row"])
+        if said is not None:
+            others = {k: v for k, v in said.items() if k not in ("base", "guidance_scale")}
+            name = ", ".join([said["base"], f"S = {cell['steps']}", *map(str, others.values())])
+            lines.setdefault(name, []).append((said.get("guidance_scale", 1.0), cell["metrics"]))
+    for feature, (left, middle, right) in zip(features, axes, strict=True):
+        for name, points in lines.items():
+            points = sorted(points, key=lambda point: point[0])
+            scales = [w for w, _ in points]
+            values = {
+                key: [metrics[feature][key]["mean"] for _, metrics in points]
+                for key in ("frechet", "precision", "recall")
+            }
+            left.plot(scales, values["frechet"], "o-", label=name)
+            middle.plot(values["recall"], values["precision"], "o-")
+            for w, x, y in zip(scales, values["recall"], values["precision"], strict=True):
+                middle.annotate(f"{w:g}", (x, y), fontsize=7)
+            known = [
+                (w, m[feature]["recognised"]["mean"])
+                for w, m in points
+                if "recognised" in m[feature]
+            ]
+            if known:
+                right.plot(*zip(*known, strict=True), "o-")
+        left.set(xlabel="guidance scale w", ylabel=f"Frechet distance, {feature}", yscale="log")
+        middle.set(xlabel="recall (diversity)", ylabel="precision (quality)")
+        middle.set_title(f"the numbers are w; n = {table['n']}", fontsize=9)
+        right.set(xlabel="guidance scale w", ylabel="share recognised")
+        for axis in (left, middle, right):
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    return figure
+
+
 def samples_figure(evaluation: Evaluation, table: dict[str, Any]) -> Any:
     """Return rows of samples from the same seeds: one for each scheduler, a block for each S."""
     cells = {

@@ -5,7 +5,7 @@ the work; the features are then put in the order of the images.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddim_schedulers.class_labels import ClassLabels
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.reading import npz_names, read_npz
@@ -26,6 +27,7 @@ from ddim_schedulers.training.metrics.distances import (
     inception_score,
     kernel_distance,
     neighbour_metrics,
+    recognised,
 )
 
 READ_BATCH = 500
@@ -208,8 +210,21 @@ class RealImages:
         real = self.features[name]
         return {"fingerprint": real.fingerprint, "n": len(real.train)}
 
-    def measure(self, name: str, fake: torch.Tensor) -> dict[str, Any]:
-        """Return all measurements of features (n, F), each with what it was compared to."""
+    def measure(
+        self,
+        name: str,
+        fake: torch.Tensor,
+        labels: Sequence[int] | None = None,
+        classes: ClassLabels | None = None,
+    ) -> dict[str, Any]:
+        """Return all measurements of features (n, F), each with what it was compared to.
+
+        Args:
+            name: of the feature space.
+            fake: the features.
+            labels: the class of each sample, where they were asked for by class.
+            classes: of the network that made them.
+        """
         real = self.features[name]
         k = min(self.config.neighbours, len(fake) - 1)
         shuffled = np.random.default_rng(self.config.seed).permutation(len(real.train))
@@ -230,7 +245,17 @@ class RealImages:
         network: Any = self.networks[name]
         if hasattr(network, "head"):
             with torch.no_grad():
-                found["inception_score"] = inception_score(network.head(fake.to(self.device)).cpu())
+                logits = network.head(fake.to(self.device)).cpu()
+            found["inception_score"] = inception_score(logits)
+            # a classifier of this data numbers its classes in their order; one of other data does
+            # not know them
+            own = name == CLASSIFIER and classes is not None
+            if own and labels is not None and logits.shape[1] == len(classes.ids):
+                shares = recognised(logits, labels, classes.ids)
+                found["recognised"] = float(np.mean(list(shares.values())))
+                found["recognised_by_class"] = {
+                    classes.name(number): share for number, share in shares.items()
+                }
         return found
 
     def measure_held_out(self, n: int) -> dict[str, Any]:

@@ -12,7 +12,12 @@ from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.evaluation.card import render_example
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import EvaluationConfig
-from ddim_schedulers.training.evaluation.pictures import curves, nearest_figure, samples_figure
+from ddim_schedulers.training.evaluation.pictures import (
+    curves,
+    guidance_figure,
+    nearest_figure,
+    samples_figure,
+)
 from ddim_schedulers.training.evaluation.references import Progress
 from ddim_schedulers.training.evaluation.results import run
 from ddim_schedulers.training.evaluation.tables import (
@@ -93,6 +98,8 @@ def write_report(evaluation: Evaluation, results: dict[str, Any]) -> list[Path]:
             f"{stem}-samples.png": samples_figure(evaluation, table),
             f"{stem}-nearest.png": nearest_figure(evaluation, table),
         }
+        if table["guidance"]:
+            pictures[f"{stem}-guidance.png"] = guidance_figure(table, results["features"])
         for name, figure in pictures.items():
             save_figure(figure, folder / name)
             written.append(folder / name)

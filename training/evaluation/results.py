@@ -44,6 +44,11 @@ def _run(evaluation: Evaluation, sample: bool, owner: Owner) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": table.name, "n": table.n}
         entry["cells"] = summarise([done[cell.label] for cell in cells], config.features)
         entry["missing"] = [cell.label for cell in table.cells if cell.label not in done]
+        entry["guidance"] = {
+            cell.sampler.name: {"base": cell.sampler.base, **cell.sampler.conditions}
+            for cell in cells
+            if cell.sampler.conditions
+        }
         entry["unsaid"] = {cell.sampler.name: evaluation.unsaid(cell) for cell in cells}
         if team.index == 0:
             entry["real"] = evaluation.real.self_check[table.n]
@@ -95,6 +100,11 @@ def summarise(cells: list[dict[str, Any]], features: list[str]) -> list[dict[str
                 for key in METRICS
                 if all(key in v for v in values)
             }
+            if by_class := [v["recognised_by_class"] for v in values if "recognised" in v]:
+                entry["metrics"][name]["recognised_by_class"] = {
+                    label: float(np.mean([shares[label] for shares in by_class]))
+                    for label in by_class[0]
+                }
         summary.append(entry)
     return summary
 

@@ -70,6 +70,11 @@ def section(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
         return lines
     lines += [f"![Frechet distance against network calls and seconds]({stem}.png)", ""]
     lines += [f"![Samples, the same seeds in every row]({stem}-samples.png)", ""]
+    if table.get("guidance"):  # an earlier version recorded none
+        lines += [f"![Quality against diversity over the guidance scale]({stem}-guidance.png)", ""]
+        lines += ["A guided network call has a batch of twice the images.", ""]
+    for name in results["features"]:
+        lines += recognised_lines(table, name)
     lines += ["<details><summary>Everything that was measured</summary>", ""]
     for name in results["features"]:
         lines += [f"In `{name}`, n = {table['n']}:", "", *everything(table, name), ""]
@@ -120,11 +125,11 @@ def everything(table: dict[str, Any], name: str) -> list[str]:
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
     if real["n"] == table["n"]:  # a table holds measurements of one n
-        own = [_value({"mean": real[key], "std": None}, key) for key in keys]
+        own = [_value({"mean": real[key], "std": None}, key) if key in real else "" for key in keys]
         lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
     for cell in table["cells"]:
         measured = cell["metrics"][name]
-        values = [_value(measured[key], key) for key in keys]
+        values = [_value(measured[key], key) if key in measured else "" for key in keys]
         cost = [
             "" if cell[key] is None else format(cell[key], ".1f")
             for key in ("seconds", "images_per_second")
@@ -134,6 +139,22 @@ def everything(table: dict[str, Any], name: str) -> list[str]:
             _line([cell["row"], str(cell["steps"]), str(cell["repeats"]), *values, *calls])
         )
     return lines
+
+
+def recognised_lines(table: dict[str, Any], name: str) -> list[str]:
+    """Return which share of each class the classifier takes for it, a line for each cell."""
+    cells = [c for c in table["cells"] if "recognised_by_class" in c["metrics"][name]]
+    if not cells:
+        return []
+    classes = list(cells[0]["metrics"][name]["recognised_by_class"])
+    lines = [_line(["share recognised", "S", "mean", *classes])]
+    lines.append("|---|" + "---:|" * (len(classes) + 2))
+    for cell in cells:
+        measured = cell["metrics"][name]
+        shares = [f"{measured['recognised_by_class'].get(each, 0.0):.3f}" for each in classes]
+        mean = _value(measured["recognised"], "recognised")
+        lines.append(_line([cell["row"], str(cell["steps"]), mean, *shares]))
+    return [*lines, ""]
 
 
 def nearest_lines(table: dict[str, Any], stem: str) -> list[str]:

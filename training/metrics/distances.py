@@ -7,6 +7,7 @@ with n.
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Metric(NamedTuple):
         high: the largest.
         scale: the factor of the values in a table.
         of_classes: whether it is measured only where a feature space has a classifier.
+        of_labels: whether it is measured only where the samples were asked for by class, too.
         distance: whether it is a distance, of which less is better; of any other more is better.
         form: how a table writes it, as `format` takes it.
     """
@@ -31,6 +33,7 @@ class Metric(NamedTuple):
     high: float
     scale: float = 1.0
     of_classes: bool = False
+    of_labels: bool = False
     distance: bool = False
     form: str = ".3f"
 
@@ -51,6 +54,7 @@ METRICS = {
     "density": Metric("density", 0, math.inf),
     "coverage": Metric("coverage", 0, 1),
     "inception_score": Metric("Inception score", 1 - 1e-6, math.inf, of_classes=True),
+    "recognised": Metric("recognised", 0, 1, of_labels=True),
 }
 
 
@@ -193,6 +197,21 @@ def inception_score(logits: Tensor) -> float:
     log_p = logits.double().log_softmax(1)
     marginal = log_p.logsumexp(0) - torch.tensor(float(len(log_p))).double().log()
     return float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
+
+
+def recognised(logits: Tensor, labels: Sequence[int], ids: Sequence[int]) -> dict[int, float]:
+    """Return for each class the share of its samples that a classifier takes for it.
+
+    Args:
+        logits: (n, K), of a classifier of the K classes in the order of `ids`.
+        labels: class of each sample, (n,).
+        ids: numbers of the classes.
+    """
+    found = torch.tensor(ids)[logits.argmax(1)]
+    asked = torch.as_tensor(labels)
+    return {
+        int(c): float((found[asked == c] == c).double().mean()) for c in asked.unique().tolist()
+    }
 
 
 def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
