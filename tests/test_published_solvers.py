@@ -5,11 +5,15 @@ with `multistep`: integrals in closed form, weights from a linear system.
 """
 
 import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     SASolverScheduler,
@@ -438,3 +442,34 @@ def test_diffusers_dpm_solver_pp_3m_is_the_formula_with_half_its_d2():
         for weight, j in zip(weights, nodes, strict=True):
             y = y + levels.alpha[i + 1] * weight * seen[j]
     assert_same(y, x, 2e-5)
+
+
+# -- docs/solvers.md
+
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "solvers.md").read_text(encoding="utf-8")
+
+
+@numpy_2
+def test_the_recipe_of_the_page_is_stock_unipc():
+    recipe = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "UniPC" in b)
+    pipe = SimpleNamespace(scheduler=DDPMScheduler(prediction_type="sample"))
+    names = {"pipe": pipe, "UniPCMultistepScheduler": UniPCMultistepScheduler}
+    exec(recipe, names | {"GeneralizedDDIMScheduler": GeneralizedDDIMScheduler})
+    scheduler, x = pipe.scheduler, X
+    scheduler.set_timesteps(10)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, int(t)), t, x).prev_sample
+    assert_same(x, stock_run(UniPCMultistepScheduler, 10)[0])
+
+
+def test_every_test_that_the_page_names_exists():
+    defined = {
+        path.name: set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
+        for path in TESTS.glob("test_*.py")
+    }
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", PAGE)
+    assert len(named) > 10
+    for file, name in named:
+        assert name in defined[file or "test_published_solvers.py"], name
