@@ -241,12 +241,6 @@ def best_trajectory(cost: torch.Tensor, num_inference_steps: int) -> list[int]:
     return [big_t - 1, *reversed(path)]
 
 
-def trajectory_cost(cost: torch.Tensor, timesteps: list[int]) -> float:
-    """Return the sum of the costs of the steps of a trajectory, without its last step to x_0."""
-    t = torch.tensor(timesteps, device="cpu")
-    return float(cost[t[:-1], t[1:]].sum())
-
-
 def gaussian_eps(alpha_bar: torch.Tensor, mean: float, variance: float) -> Coefficients:
     """Return (k_x, k_1) of the perfect eps_hat = k_x x_t + k_1 for data N(mean, variance I).
 

@@ -116,26 +116,9 @@ def eps_from(
     return k_x * x_t + k_m * model_output
 
 
-def score_from(
-    prediction_type: str,
-    model_output: torch.Tensor,
-    x_t: torch.Tensor,
-    alpha_bar_t: torch.Tensor,
-    alpha_bar_before: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the score grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t)."""
-    eps = eps_from(prediction_type, model_output, x_t, alpha_bar_t, alpha_bar_before)
-    return score_from_eps(eps, alpha_bar_t)
-
-
 def score_from_eps(eps: torch.Tensor, alpha_bar_t: torch.Tensor) -> torch.Tensor:
     """Return -eps / sqrt(1 - alpha_bar_t) (DDPM, Sec. 3.2; arXiv:2011.13456, Eq. 29)."""
     return -eps / (1 - alpha_bar_t).sqrt()
-
-
-def eps_from_x0(x0: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor) -> torch.Tensor:
-    """Return (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t) (DDPM, Eq. 4)."""
-    return (x_t - alpha_bar_t.sqrt() * x0) / (1 - alpha_bar_t).sqrt()
 
 
 def target(

@@ -81,6 +81,10 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
             return [Piece(f"{i:06d}{end}.png", i, i + 1) for i, end in numbered]
         return [Piece(f"{start:06d}-{stop - 1:06d}.npz", start, stop)]
 
+    def all_pieces(self) -> list[Piece]:
+        """Return the files of the job, in order."""
+        return [piece for chunk in self.chunks for piece in self.pieces(*chunk)]
+
     def _class_name(self, label: Label) -> str:
         name = str(label) if self.classes is None else self.classes.name(int(label))
         return "-" + re.sub(r"[^\w]+", "_", name)[:LONGEST_NAME]
@@ -96,11 +100,19 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
             DamagedFileError: it is not whole, or not of the job's size, mode or seeds.
         """
         channels, height, width = self.shape
-        shape = (item.stop - item.start, height, width, channels)
-        if self.job.file_format == "npz":
-            return read_shard(self.path_of(item), shape, self._seeds(item))
-        image = read_png(self.path_of(item), (width, height), PIL_MODES[channels])
-        return np.asarray(image).reshape(shape)
+        path, shape = self.path_of(item), (item.stop - item.start, height, width, channels)
+        if self.job.file_format == "png":
+            return np.asarray(read_png(path, (width, height), PIL_MODES[channels])).reshape(shape)
+        seeds = self._seeds(item)
+        found = read_npz(path, ("images", "seeds"), limit=int(np.prod(shape)) + seeds.nbytes)
+        images = found["images"]
+        if images.shape != shape or images.dtype != np.uint8:
+            raise DamagedFileError(
+                path, f"its images are {images.shape} of {images.dtype}, not {shape} of uint8"
+            )
+        if not np.array_equal(found["seeds"], seeds):
+            raise DamagedFileError(path, f"its seeds are not {seeds[0]} .. {seeds[-1]}")
+        return images
 
     def save(self, item: Piece, value: np.ndarray) -> None:
         """Write the images of a file, uint8 (n, H, W, C)."""
@@ -125,7 +137,7 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
     def drop_short_shards(self) -> None:
         """Delete the last shard of a job that was extended: a longer one holds its images."""
         if self.job.file_format == "npz":
-            own = {piece.name for chunk in self.chunks for piece in self.pieces(*chunk)}
+            own = {piece.name for piece in self.all_pieces()}
             for path in self.images.glob("*.npz"):
                 if path.name not in own:
                     path.unlink(missing_ok=True)
@@ -140,7 +152,7 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
             DamagedFileError: as `read`.
         """
         images: list[Image.Image] = []
-        for piece in (piece for chunk in self.chunks for piece in self.pieces(*chunk)):
+        for piece in self.all_pieces():
             if len(images) >= count:
                 break
             array = self.read(piece)
@@ -229,23 +241,6 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
 
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-
-
-def read_shard(path: Path, shape: tuple[int, ...], seeds: np.ndarray) -> np.ndarray:
-    """Return the images of a shard, uint8 `shape`.
-
-    Raises:
-        DamagedFileError: it is not whole, or of other images than those of the seeds.
-    """
-    found = read_npz(path, ("images", "seeds"), limit=int(np.prod(shape)) + seeds.nbytes)
-    images = found["images"]
-    if images.shape != shape or images.dtype != np.uint8:
-        raise DamagedFileError(
-            path, f"its images are {images.shape} of {images.dtype}, not {shape} of uint8"
-        )
-    if not np.array_equal(found["seeds"], seeds):
-        raise DamagedFileError(path, f"its seeds are not {seeds[0]} .. {seeds[-1]}")
-    return images
 
 
 def read_png(path: Path, size: tuple[int, int], mode: str) -> Image.Image:

@@ -268,7 +268,7 @@ def _sample_share(
         warn_of_clipping(share, pipe.scheduler.config, pipe.image_shape[0])
     files.tell_of_damage()
     # the whole ones of this process are known; others look at theirs
-    complete = all(files.path_of(p).is_file() for c in files.chunks for p in files.pieces(*c))
+    complete = all(files.path_of(piece).is_file() for piece in files.all_pieces())
     if complete:
         files.drop_short_shards()
     if complete and not is_whole_png(folder / GRID):

@@ -22,7 +22,6 @@ from ddim_schedulers.optimal import (
     late_noise_cap,
     optimal_timesteps,
     statistics_of,
-    trajectory_cost,
     x0_variance,
 )
 from ddim_schedulers.reverse_noise import optimal_variance
@@ -215,6 +214,12 @@ def test_explicit_sigma_goes_with_the_optimal_noise():
 
 
 # -- trajectory -----------------------------------------------------------------------------------
+
+
+def trajectory_cost(cost, timesteps):
+    """Returns the sum of the costs of the steps of a trajectory, without its last step to x_0."""
+    t = torch.tensor(timesteps)
+    return float(cost[t[:-1], t[1:]].sum())
 
 
 def _brute_force(cost, steps):

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from ddim_schedulers.training.config_checks import check
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "posterior_mean")
 # Of a network that samples, by the names in torch.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

@@ -20,7 +20,6 @@ from ddim_schedulers.pipelines import GenerationPipeline, InterpolationPipeline,
 from ddim_schedulers.pipelines.files import write_bytes, write_json
 from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.pipelines.pictures import tiled
-from ddim_schedulers.reading import read_npz
 from ddim_schedulers.training.common.figures import panels_figure, rows_figure, save_figure
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.evaluation.cells import Evaluation
@@ -95,7 +94,10 @@ def _run(settings: DemoSettings, wanted: EvaluationConfig, owner: Owner) -> dict
     notes = save_pipeline(pipe, settings.output / "pipeline", form="portable")
     evaluation, measured, _ = evaluate(wanted, device=trained.unet.device, warns=False)
     owner.check()
-    samples = {(cell.sampler.name, cell.steps): _samples(evaluation, cell) for cell in wanted.cells}
+    samples = {
+        (cell.sampler.name, cell.steps): from_uint8(evaluation.samples(cell))
+        for cell in wanted.cells
+    }
     _draw_samples(settings, samples)
     results = {
         "training": {
@@ -163,12 +165,6 @@ def _evaluation(settings: DemoSettings) -> dict[str, Any]:
         "keep_images": True,
         "tables": [{"name": "Digits", "n": settings.num_images, "grid": grid}],
     }
-
-
-def _samples(evaluation: Evaluation, cell: Cell) -> torch.Tensor:
-    """Return the samples (n, 1, 8, 8) of a cell, in [-1, 1]."""
-    shards = sorted((evaluation.files.images_of(cell) / "shards").iterdir())
-    return from_uint8(np.concatenate([read_npz(path, ["images"])["images"] for path in shards]))
 
 
 def _cell(

@@ -120,11 +120,6 @@ class ImageData:
         low, high = self.value_range
         return (images.to(torch.float32) - low) * (2 / (high - low)) - 1
 
-    def unscale(self, images: torch.Tensor) -> torch.Tensor:
-        """Undo `scale`, without rounding."""
-        low, high = self.value_range
-        return (images + 1) * ((high - low) / 2) + low
-
     def split(self, fraction: float, seed: int) -> tuple["ImageData", "ImageData | None"]:
         """Return a training part and a held-out part, drawn with `seed`; None for an empty one."""
         held_out = round(len(self) * fraction)

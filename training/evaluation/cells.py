@@ -22,7 +22,6 @@ import torch
 from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.config_reading import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
-from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.conditions import (
     BoundConditions,
     Conditions,
@@ -30,7 +29,7 @@ from ddim_schedulers.pipelines.conditions import (
 )
 from ddim_schedulers.pipelines.files import check_folders
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
-from ddim_schedulers.pipelines.sampling_files import read_shard
+from ddim_schedulers.pipelines.sampling_files import SamplingFiles
 from ddim_schedulers.pipelines.sampling_job import (
     Guides,
     SamplingJob,
@@ -218,20 +217,14 @@ class Evaluation:
             self.files.require_made_with(cell, kept, settings, defaults_of_settings(pipe))
         if not missing:
             return kept
-        parts = chunks(cell.n, job.batch_size)
-        shards = [images / "shards" / f"{a:06d}-{b - 1:06d}.npz" for a, b in parts]
         cost = self._sample(pipe, job, guides, images)
-
-        def read(i: int) -> np.ndarray:
-            (a, b), shape = parts[i], pipe.image_shape
-            seeds = np.arange(job.seed + a, job.seed + b, dtype=np.int64)
-            return read_shard(shards[i], (b - a, *shape[1:], shape[0]), seeds)
-
+        samples = SamplingFiles(images, job, self.team.index, pipe.image_shape)
+        pieces = samples.all_pieces()
         found = {k: value for k, value in kept.get("metrics", {}).items() if k not in missing}
         for name in missing:
             mine = [
-                (a, self.real.features_of(name, read(i)))
-                for i, (a, _) in list(enumerate(parts))[self.team.index :: self.team.count]
+                (piece.start, self.real.features_of(name, samples.read(piece)))
+                for piece in pieces[self.team.index :: self.team.count]
             ]
             fake = self.real.joined(mine)
             if self.team.index == 0:
@@ -251,7 +244,7 @@ class Evaluation:
         }
         if self.team.index == 0:
             count = -(-PREVIEW // job.batch_size)
-            first = np.concatenate([read(i) for i in range(len(shards[:count]))])[:PREVIEW]
+            first = np.concatenate([samples.read(piece) for piece in pieces[:count]])[:PREVIEW]
             self.first_images.save(cell, first)
             self.files.save(cell, {**result, "preview": check_sum_of_images(first)})
         self.team.wait()
@@ -294,6 +287,11 @@ class Evaluation:
                 "channels_last": self.config.channels_last,
             },
         }
+
+    def samples(self, cell: Cell) -> np.ndarray:
+        """Return all samples of a cell that are kept, uint8 (n, H, W, C)."""
+        files = SamplingFiles(self.files.images_of(cell), self._job(cell), 0, self.pipe.image_shape)
+        return np.concatenate([files.read(piece) for piece in files.all_pieces()])
 
     def memorisation(self, cell: Cell) -> dict[str, Any]:
         """Measure the distances of a cell's first samples to their nearest training images.
