@@ -150,7 +150,7 @@ def test_every_method_runs_and_the_calls_are_counted(pipe):
         out = pipe(y, operator, method=method, num_inference_steps=4, eta=0.5, seeds=1)
         assert out.network_calls == len(calls) == (16 if method == "repaint" else 4)
         if method == "mmps":
-            assert 8 <= out.backward_passes <= 4 * 52
+            assert 4 <= out.backward_passes <= 4 * 50
         else:
             assert out.backward_passes == expected[method]
         assert out.images[0].size == (8, 8) and out.seeds == [1]
@@ -505,11 +505,10 @@ def test_levels_without_signal():
     scheduler = GeneralizedDDIMScheduler(prediction_type="v_prediction", **config)
     pipe = quiet(RestorationPipeline(tiny_unet(), scheduler))
     y = measurement()
-    for method in ("ddnm", "ddrm", "repaint", "dps"):
+    for method in ("ddnm", "ddrm", "repaint", "dps", "pigdm"):
         assert len(pipe(y, boxes(), method=method, num_inference_steps=4).images) == 2
-    for method in ("pigdm", "mmps"):
-        with pytest.raises(ValueError, match=r"t=999 with alpha_bar = 0, by whose root `method`"):
-            pipe(y, boxes(), method=method, num_inference_steps=4)
+    with pytest.raises(ValueError, match=r"t=999 with alpha_bar = 0, by whose root `method`"):
+        pipe(y, boxes(), method="mmps", num_inference_steps=4)
     stock = DDIMScheduler(**config)
     other = quiet(RestorationPipeline(tiny_unet(), stock))
     with pytest.raises(ValueError, match="a network that predicts eps says nothing about x_0"):

@@ -38,12 +38,15 @@ class Denoiser:
     Attributes:
         network_calls: forward passes of a batch so far.
         backward_passes: of a batch so far.
+        solver_residual: largest relative residual of the linear systems that a method solved with
+            the Jacobian so far, (); 0 where there were none.
     """
 
     def __init__(self, network: Network, scheduler: Scheduler, batch_size: int = 0) -> None:
         self.network, self.config, self.batch_size = network, scheduler.config, batch_size
         self.levels = Levels(scheduler)
         self.network_calls = self.backward_passes = 0
+        self.solver_residual = torch.zeros(())
 
     def __call__(self, x_t: torch.Tensor, t: int) -> Prediction:
         """Return the prediction for x_t (B, C, H, W) at timestep t."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from PIL import Image
 
 from ddim_schedulers import GeneralizedDDIMScheduler
@@ -30,12 +30,16 @@ from ddim_schedulers.pipelines.restoration.checks import (
 )
 from ddim_schedulers.pipelines.restoration.denoiser import Denoiser
 from ddim_schedulers.pipelines.restoration.loop import restore
-from ddim_schedulers.pipelines.restoration.methods import Method, Problem
+from ddim_schedulers.pipelines.restoration.methods import Method, Mmps, Problem
 from ddim_schedulers.pipelines.restoration.operators import Operator
 from ddim_schedulers.pipelines.restoration.plan import Step, steps_of
 from ddim_schedulers.pipelines.sampling import denoise, plan, step_arguments
 
+logger = logging.get_logger(__name__)
+
 DEFAULT_STEPS = 100
+# A relative residual of a linear system that is told of.
+UNSOLVED = 1e-2
 Advance = Callable[[], object]
 # (network, x_T, its generators, what to call after each step) -> x_0
 Unmeasured = Callable[[Network, torch.Tensor, Generators, Advance], torch.Tensor]
@@ -57,6 +61,8 @@ class RestorationOutput(BaseOutput):
         residual_clamped: the same of the image in [-1, 1].
         network_calls: forward passes that an image took.
         backward_passes: of the network, that an image took at most.
+        solver_residual: largest relative residual of the linear systems that `mmps` solved; None
+            for methods without one.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -67,6 +73,7 @@ class RestorationOutput(BaseOutput):
     residual_clamped: torch.Tensor
     network_calls: int
     backward_passes: int
+    solver_residual: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,7 @@ class RestorationPipeline(UnconditionalPipeline):
     ) -> RestorationOutput:
         forward = sum(b > a for a, b in pairwise(run.method.positions(len(run.steps))))
         largest, kept, residuals, backward = parts[0][1], [], [], 0
+        unsolved = 0.0
         with self.progress_bar(total=len(parts) * forward) as bar:
 
             def advance() -> None:
@@ -204,13 +212,20 @@ class RestorationPipeline(UnconditionalPipeline):
                 residuals.append(_residuals(run.operator, x, run.y[rows]))
                 kept.append(x.cpu())
                 backward = max(backward, denoiser.backward_passes)
+                unsolved = max(unsolved, float(denoiser.solver_residual))
         mean = std = None
         if run.each > 1:
             mean, std = _spread(torch.cat(kept), run.each, output.output_type)
+        solver = unsolved if isinstance(run.method, Mmps) else None
+        if unsolved > UNSOLVED and self._warns_of_clipping:
+            logger.warning(
+                "The linear systems of mmps were left with relative residuals of up to "
+                f"{unsolved:.2g}. Use more `max_iterations`, or a `noise_std` above 0."
+            )
         seeds = None if run.noise.seeds is None else list(run.noise.seeds)
         residual, clamped = torch.cat(residuals, dim=1)
         return RestorationOutput(
-            output.result(), seeds, mean, std, residual, clamped, forward, backward
+            output.result(), seeds, mean, std, residual, clamped, forward, backward, solver
         )
 
     def _restore_chunk(

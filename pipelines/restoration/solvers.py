@@ -21,13 +21,13 @@ class Solution(NamedTuple):
 
     Attributes:
         x: the solution, in the shape of the right side.
-        residual: |b - M x| / |b| of each sample, (B,); 0 where b is 0.
-        products: how often M was applied.
+        residual: |b - M x| / |b| of each sample, (B,), by the recursion; 0 where b is 0.
+        weights: (B, k): x is the sum of the k vectors that M was applied to, with these weights.
     """
 
     x: torch.Tensor
     residual: torch.Tensor
-    products: int
+    weights: torch.Tensor
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -56,6 +56,7 @@ def gmres(product: Product, b: torch.Tensor, tolerance: float, max_iterations: i
     turned[:, 0] = size
     rotations: list[tuple[torch.Tensor, torch.Tensor]] = []
     active = size > 0
+    residual = active.to(right.dtype)
     done = 0
     while done < steps and bool(active.any()):
         column, following, grown = _arnoldi(product(basis[-1].view_as(b)).flatten(1), basis)
@@ -76,17 +77,18 @@ def gmres(product: Product, b: torch.Tensor, tolerance: float, max_iterations: i
         turned[:, done + 1] = torch.where(active, -sin * last, last)
         basis.append(following)
         done += 1
-        active = active & grown & (turned[:, done].abs() > tolerance * size)
+        left = turned[:, done].abs() / torch.where(size > 0, size, 1.0)
+        residual = torch.where(active, left, residual)
+        active = active & grown & (left > tolerance)
         # what stands still keeps its residual in the last place that counts
         turned[:, done] = torch.where(active, turned[:, done], 0.0)
     if not done:
-        return Solution(torch.zeros_like(b), torch.zeros_like(size), 0)
+        return Solution(torch.zeros_like(b), residual, right.new_zeros(count, 0))
     weights = torch.linalg.solve_triangular(
         triangle[:, :done, :done], turned[:, :done, None], upper=True
     )
     x = (torch.stack(basis[:done], dim=2) @ weights).view_as(b)
-    left = (b - product(x)).flatten(1).norm(dim=1) / torch.where(size > 0, size, 1.0)
-    return Solution(x, left, done + 1)
+    return Solution(x, residual, weights[:, :, 0])
 
 
 def _arnoldi(
