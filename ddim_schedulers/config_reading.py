@@ -378,6 +378,6 @@ def _without_solver(config: dict[str, Any]) -> dict[str, Any]:
         config.get("solver_corrector")
         or config.get("solver_form") == "epsilon"
         or config.get("solver_variable") is not None
-    )
+    ) and "solver_order" not in config.get("_use_default_values", ())
     theirs = ("solver_type", "lower_order_final", *(() if higher else ("solver_order",)))
     return {k: v for k, v in config.items() if k not in theirs}

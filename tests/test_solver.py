@@ -147,7 +147,8 @@ def test_every_prediction_gives_the_same_path(fine_betas, kind):
         assert _error(fine_betas, plan, kind, **settings) == pytest.approx(reference, rel=1e-6)
 
 
-def test_a_noisy_member_keeps_the_marginals(fine_betas):
+@pytest.mark.parametrize("variable", [None, "log_rho"])
+def test_a_noisy_member_keeps_the_marginals(fine_betas, variable):
     """Variance of every x_s against a v + 1 - a: order 2 for x0, where Euler's has order 1."""
 
     def worst(n, eta, order):
@@ -158,6 +159,7 @@ def test_a_noisy_member_keeps_the_marginals(fine_betas):
             set_alpha_to_one=False,
             eta=eta,
             solver_order=order,
+            solver_variable=variable,
         )
         plan = _plan(n, False)
         scheduler.set_timesteps(timesteps=plan)
@@ -179,7 +181,7 @@ def test_a_noisy_member_keeps_the_marginals(fine_betas):
             assert float(x[n + 1]) == pytest.approx(float(a[s].sqrt()) * MEAN, rel=1e-9)
         return max(errors)
 
-    for eta in (0.3, 1.0):
+    for eta in (0.3, 0.6, 1.0):
         for order, expected in ((1, 1), (2, 2)):
             errors = [worst(n, eta, order) for n in (128, 256)]
             assert abs(math.log2(errors[0] / errors[1]) - expected) < 0.1, (eta, order, errors)
@@ -221,6 +223,37 @@ def test_the_last_step_lands_on_the_extrapolated_x0():
 
 
 SOLVER_IN_LOG_RHO = (("sample", "log_rho"), ("epsilon", "log_rho"))
+
+
+EVERY_SOLVER = [
+    {"solver_form": form, "solver_variable": variable, "solver_weights": weights}
+    for form in ("sample", "epsilon")
+    for variable, weights in (
+        *((name, "exact") for name in multistep.SOLVER_VARIABLES),
+        ("log_rho", "bh1"),
+        ("log_rho", "bh2"),
+    )
+]
+
+
+@pytest.mark.parametrize("settings", EVERY_SOLVER, ids=str)
+def test_weights_are_finite_for_every_number_of_steps_and_every_sigma(settings):
+    """Up to sigma^2 = 1 - alpha_bar_s, where all of x_s is new and rho_end is 0."""
+    scheduler = GeneralizedDDIMScheduler(
+        solver_order=4, solver_corrector=True, clip_sample=False, **settings
+    )
+    for count in (1, 2, 3, 4, 9):
+        scheduler.set_timesteps(count)
+        pairs = scheduler.planned_pairs()
+        for share in (0.0, 0.5, 1.0):
+            a_s = [float(scheduler.alpha_bar[s]) if s >= 0 else 1.0 for _, s in pairs]
+            sigma = [share * math.sqrt(1 - a) for a in a_s]
+            plan = [t for t, _ in pairs]
+            scheduler.set_timesteps(timesteps=plan, sigma=sigma)
+            x = X.double()
+            for t in plan:
+                x = scheduler.step(torch.tanh(x), t, x, variance_noise=X).prev_sample
+            assert bool(torch.isfinite(x).all()), (count, share)
 
 
 def test_zero_terminal_snr_is_no_node():
@@ -448,6 +481,15 @@ def test_their_own_defaults_are_kept_by_solvers_that_read_our_file(settings, tmp
 
 
 IN_LOG_RHO = {"solver_order": 3, "solver_variable": "log_rho"}
+
+
+@pytest.mark.parametrize("idle", [{"solver_variable": "log_rho"}, {"solver_form": "epsilon"}])
+def test_a_detour_in_memory_leaves_the_default_order_of_the_other_solver_there(idle):
+    ours = GeneralizedDDIMScheduler(**idle)
+    back = GeneralizedDDIMScheduler.from_config(
+        UniPCMultistepScheduler.from_config(ours.config).config
+    )
+    assert back.config.solver_order == 1 and idle.items() <= dict(back.config).items()
 
 
 @pytest.mark.parametrize("saved", [False, True])
