@@ -456,7 +456,7 @@ def test_a_trajectory_alone_leaves_the_likelihood_as_it_was(pipeline, tmp_path, 
     [
         (
             lambda: measured_model_of(_unet(class_embed_type="identity"), dict(_stock().config)),
-            "class-cond",
+            "`class_embed_type` is 'identity'; it must be null",
         ),
         (lambda: measured_model_of(_unet(out=3), dict(_stock().config)), "channels"),
         (lambda: load_measured_model("no/such/folder"), "pipeline"),

@@ -17,14 +17,17 @@ _WHERE = {"pipeline", "revision", "allow_pickle", "output"}
 _RUN = {"objective", "num_images", "batch_size", "seed", "cpu"}
 _ACTS = {
     "--undo": _WHERE | {"undo", "cpu"},
-    "--objective trajectory": _WHERE | _RUN | {"trajectory_steps"},
+    "--objective trajectory": _WHERE | _RUN | {"trajectory_steps", "labels"},
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     from ddim_schedulers.training.commands._model_options import add_repository_arguments
-    from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
+    from ddim_schedulers.training.likelihood.measured_data import (
+        add_condition_arguments,
+        add_data_arguments,
+    )
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
     add_repository_arguments(parser)
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the best for pictures (likelihood)",
     )
     add_data_arguments(parser, required=False)
+    add_condition_arguments(parser)
     parser.add_argument(
         "--num_images",
         type=int,
@@ -120,16 +124,14 @@ def _run_pass(
 ) -> int:
     from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.error_sweep import discard
-    from ddim_schedulers.training.likelihood.measured_data import load_measured_data
+    from ddim_schedulers.training.likelihood.measured_data import load_measured_images
     from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_measured_model
 
     measured_model = load_measured_model(
         args.pipeline, team.state.device, allow_pickle=args.allow_pickle
     )
-    data = load_measured_data(args, measured_model)
     num_images = 100 if args.num_images is None else args.num_images
-    chosen = calibration.choose_images(len(data), num_images, args.seed)
-    images, _ = data.batch(chosen)
+    _, images, measured_model = load_measured_images(args, measured_model, num_images)
     result, cost = calibration.calibrate(
         measured_model,
         images,
@@ -184,13 +186,15 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
 
     from ddim_schedulers import GeneralizedDDIMScheduler
     from ddim_schedulers.training.likelihood import calibration
+    from ddim_schedulers.training.likelihood.measured_data import labels_in_turn
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     measured_model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
+    num_samples = 48 if args.num_images is None else args.num_images
     measured, cost = calibration.measure_trajectory(
-        measured_model,
-        num_samples=48 if args.num_images is None else args.num_images,
+        measured_model.labelled(labels_in_turn(args, measured_model, num_samples)),
+        num_samples=num_samples,
         steps=args.trajectory_steps,
         seed=args.seed,
         batch_size=args.batch_size,

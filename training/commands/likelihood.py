@@ -16,11 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     from ddim_schedulers.training.commands._model_options import add_repository_arguments
     from ddim_schedulers.training.commands.calibrate import add_run_arguments
-    from ddim_schedulers.training.likelihood.measured_data import add_data_arguments
+    from ddim_schedulers.training.likelihood.measured_data import (
+        add_condition_arguments,
+        add_data_arguments,
+    )
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
     add_repository_arguments(parser)
     add_data_arguments(parser)
+    add_condition_arguments(parser)
     parser.add_argument("--num_images", type=int, default=64, help="images (64)")
     parser.add_argument("--output_dir", required=True, help="folder for JSON, table and plot")
     parser.add_argument(
@@ -88,22 +92,23 @@ def _evaluate(
     from ddim_schedulers.training.common.storage import to_json
     from ddim_schedulers.training.common.versions import versions
     from ddim_schedulers.training.likelihood import table
-    from ddim_schedulers.training.likelihood.calibration import choose_images
     from ddim_schedulers.training.likelihood.error_sweep import discard
-    from ddim_schedulers.training.likelihood.measured_data import load_measured_data
+    from ddim_schedulers.training.likelihood.measured_data import (
+        kind_of_labels,
+        load_measured_images,
+    )
     from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_measured_model
 
     measured_model = load_measured_model(
         pinned(args.pipeline, args.revision), team.state.device, allow_pickle=args.allow_pickle
     )
-    data = load_measured_data(args, measured_model)
+    data, images, measured_model = load_measured_images(args, measured_model, args.num_images)
     bins = data.levels if args.bins is None else args.bins
     if bins is None:
         raise ValueError(
             "bins: these data are continuous, so that bits per dimension have no meaning for them; "
             "name the number of values a pixel can take"
         )
-    images, _ = data.batch(choose_images(len(data), args.num_images, args.seed))
     variances = args.variances or ["fixed_small", "fixed_large"] + (
         ["optimal"] if measured_model.calibration is not None else []
     )
@@ -135,6 +140,8 @@ def _evaluate(
             "versions": made_with,
         }
         report["found"] = data.inventory.counts()
+        if (kind := kind_of_labels(args, measured_model)) is not None:
+            report["labels"] = kind
         lines = table.table(report)
         owner.check()
         for name, content in (

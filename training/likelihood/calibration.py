@@ -188,11 +188,13 @@ def measure_trajectory(
     noise = torch.randn((num_samples, *shape), generator=generator(seed, "trajectory"))
     gram = torch.zeros(steps, steps, dtype=torch.float64)
     calls = 0
-    for part in noise.split(batch_size):
+    for start in range(0, num_samples, batch_size):
+        stop = start + batch_size
+        part, model = noise[start:stop], measured_model.of(start, stop)
         scheduler.set_timesteps()
         x, seen = part.to(measured_model.dtype), []
         for t in planned:
-            output = measured_model.predict_mean(x, torch.full((len(x),), t))
+            output = model.predict_mean(x, torch.full((len(x),), t))
             now, before = measured_model.alpha_bar[t], measured_model.alpha_bar[max(t - 1, 0)]
             before = before if t else torch.ones_like(now)
             seen.append(eps_from(measured_model.prediction_type, output.double(), x, now, before))

@@ -161,8 +161,9 @@ def _run(
     mine = todo[team.index :: team.count]
     team.wait()  # nobody writes before all have seen what is left
     for number, (c, b) in enumerate(mine):
-        batch = images[c * batch_size : (c + 1) * batch_size]
-        values = measure(measured_model, batch, blocks[b], clip, seed, c)
+        start, stop = c * batch_size, (c + 1) * batch_size
+        model = measured_model.of(start, stop)
+        values = measure(model, images[start:stop], blocks[b], clip, seed, c)
         owner.check()
         kept.save((c, b), values)
         if progress is not None:
@@ -292,7 +293,12 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return everything that the parts of a pass depend on, as JSON types."""
     data = hashlib.sha256(images.to(torch.float64).contiguous().numpy().tobytes()).hexdigest()
+    labels = {}
+    if measured_model.labels is not None:
+        numbers = measured_model.labels.to(torch.int64).cpu().numpy().tobytes()
+        labels["labels"] = hashlib.sha256(numbers).hexdigest()
     return {
+        **labels,
         "network": measured_model.fingerprint(),
         "images": [len(images), data],
         "timesteps": timesteps,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
+    import torch
+
     from ddim_schedulers.training.data.images import ImageData
     from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
@@ -55,6 +58,17 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
     group.add_argument(
         "--value_range", type=float, nargs=2, help="the two values that become -1 and 1"
+    )
+
+
+def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of networks with classes: where labels are, and which are measured."""
+    add_label_arguments(parser)
+    parser.add_argument(
+        "--labels",
+        choices=("data", "null"),
+        help="for a network with classes: the class of each image (of samples all in turn), or the "
+        "null class for all (data)",
     )
 
 
@@ -113,3 +127,75 @@ def load_measured_data(
             f"{measured_model.channels}; see --image_mode"
         )
     return data
+
+
+def load_measured_images(
+    args: argparse.Namespace, measured_model: MeasuredModel, num_images: int
+) -> tuple[ImageData, torch.Tensor, MeasuredModel]:
+    """Return the data, the images (N, C, H, W) that are measured, and the model with their labels.
+
+    Raises:
+        ValueError: as `load_measured_data`, for too few images, or flags about classes that the
+            network does not have.
+    """
+    from ddim_schedulers.training.likelihood.calibration import choose_images
+
+    kind = kind_of_labels(args, measured_model)
+    data = load_measured_data(args, measured_model, class_conditional=kind == "data")
+    if data.classes is not None and measured_model.classes is not None:
+        data = replace(data, classes=data.classes.for_network(measured_model.classes))
+    chosen = choose_images(len(data), num_images, args.seed)
+    labels = data.labels(chosen)
+    if kind == "null":
+        labels = null_labels(measured_model, num_images)
+    return data, data.batch(chosen)[0], measured_model.labelled(labels)
+
+
+def labels_in_turn(
+    args: argparse.Namespace, measured_model: MeasuredModel, count: int
+) -> torch.Tensor | None:
+    """Return classes for `count` samples; None for a network without classes.
+
+    Raises:
+        ValueError: as `kind_of_labels`.
+    """
+    import torch
+
+    kind = kind_of_labels(args, measured_model)
+    if kind is None or measured_model.classes is None:
+        return None
+    if kind == "null":
+        return null_labels(measured_model, count)
+    return torch.tensor(measured_model.classes.balanced(count))
+
+
+def null_labels(measured_model: MeasuredModel, count: int) -> torch.Tensor:
+    """Return the null class for `count` images."""
+    import torch
+
+    assert measured_model.classes is not None
+    return torch.full((count,), measured_model.classes.null_class, dtype=torch.int64)
+
+
+def kind_of_labels(args: argparse.Namespace, measured_model: MeasuredModel) -> str | None:
+    """Return which labels are measured, `data` or `null`; None for a network without classes.
+
+    Raises:
+        ValueError: for flags that do nothing with this network.
+    """
+    given = [name for name in ("labels", "label_column", "class_names") if getattr(args, name)]
+    if (classes := measured_model.classes) is None:
+        if given:
+            raise ValueError(
+                f"--{given[0]} is {getattr(args, given[0])!r}; it must be left out, as the network "
+                "has no classes"
+            )
+        return None
+    kind = args.labels or "data"
+    if kind == "null" and classes.null_class is None:
+        raise ValueError("--labels is 'null'; it must be data: the network has no null class")
+    if kind == "null" and len(given) > 1:
+        raise ValueError(
+            f"--{given[1]} is {getattr(args, given[1])!r}; it must be left out with --labels null"
+        )
+    return kind

@@ -1,8 +1,7 @@
 """A saved pipeline as what its likelihood needs: a function, a chain and a prediction type."""
 
-import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.class_labels import ClassLabels, class_labels_of
 from ddim_schedulers.scales import is_one
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.networks.places import pipeline_folder
@@ -23,7 +23,7 @@ class MeasuredModel:
     """The network of a pipeline and the process it was trained for.
 
     Attributes:
-        unet: unconditional, in evaluation mode.
+        unet: in evaluation mode.
         config: the scheduler's config as `from_config` of our classes reads it.
         alpha_bar: float64 (T,), on the CPU.
         prediction_type: see `ddim_schedulers.parameterization`.
@@ -31,6 +31,8 @@ class MeasuredModel:
         learned: does the network predict variances in a second set of channels?
         saved: the scheduler's config as it was saved, where it was read from a folder or the Hub.
         commit: NAME@COMMIT of a pipeline from the Hub; '' otherwise.
+        labels: int64 (N,), the classes of the images that are measured; None for a network without
+            classes.
     """
 
     unet: Any
@@ -41,6 +43,7 @@ class MeasuredModel:
     learned: bool
     saved: dict[str, Any] | None = None
     commit: str = ""
+    labels: torch.Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -61,11 +64,36 @@ class MeasuredModel:
         found = self.config.get("calibration")
         return found if found is not None and found.get("gamma") is not None else None
 
+    @property
+    def classes(self) -> ClassLabels | None:
+        """Return the classes of the network; None if it has none."""
+        return class_labels_of(self.unet)
+
+    def labelled(self, labels: torch.Tensor | None) -> "MeasuredModel":
+        """Return the model with the classes (N,) of the images that are measured."""
+        return replace(self, labels=labels)
+
+    def of(self, start: int, stop: int) -> "MeasuredModel":
+        """Return the model for images start .. stop - 1 of those that are measured."""
+        return self if self.labels is None else self.labelled(self.labels[start:stop])
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Return the network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU."""
-        device = next(self.unet.parameters()).device
+        """Return the network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU.
+
+        Raises:
+            ValueError: labels that do not fit the network or the batch.
+        """
+        device, conditions = next(self.unet.parameters()).device, {}
+        if (self.classes is None) != (self.labels is None) or (
+            self.labels is not None and self.labels.shape != (len(x_t),)
+        ):
+            given = None if self.labels is None else tuple(self.labels.shape)
+            allowed = "None" if self.classes is None else f"a tensor ({len(x_t)},)"
+            raise ValueError(f"`labels` is {given}; it must be {allowed}")
+        if self.labels is not None:
+            conditions["class_labels"] = self.labels.to(device)
         with torch.no_grad():
-            output = self.unet(x_t.to(device), t.to(device)).sample
+            output = self.unet(x_t.to(device), t.to(device), **conditions).sample
         return output.cpu()
 
     def predict_mean(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -100,13 +128,10 @@ def measured_model_of(unet: Any, config: dict[str, Any]) -> MeasuredModel:
     """Return the measured model of a network and a scheduler's config, stock or ours.
 
     Raises:
-        ValueError: for a class-conditional network, one whose channels fit neither a plain nor a
-            learned-variance model, or a config that our schedulers refuse.
+        ValueError: for a network with conditions that are no classes, one whose channels fit
+            neither a plain nor a learned-variance model, or a config that our schedulers refuse.
     """
-    if unet.config.get("class_embed_type") or unet.config.get("num_class_embeds"):
-        raise ValueError(
-            "`unet` is class-conditional; likelihood and calibration are for unconditional models"
-        )
+    class_labels_of(unet)
     given, made = int(unet.config.in_channels), int(unet.config.out_channels)
     if made not in (given, 2 * given):
         raise ValueError(
@@ -154,7 +179,7 @@ def load_measured_model(
         ) from error
     found.finish(unet)
     measured_model = measured_model_of(unet.to(device), dict(config))
-    return dataclasses.replace(measured_model, saved=dict(config), commit=found.commit)
+    return replace(measured_model, saved=dict(config), commit=found.commit)
 
 
 def clip_limit(measured_model: MeasuredModel, choice: str) -> float | None:

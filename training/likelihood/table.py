@@ -152,7 +152,7 @@ def evaluate(
     progressive-coding `curve`.
 
     Args:
-        measured_model: network and process.
+        measured_model: network and process, with the labels of the images if it has classes.
         images: (N, C, H, W) in [-1, 1], the same on every process.
         settings: what is computed.
         work_dir: where finished parts of a pass are kept, seen by all processes.
@@ -240,8 +240,9 @@ def _chain_by_chain(
     for number, (r, c) in enumerate(work[team.index :: team.count]):
         named = chains[r]
         learned = named.chain.log_variance_range is not None
+        model = measured_model.of(c * size, (c + 1) * size)
         terms = variational_bound(
-            measured_model.predict if learned else measured_model.predict_mean,
+            model.predict if learned else model.predict_mean,
             images[c * size : (c + 1) * size],
             named.chain,
             prediction_type=measured_model.prediction_type,
