@@ -172,7 +172,7 @@ class UnconditionalPipeline(DiffusionPipeline):
                 f"{', '.join(map(str, self.image_shape))})."
             )
         if not bool(latents.isfinite().all()):
-            raise ValueError(f"`{name}` holds values that are not finite.")
+            raise ValueError(f"`{name}` holds values that are not finite; all must be.")
         return latents.to(self.state_dtype)
 
     def sibling(self, cls: type[P], **components: object) -> P:

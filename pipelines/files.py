@@ -47,7 +47,7 @@ def check_folders(folder: Path, inner: str, name: str) -> None:
         problem = f"nothing can be written to {str(there)!r} ({error.strerror})"
     except ValueError as error:  # a null byte
         problem = str(error)
-    raise ValueError(f"{name} is {str(folder)!r}: {problem}.")
+    raise ValueError(f"`{name}` is {str(folder)!r}: {problem}.")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], owner: int = 0) -> None:

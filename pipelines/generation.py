@@ -263,7 +263,10 @@ class GenerationPipeline(UnconditionalPipeline):
             return tau
         planned = tau.tolist()
         if run.latents is None:
-            raise ValueError("`start_timestep` is given without `latents`, the x_t to start from.")
+            raise ValueError(
+                f"`start_timestep` is {run.start_timestep}; `latents` must be given with it, the "
+                "x_t to start from."
+            )
         if run.start_timestep not in planned:
             raise ValueError(
                 f"`start_timestep` is {run.start_timestep!r}; it must be on the trajectory "
@@ -314,8 +317,8 @@ class GenerationPipeline(UnconditionalPipeline):
         self.check()
         if not eta and is_deterministic(self.scheduler):
             raise ValueError(
-                f"`eta` is {eta!r} with {type(self.scheduler).__name__}: no noise follows x_t, so "
-                "all variations would be equal. Pass eta > 0 or use a DDPM scheduler."
+                f"`eta` is {eta!r} with {type(self.scheduler).__name__}; it must be > 0, or the "
+                "scheduler DDPM's: without noise after x_t all variations would be equal."
             )
         common: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,

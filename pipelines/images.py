@@ -43,7 +43,7 @@ def to_model_space(
         and images
         and all(isinstance(i, Image.Image | str | os.PathLike) for i in images)
     ):
-        opened = [i if isinstance(i, Image.Image) else read_image(i, "`images`") for i in images]
+        opened = [i if isinstance(i, Image.Image) else read_image(i, "images") for i in images]
         batch = _from_pil(opened, shape)
     else:
         raise ValueError(
@@ -72,7 +72,9 @@ def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
     try:
         return as_shown(Path(path), Reading(setting=name))
     except BadImageError as error:
-        raise ValueError(f"{name}: {error.name} cannot be read: {error.reason}.") from error
+        raise ValueError(
+            f"`{name}` has {error.name}, which cannot be read: {error.reason}; it must be an image."
+        ) from error
 
 
 def _channels_first(array: torch.Tensor) -> torch.Tensor:
@@ -149,8 +151,8 @@ def check_pil_channels(channels: int) -> None:
     """
     if channels not in PIL_MODES:
         raise ValueError(
-            f"The network has {channels} channels, which PIL cannot show (1, 3 or 4); use "
-            "output_type 'np' or 'pt'."
+            f"`unet` has {channels} channels, which PIL cannot show (1, 3 or 4); "
+            "use output_type 'np' or 'pt'."
         )
 
 

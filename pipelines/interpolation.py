@@ -115,7 +115,10 @@ class InterpolationPipeline(UnconditionalPipeline):
         asked = Conditions(**conditions)
         ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) < 2:
-            raise ValueError("One end is given; interpolation needs at least two.")
+            raise ValueError(
+                "`latents`, the seeds or the images, have one end; interpolation must "
+                "have at least two."
+            )
         weights = [i / (num_points - 1) for i in range(num_points - 1)]
         mixed = slerp_chain(ends.latents, weights)
         labels = _along_chain(asked.class_labels, weights)
@@ -229,7 +232,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         _check_count("num_points", num_points)
         x0 = to_model_space(images, self.image_shape, self.state_dtype)
         if len(x0) != 2:
-            raise ValueError(f"{len(x0)} images are given; DDPM's interpolation needs two.")
+            raise ValueError(f"`images` holds {len(x0)}; DDPM's interpolation must have two.")
         eps = self._two_draws(noise, noise_seeds)
         planned = plan(
             self.scheduler, num_inference_steps, timesteps, self._execution_device

@@ -229,8 +229,8 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         levels = corrector.levels
         if levels.at(steps[0]) == 0:
             raise ValueError(
-                f"The level t={steps[0]} has alpha_bar = 0, where x_t / sqrt(abar_t) does not "
-                "exist; leave it out of `timesteps`, or use `predictor=True`."
+                f"`timesteps` has t={steps[0]}, where alpha_bar = 0 and x_t / sqrt(abar_t) does "
+                "not exist; leave it out, or use `predictor=True`."
             )
         for t, s in zip(steps, [*steps[1:], -1], strict=True):
             x = corrector(x, t, source)

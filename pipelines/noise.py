@@ -74,7 +74,10 @@ def make_noise(
     counts["class_labels"] = num_labels
     given = {k: v for k, v in counts.items() if v is not None}
     if len(set(given.values())) > 1:
-        raise ValueError(f"The numbers of images contradict each other: {given}.")
+        raise ValueError(
+            f"`num_images` and the lengths of other arguments contradict each other: {given}; they "
+            "must be equal."
+        )
     n = next(iter(given.values()), 1)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"`num_images` is {n!r}; it must be an integer >= 1.")

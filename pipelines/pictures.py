@@ -39,8 +39,8 @@ def make_grid(
     columns = math.ceil(math.sqrt(len(tiles))) if columns is None else columns
     if columns < 1 or padding < 0 or scale < 1:
         raise ValueError(
-            f"`columns`={columns}, `padding`={padding}, `scale`={scale}; they must be >= 1, >= 0 "
-            "and >= 1."
+            f"`columns` is {columns}, `padding` {padding}, `scale` {scale}; they must be >= "
+            "1, >= 0 and >= 1."
         )
     scaled = (size[0] * scale, size[1] * scale)
     tiles = [tile.resize(scaled, Image.Resampling.NEAREST) for tile in tiles]

@@ -174,12 +174,12 @@ def process_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
         rank, size = (int(value) for value in named.values())
     except ValueError as error:
         raise ValueError(
-            f"The environment says RANK={named['RANK']!r} and WORLD_SIZE={named['WORLD_SIZE']!r}; "
-            "both must be integers, as torchrun sets them."
+            f"`RANK` is {named['RANK']!r} in the environment and `WORLD_SIZE` "
+            f"{named['WORLD_SIZE']!r}; both must be integers, as torchrun sets them."
         ) from error
     if not 0 <= rank < size:
         raise ValueError(
-            f"RANK is {rank} and WORLD_SIZE {size}; RANK must lie in 0 .. WORLD_SIZE - 1."
+            f"`RANK` is {rank} and `WORLD_SIZE` {size}; RANK must lie in 0 .. WORLD_SIZE - 1."
         )
     return rank, size
 
@@ -219,7 +219,7 @@ def sample_to_directory(
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     job = with_classes(pipe, job, guides)
     folder = Path(output)
-    check_folders(folder, FOLDERS[job.file_format], "`output`")
+    check_folders(folder, FOLDERS[job.file_format], "output")
     with own(folder, "sample", rank=rank, world_size=world_size) as owner:
         return _sample_share(pipe, folder, job, guides, rank, world_size, owner)
 

@@ -62,22 +62,25 @@ def test_a_flag_can_take_back_what_a_file_sets(tmp_path):
     words = ["--dropout", "null", "--value_range", "null", "--max_grad_norm", "null"]
     config = parse_args(["--config", path, *words])[0]
     assert (config.dropout, config.value_range, config.max_grad_norm) == (None, None, None)
-    with pytest.raises(ValueError, match="--lr: invalid float value: 'null'"):
+    with pytest.raises(ValueError, match="`--lr` is 'null'; it must be of the type float"):
         parse_args(["--lr", "null"])
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr": "abc"}, "lr: invalid float value: 'abc'"),
-        ({"batch_size": 1.5}, "batch_size: invalid int value: '1.5'"),
-        ({"loss": "simpel"}, "loss: invalid choice: 'simpel'"),
-        ({"random_flip": "perhaps"}, "random_flip: Truthy value expected"),
-        ({"seed": [1, 2]}, "seed takes one value"),
-        ({"batch_size": None}, "batch_size cannot be null"),
-        ({"bacth_size": 8}, "unknown key 'bacth_size'; did you mean batch_size?"),
-        ({"learning_rate": 8}, "unknown key 'learning_rate'; did you mean lr?"),
-        ({"qqqqqq": 8}, "unknown key 'qqqqqq'; see --help"),
+        ({"lr": "abc"}, "`lr` is 'abc'; it must be of the type float"),
+        ({"batch_size": 1.5}, "`batch_size` is '1.5'; it must be of the type int"),
+        ({"loss": "simpel"}, "`loss` is 'simpel'; it must be one of 'simple'"),
+        (
+            {"random_flip": "perhaps"},
+            "`random_flip` must have another value: Truthy value expected",
+        ),
+        ({"seed": [1, 2]}, "`seed` is [1, 2]; it must be one value"),
+        ({"batch_size": None}, "`batch_size` is null; it must have a value"),
+        ({"bacth_size": 8}, "`bacth_size` is an unknown key; did you mean batch_size?"),
+        ({"learning_rate": 8}, "`learning_rate` is an unknown key; did you mean lr?"),
+        ({"qqqqqq": 8}, "`qqqqqq` is an unknown key; see --help"),
     ],
 )
 def test_bad_values_and_keys_in_files_are_named(tmp_path, values, message):
@@ -89,11 +92,11 @@ def test_bad_values_and_keys_in_files_are_named(tmp_path, values, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lr", "abc"], "argument --lr: invalid float value: 'abc'"),
+        (["--lr", "abc"], "`--lr` is 'abc'; it must be of the type float"),
         (["--batch", "8"], "unknown flag --batch; did you mean --batch_size?"),  # no abbreviations
         (["--resolution", "8"], "unknown flag --resolution; did you mean --image_size?"),
-        (["--loss", "x"], "invalid choice: 'x'"),
-        (["stray"], "'stray' is no flag; a flag must come here"),
+        (["--loss", "x"], "`--loss` is 'x'; it must be one of 'simple'"),
+        (["stray"], "`stray` is no flag; a flag must come here"),
         (["--config"], "expected one argument"),
     ],
 )
@@ -190,5 +193,8 @@ def test_a_settings_file_is_read_within_bounds(tmp_path, suffix):
     )
     for text in (laughs, "[" * 10**5, '{"lr": 1, "lr": 2}', "\0", "{" * 99, "\xff" * 9):
         path.write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=r"^`config`: '.*settings.* cannot be read: .*\.$"):
+        with pytest.raises(
+            ValueError,
+            match=r"^`config` is '.*settings.* cannot be read; its file must be whole: .*$",
+        ):
             load_config(path)

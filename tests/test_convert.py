@@ -285,15 +285,17 @@ def test_refusals(state, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="no PyTorch file of tensors alone"):
         convert.convert_checkpoint("x.ckpt", "out")
     assert not (tmp_path / "ran").exists()
-    refused([1, 2], "no state dict")
-    refused({"a": torch.zeros(1)}, "has no 'conv_in.weight'; it is not in the layout")
-    refused({**state, "down.0.other.weight": torch.zeros(1)}, "'down.0.other.weight', which the")
+    refused([1, 2], "must hold a state dict")
+    refused({"a": torch.zeros(1)}, "has no 'conv_in.weight'; it must be in the layout")
+    refused(
+        {**state, "down.0.other.weight": torch.zeros(1)}, "'down.0.other.weight'; every name must"
+    )
     refused({**state, "up.7.block.0.conv1.weight": torch.zeros(1)}, "1 are unknown")
     refused({**state, "down.0.block.0.conv_shortcut.weight": torch.zeros(1)}, "3 x 3 shortcuts")
     refused({k: v for k, v in state.items() if k != "norm_out.bias"}, "1 tensors are missing")
     refused({k: v for k, v in state.items() if ".downsample." not in k}, "average pooling")
-    refused({**state, "conv_out.bias": torch.zeros(7)}, "conv_out.bias has shape")
-    refused({k: v for k, v in state.items() if ".attn." not in k}, "`image_size` is needed")
+    refused({**state, "conv_out.bias": torch.zeros(7)}, "conv_out.bias of shape")
+    refused({k: v for k, v in state.items() if ".attn." not in k}, "`image_size` is not set")
     refused(state, "`weights` is 'all'", weights="all")
     refused(state, "`variance_type` is 'learned_range'", variance_type="learned_range")
     for size in ("32", 32.0, True):
@@ -301,31 +303,33 @@ def test_refusals(state, tmp_path, monkeypatch, capsys):
     for size in (0, -4, 6, 33):
         refused(state, f"`image_size` is {size}; it must be a multiple of 4", image_size=size)
     for value in (math.nan, math.inf):
-        refused({**state, "conv_in.bias": torch.full((32,), value)}, "conv_in.bias .* not finite")
+        refused(
+            {**state, "conv_in.bias": torch.full((32,), value)}, "conv_in.bias that are not finite"
+        )
     first = "down.0.block.0.conv1.weight"
     for key in ("conv_in.weight", "conv_out.weight", first):
-        refused({**state, key: torch.tensor(1.0)}, f"{key} of the checkpoint has shape")
-    refused({**state, first: torch.zeros(33, 32, 3, 3)}, "33 output channels; .* multiple of 32")
+        refused({**state, key: torch.tensor(1.0)}, f"{key} of shape")
+    refused({**state, first: torch.zeros(33, 32, 3, 3)}, "33 output channels .* multiple of 32")
     refused({**state, first: torch.zeros(0, 32, 3, 3)}, "0 output channels")
     refused({**state, "conv_out.weight": torch.zeros(6, 32, 3, 3)}, "has 6 output channels")
-    refused({**state, "mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)}, "to_q.weight has shape")
+    refused({**state, "mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)}, "to_q.weight of shape")
     refused({k: v for k, v in state.items() if k[:4] != "down"}, f"has no '{first}'")
-    refused({**state, "module.conv_in.bias": state["conv_in.bias"]}, "both with and without")
+    refused({**state, "module.conv_in.bias": state["conv_in.bias"]}, "with and without the prefix")
     for odd in (torch.zeros(32).int(), torch.zeros(32).to_sparse(), torch.zeros(32) * 1j):
-        refused({**state, "conv_in.bias": odd}, "conv_in.bias in x.ckpt is not a dense tensor")
+        refused({**state, "conv_in.bias": odd}, "conv_in.bias is not a dense tensor")
     shared = torch.zeros(10**6)  # one memory under many names
     names = {f"down.0.block.{i}.conv1.weight": shared for i in range(100)}
     refused({**state, **names}, "makes 4[0-9]* bytes of weights; it must make at most 67108864")
     deep = {f"down.0.block.{i}.conv1.bias": torch.zeros(1) for i in range(1000)}
     refused({**state, **deep}, "`layers_per_block` is '1000'; it must be an integer, 1 to")
     many = torch.zeros(1).expand(10**9, 32, 3, 3)  # a small file for 10^12 bytes
-    refused({**state, first: many}, "conv1.weight in x.ckpt is not a dense tensor")
-    with pytest.raises(ValueError, match="which is not a file"):
+    refused({**state, first: many}, "conv1.weight is not a dense tensor")
+    with pytest.raises(ValueError, match="`checkpoint` is 'nothing'; it must be a file"):
         convert.convert_checkpoint("nothing", "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     torch.save(state, "x.ckpt")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match="a new or an empty folder"):
         convert.convert_checkpoint("x.ckpt", "full")
     assert cli.main(["convert", "--checkpoint", "nothing", "--output", "out"]) == 2
     assert capsys.readouterr().err.startswith("ddim-schedulers convert: error: `checkpoint`")

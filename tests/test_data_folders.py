@@ -233,17 +233,17 @@ def test_places_that_are_no_data_are_told_what_they_are(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     os.mkfifo(tmp_path / "pipe.parquet")
     for name, message in {
-        "one.png": "is a single image; give the folder",
-        "set.zip": "is an archive; unpack it",
-        "renamed.data": "is an archive; unpack it",
-        "set.tar.gz": "is an archive; unpack it",
-        "words.txt": "is a file that holds no images",
-        "pipe": "is a pipe, socket or device",
-        "pipe.npy": "is a pipe, socket or device",
-        "pipe.parquet": "is a pipe, socket or device",
+        "one.png": "a single image; it must be the folder",
+        "set.zip": "an archive; it must be a folder: unpack it",
+        "renamed.data": "an archive; it must be a folder: unpack it",
+        "set.tar.gz": "an archive; it must be a folder: unpack it",
+        "words.txt": "a file that holds no images",
+        "pipe": "a pipe, socket or device",
+        "pipe.npy": "a pipe, socket or device",
+        "pipe.parquet": "a pipe, socket or device",
     }.items():
         for streaming in (False, True):
-            with pytest.raises(ValueError, match=f"`data`: .*{name} {message}"):
+            with pytest.raises(ValueError, match=f"`data` is .*{name}', {message}"):
                 if streaming:
                     from ddim_schedulers.training.data.streams import open_stream
 

@@ -587,23 +587,23 @@ def test_expected_measurements_stand_beside_ours(whole):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tabels": []}, "'tabels'; did you mean tables"),
+        ({"tabels": []}, "`tabels` is an unknown key; did you mean tables"),
         ({"tables": []}, "tables"),
         ({"data": {"date": "x"}}, "did you mean data"),
         ({"dtype": "int8"}, "`dtype` is 'int8'"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"pictured": ["eta 1"]}, "no row of a table"),
-        ({"pictured": "eta 1"}, "pictured: the value is 'eta 1'; it must be a list"),
-        ({"features": "pixels"}, "features: the value is 'pixels'; it must be a list"),
+        ({"pictured": "eta 1"}, "`pictured` is 'eta 1'; it must be a list"),
+        ({"features": "pixels"}, "`features` is 'pixels'; it must be a list"),
         ({"features": ["pixels", "pixels"]}, "each once"),
         ({"compile": "false"}, "`compile` is 'false'; it must be true or false"),
         ({"keep_images": "no"}, "`keep_images` is 'no'"),
         ({"expected": {"row": "eta 0, trailing"}}, "must be a list"),
         ({"expected": [{**EXPECTED, "tolerence": 1}]}, "did you mean tolerance"),
-        ({"expected": [{k: EXPECTED[k] for k in EXPECTED if k != "source"}]}, "nothing of source"),
-        ({"expected": [{**EXPECTED, "metric": "fid"}]}, "metric is 'fid'"),
-        ({"expected": [{**EXPECTED, "features": "inception"}]}, "measured are pixels"),
-        ({"expected": [{**EXPECTED, "steps": 9}]}, "steps is 9"),
+        ({"expected": [{k: EXPECTED[k] for k in EXPECTED if k != "source"}]}, "it must say source"),
+        ({"expected": [{**EXPECTED, "metric": "fid"}]}, "metric = 'fid'"),
+        ({"expected": [{**EXPECTED, "features": "inception"}]}, "one that is measured: pixels"),
+        ({"expected": [{**EXPECTED, "steps": 9}]}, "steps = 9"),
         ({"tables": [{"name": "T", "n": 8, "grid": [{"steps": [], "members": [0]}]}]}, "empty"),
         (
             {
@@ -624,7 +624,10 @@ def test_expected_measurements_stand_beside_ours(whole):
             "`spacing` is set in a block without members",
         ),
         ({"tables": [{"name": "T", "n": 1, "grid": GRID}]}, "a name and an n from 2 to"),
-        ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2]}]}]}, "members or schedulers"),
+        (
+            {"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2]}]}]},
+            "without members and schedulers",
+        ),
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [0], "members": [0]}]}]}, ">= 1"),
         (
             {"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": ["ddim"]}]}]},
@@ -654,7 +657,7 @@ def test_expected_measurements_stand_beside_ours(whole):
                     }
                 ]
             },
-            "no setting 'etta'",
+            "`etta` is no setting of DDIMScheduler",
         ),
         (
             {
@@ -669,7 +672,7 @@ def test_expected_measurements_stand_beside_ours(whole):
                     }
                 ]
             },
-            "two rows have the name",
+            "`tables` has two rows named",
         ),
     ],
 )
@@ -748,7 +751,7 @@ def test_too_few_labels_are_refused(pipeline, tmp_path):
     np.savez(path, images=images, labels=np.arange(20) % 2)
     data = {"data": str(path), "array_key": "images", "validation_fraction": 0.2}
     config = _config(pipeline, tmp_path, data=data, features=["classifier"], labels="labels")
-    with pytest.raises(ValueError, match="`labels`: there are 20"):
+    with pytest.raises(ValueError, match="`labels` has 20 values"):
         Evaluation(config)
 
 
@@ -766,9 +769,9 @@ def test_the_files_that_ship_are_valid():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pictured": [5]}, "no name of a row"),
-        ({"pictured": [[]]}, "no name of a row"),
-        ({"expected": [{**EXPECTED, "row": {}}]}, "no name of a row"),
+        ({"pictured": [5]}, "must be the name of a row"),
+        ({"pictured": [[]]}, "must be the name of a row"),
+        ({"expected": [{**EXPECTED, "row": {}}]}, "must be the name of a row"),
         ({"grid": {"members": [[]]}}, "member"),
         ({"grid": {"members": [{}]}}, "member"),
         ({"grid": {"spacing": [5]}}, "`spacing` is 5; it must be a name"),

@@ -384,7 +384,7 @@ def test_a_card_in_another_encoding(server, folder):
     assert card.startswith(b"---\nlicense: mit\n---\n# Mine\n")
     assert card.count(b"---\n") == 2
     (folder / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    with pytest.raises(ValueError, match="README.md is not UTF-8"):
+    with pytest.raises(ValueError, match="README.md` of the pipeline is not UTF-8"):
         hub.push_pipeline(folder, REPO)
 
 

@@ -417,5 +417,7 @@ def test_no_file_is_opened_but_a_regular_one(tmp_path):
     ):
         with pytest.raises(BadImageError, match=message):
             header_of(path, "x", Reading())
-    with pytest.raises(ValueError, match="--images: .*pipe.png' cannot be read: it is no regular"):
+    with pytest.raises(
+        ValueError, match="`--images` has .*pipe.png', which cannot be read: it is no regular"
+    ):
         read_image(tmp_path / "pipe.png", "--images")

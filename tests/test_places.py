@@ -128,7 +128,7 @@ def test_what_is_no_pipeline_is_said(stopped, tmp_path, capsys, monkeypatch):
         for place, message in (
             (run, "ddim-schedulers export --pipeline"),
             (tmp_path / "empty", "has no model_index.json"),
-            (tmp_path / "file", "is a file"),
+            (tmp_path / "file", "a file; it must be"),
             (tmp_path / "none", "does not exist"),
             ("./none", "does not exist"),
             ("empty/none", "does not exist"),
@@ -161,4 +161,7 @@ def test_what_is_pushed_is_here_and_not_looked_for_on_the_hub(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["push", "--pipeline", "nothere", "--repo_id", "a/b"]) == 2
     said = capsys.readouterr().err
-    assert "'nothere' does not exist; it must be a pipeline's folder" in said and "Hub" not in said
+    assert (
+        "'nothere', which does not exist; it must be a pipeline's folder" in said
+        and "Hub" not in said
+    )

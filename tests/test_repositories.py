@@ -78,7 +78,7 @@ def test_names_and_revisions():
 
 def test_a_revision_of_what_has_none_is_refused(tmp_path):
     for place, revision in ((str(tmp_path), "v1"), ("me/model@v1", "v2"), ("me/model", "-x; y")):
-        with pytest.raises(ValueError, match="--revision is '"):
+        with pytest.raises(ValueError, match="`--revision` is '"):
             pinned(place, revision)
 
 
@@ -102,7 +102,7 @@ def test_each_state_is_read_by_its_name(two_states, states, capsys):
 
 def test_a_revision_that_is_not_there_is_said(two_states):
     for load_it in (read_saved, load_measured_model):
-        with pytest.raises(ValueError, match="'me/model@gone' .*cannot be loaded: .*gone"):
+        with pytest.raises(ValueError, match="'me/model@gone', .*cannot be loaded: .*gone"):
             load_it("me/model@gone")
 
 

@@ -327,7 +327,7 @@ def test_bad_jobs_raise(tmp_path):
     assert process_of({}) == (0, 1) and process_of({"RANK": "1", "WORLD_SIZE": "3"}) == (1, 3)
     with pytest.raises(ValueError, match="RANK"):
         process_of({"RANK": "1"})
-    with pytest.raises(ValueError, match="environment says RANK='x' and WORLD_SIZE='2'"):
+    with pytest.raises(ValueError, match="`RANK` is 'x' in the environment and `WORLD_SIZE` '2'"):
         process_of({"RANK": "x", "WORLD_SIZE": "2"})
 
 
@@ -457,21 +457,33 @@ def test_the_preset_and_the_solver_are_flags(model, tmp_path, capsys):
     Image.new("L", (SIZE, SIZE), 80).save(photo)
     output = ["--pipeline", model, "--device", "cpu", "--output", str(tmp_path / "bad")]
     for verb, extra, message in (
-        ("sample", ["--num_images", "1", "--solver_order", "2"], "needs --scheduler ddim"),
-        ("sample", ["--num_images", "1", "--scheduler", "ddpm", "--preset", "few"], "--preset few"),
+        ("sample", ["--num_images", "1", "--solver_order", "2"], "it needs --scheduler ddim"),
+        (
+            "sample",
+            ["--num_images", "1", "--scheduler", "ddpm", "--preset", "few"],
+            "`--preset` is 'few'",
+        ),
         (
             "sample",
             ["--num_images", "1", "--scheduler", "ddpm", "--solver_order", "2"],
-            "--solver_order does not belong to --scheduler ddpm",
+            "`--solver_order` is 2; it must be left out with --scheduler ddpm",
         ),
-        ("reconstruct", ["--images", photo, "--preset", "few"], "--preset does nothing here"),
-        ("reconstruct", ["--images", photo, "--end_scale", "1.1"], "--end_scale does nothing here"),
+        (
+            "reconstruct",
+            ["--images", photo, "--preset", "few"],
+            "`--preset` is 'few'; it must be left out here",
+        ),
+        (
+            "reconstruct",
+            ["--images", photo, "--end_scale", "1.1"],
+            "`--end_scale` is 1.1; it must be left out here",
+        ),
         (
             "sample",
             ["--num_images", "1", "--scheduler", "ddim", "--eps_scale", "1", "1", "1"],
             "`eps_scale` is [1.0, 1.0, 1.0]",
         ),
-        ("interpolate", ["--images", photo, photo, "--solver_order", "2"], "does nothing here"),
+        ("interpolate", ["--images", photo, photo, "--solver_order", "2"], "must be left out here"),
     ):
         assert cli.main([verb, *output, *extra]) == 2
         assert message in capsys.readouterr().err
@@ -581,7 +593,7 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
     ):
         assert cli.main([verb, "--pipeline", model, *given, "--output", str(output)]) == 2
         err = capsys.readouterr().err
-        assert message in err and "--output is" in err and err.count("\n") == 1
+        assert message in err and "`--output` is" in err and err.count("\n") == 1
     assert not (tmp_path / "sealed" / "new").exists()
 
 
@@ -607,7 +619,7 @@ def test_the_output_is_tried_before_the_work(model, tmp_path, monkeypatch, capsy
     ):
         assert cli.main([verb, *extra, option, str(tmp_path / "out")]) == 2, verb
         err = capsys.readouterr().err.splitlines()[-1]
-        assert f"{option.lstrip('-')} is" in err and os.strerror(number) in err, (verb, err)
+        assert f"{option.lstrip('-')}` is" in err and os.strerror(number) in err, (verb, err)
         assert not (tmp_path / "out").exists()
 
 
@@ -695,16 +707,16 @@ def test_a_bad_pipeline_is_one_sentence(model, tmp_path, capsys, monkeypatch):
     shutil.copytree(model, tmp_path / "headless")
     shutil.rmtree(tmp_path / "headless" / "unet")
     for place, message in (
-        ("./my-modle", "'./my-modle' does not exist"),
+        ("./my-modle", "'./my-modle', which does not exist"),
         ("runs/digits/pipelin", "does not exist"),
         (str(tmp_path / "none"), "does not exist"),
-        (str(tmp_path / "file"), "is a file"),
+        (str(tmp_path / "file"), "a file; it must be"),
         (str(tmp_path / "empty"), "no model_index.json"),
         (str(tmp_path / "broken"), "cannot be read"),
         (str(tmp_path / "headless"), "has no unet"),
         (str(tmp_path.relative_to(tmp_path.anchor)), "does not exist"),
-        ("runs/nothing", "'runs/nothing' does not exist"),
-        ("nobody/nothing", "is no folder here, and as a name on the Hub"),
+        ("runs/nothing", "'runs/nothing', which does not exist"),
+        ("nobody/nothing", "which is no folder here; as a name on the Hub"),
     ):
         arguments = ["--pipeline", place, "--num_images", "1", "--output", str(tmp_path / "out")]
         assert cli.main(["sample", *arguments]) == 2
@@ -725,10 +737,22 @@ def test_options_without_effect_are_refused_and_hints_name_options(model, tmp_pa
     pipe.register_modules(scheduler=DPMSolverMultistepScheduler())
     pipe.save_pretrained(tmp_path / "dpm")
     for verb, extra, message in (
-        ("interpolate", [*ddim, *seeds, "--refinements", "4"], "--refinements 4 does nothing"),
-        ("interpolate", [*diffuse, "--refinements", "4"], "--refinements 4 does nothing"),
-        ("interpolate", [*ddim, *seeds, "--noise", "same"], "--noise belongs to --mode diffuse"),
-        ("interpolate", [*images, "--seed", "0"], "--seed belongs to --mode diffuse"),
+        (
+            "interpolate",
+            [*ddim, *seeds, "--refinements", "4"],
+            "`--refinements` is 4; it must be left out",
+        ),
+        (
+            "interpolate",
+            [*diffuse, "--refinements", "4"],
+            "`--refinements` is 4; it must be left out",
+        ),
+        (
+            "interpolate",
+            [*ddim, *seeds, "--noise", "same"],
+            "`--noise` is 'same'; it must be left out",
+        ),
+        ("interpolate", [*images, "--seed", "0"], "`--seed` is 0; it must be left out"),
         ("reconstruct", ["--images", photo, "--tolerance", "1e-3"], "without --refinements"),
         ("interpolate", seeds, "use --scheduler ddim"),
         ("interpolate", ["--pipeline", str(tmp_path / "dpm"), *images], "use --scheduler ddim"),

@@ -146,12 +146,12 @@ def test_any_vector_is_taken_from_a_file(tmp_path):
         loss, _ = objective_of(loss="gamma", gamma=str(tmp_path / name))(output, x0, noise, t)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-15)
     np.save(tmp_path / "short.npy", gamma[:-1])
-    with pytest.raises(ValueError, match="holds 39 weights; T is 40"):
+    with pytest.raises(ValueError, match="holds 39 weights; it must hold 40"):
         objective_of(loss="gamma", gamma=str(tmp_path / "short.npy"))
     np.save(tmp_path / "bad.npy", np.where(gamma > 1, -1, gamma))
     with pytest.raises(ValueError, match="`weights` is -1.0 at t = 20"):
         objective_of(loss="gamma", gamma=str(tmp_path / "bad.npy"))
-    with pytest.raises(ValueError, match="cannot read a vector"):
+    with pytest.raises(ValueError, match="must be a file that holds a vector"):
         read_vector(str(tmp_path / "absent.npy"))
 
 

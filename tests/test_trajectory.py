@@ -204,4 +204,4 @@ def test_the_command_measures_and_writes_what_a_scheduler_reads(tiny_ddpm, tmp_p
         assert main([*command, *bad]) == 2
         assert word in capsys.readouterr().err
     assert main(["calibrate", "--pipeline", str(folder)]) == 2
-    assert "--data is missing" in capsys.readouterr().err
+    assert "`--data` is missing" in capsys.readouterr().err

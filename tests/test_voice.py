@@ -23,6 +23,10 @@ VERBS = set(
     Unpack Update Use Walk Warn Write
     """.split()
 )
+# A message begins with a name in backticks; its place, or a file, may come first.
+NAMED = re.compile(r"(?:value: )?`[^`]+` \w+|'?value'? \w+")
+# It says what is allowed, or what to do.
+ALLOWED = re.compile(r"\bmust\b|\ballowed\b|; [a-z`]+ |value$")
 # `name is value; it must be ...` without backticks round the name, or a name of several words.
 BARE_NAME = re.compile(r"(?:[a-z]\w* (?:is|are) [^;]*; (?:it|they) must|[a-z]+_\w+ )")
 RIDDLES = re.compile(

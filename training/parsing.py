@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def parse_args(argv: list[str], prog: str = "ddim-schedulers train") -> tuple[Tr
         parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no flag; a flag must come here")
+        raise ValueError(f"`{unknown[0]}` is no flag; a flag must come here")
     values = {name: getattr(namespace, name) for name in _names()}
     values = {name: None if value == [None] else value for name, value in values.items()}
     return TrainingConfig(**values), namespace.dry_run
@@ -131,7 +132,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:  # the caller decides how bad input is shown
-            raise ValueError(message)
+            told = re.fullmatch(r"argument (?P<name>--\w+): (?P<why>.*)", message, re.DOTALL)
+            raise ValueError(message if told is None else _refusal(told["name"], told["why"]))
 
     parser = Parser(
         list(GROUPS),
@@ -145,6 +147,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if action.dest in nullable and callable(action.type):
             action.type = _or_null(action.type)
     return parser
+
+
+def _refusal(name: str, why: str) -> str:
+    """Return what argparse says of a value, in the words of our other messages."""
+    if told := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", why):
+        return f"`{name}` is {told[1]}; it must be one of {told[2]}"
+    if told := re.fullmatch(r"invalid (\w+) value: (.*)", why, re.DOTALL):
+        return f"`{name}` is {told[2]}; it must be of the type {told[1]}"
+    return f"`{name}` must have another value: {why}"
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -165,9 +176,14 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path, None) if path.suffix == ".json" else read_yaml(path)
     except DamagedFileError as error:
-        raise ValueError(f"`config`: {error}") from error
+        raise ValueError(
+            f"`config` is {str(path)!r}, which cannot be read; its file must be whole: "
+            f"{error.reason}"
+        ) from error
     if not isinstance(values, dict):
-        raise ValueError(f"`config`: {path} must hold a mapping of field names to values")
+        raise ValueError(
+            f"`config` is {str(path)!r}; it must hold a mapping of field names to values"
+        )
     return values
 
 
@@ -180,19 +196,19 @@ def _converted(
     converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
-            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), names, '')}")
+            raise ValueError(f"{source}: `{key}` is an unknown key{nearest(str(key), names, '')}")
         if value is None:
             if key not in nullable:
-                raise ValueError(f"{source}: {key} cannot be null")
+                raise ValueError(f"{source}: `{key}` is null; it must have a value")
             converted[key] = None
             continue
         words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
         if len(words) != 1 and actions[key].nargs != "+":
-            raise ValueError(f"{source}: {key} takes one value, not {value!r}")
+            raise ValueError(f"{source}: `{key}` is {value!r}; it must be one value")
         try:
             # argparse has no public call for "convert as this flag would"; a plain parse would
             # take a negative number in scientific notation for a flag.
             converted[key] = parser._get_values(actions[key], words)
         except argparse.ArgumentError as error:
-            raise ValueError(f"{source}: {key}: {error.message}") from error
+            raise ValueError(f"{source}: {_refusal(key, error.message)}") from error
     return converted

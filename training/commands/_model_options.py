@@ -288,7 +288,8 @@ def apply_preset(args: argparse.Namespace) -> None:
 
     if args.scheduler == "ddpm":
         raise ValueError(
-            f"--preset {args.preset} does not belong to --scheduler ddpm, but to ddim."
+            f"`--preset` is {args.preset!r}; it must be left out with --scheduler ddpm, for it "
+            "belongs to ddim."
         )
     args.scheduler = "ddim"
     # a solver of higher order follows the ODE, even if the saved scheduler adds noise
@@ -312,7 +313,9 @@ def refuse_solver(args: argparse.Namespace, why: str) -> None:
     """
     for key in ("preset", *SOLVER_OPTIONS, *SCALE_OPTIONS):
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key} does nothing here: {why}.")
+            raise ValueError(
+                f"`--{key}` is {getattr(args, key)!r}; it must be left out here: {why}."
+            )
 
 
 def eta_of_call(args: argparse.Namespace) -> float | None:
@@ -332,15 +335,17 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     saved = read_saved(args.pipeline, revision=args.revision, allow_pickle=args.allow_pickle)
     if args.scheduler == "saved" and not isinstance(saved.scheduler, cls.accepted_schedulers):
         raise ValueError(
-            f"--pipeline {args.pipeline!r} was saved with {type(saved.scheduler).__name__}, which "
-            f"does not fit {cls.__name__}; use --scheduler ddim or ddpm."
+            f"`--pipeline` is {args.pipeline!r}, saved with {type(saved.scheduler).__name__}, "
+            f"which does not fit {cls.__name__}; use --scheduler ddim or ddpm."
         )
     pipe = cls.from_pipe(saved, scheduler=_scheduler(saved.scheduler, args))
     # the name of from_pretrained's own argument for the dtype differs between versions of diffusers
     try:
         pipe = pipe.to(_device(args.device))
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {args.device!r} cannot be used: {error}") from error
+        raise ValueError(
+            f"`--device` is {args.device!r}; it must be a device that torch can use: {error}"
+        ) from error
     return pipe.speed_up(
         compile=args.compile,
         channels_last=args.channels_last,
@@ -395,10 +400,11 @@ def read_saved(
         _check_parts(there.folder, place, option)
         saved: Saved = there.read(Saved)
     except DamagedFileError as error:
-        raise ValueError(f"{option}: {error}") from error
+        raise ValueError(f"`{option}` is {place!r}; its files must be whole: {error}") from error
     except OSError as error:
         raise ValueError(
-            f"{option} {place!r} cannot be loaded: {' '.join(str(error).split())}"
+            f"`{option}` is {place!r}; it must be a pipeline that can be loaded: "
+            f"{' '.join(str(error).split())}"
         ) from error
     there.finish(saved.unet)
     if there.commit:
@@ -411,7 +417,10 @@ def _check_parts(folder: Path, place: str, option: str) -> None:
     for name, alone in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
         # the oldest repositories have their files beside the index
         if name not in parts or not ((folder / name).is_dir() or (folder / alone).is_file()):
-            raise ValueError(f"{option} {place!r} has no {name}; the verbs need one.")
+            raise ValueError(
+                f"`{option}` is {place!r}, which has no {name}; it must have a unet "
+                "and a scheduler."
+            )
 
 
 def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # noqa: ANN401
@@ -425,9 +434,12 @@ def check_own_scheduler(scheduler: Any, args: argparse.Namespace) -> None:  # no
 
     name = type(scheduler).__name__
     if eta_of_call(args) is not None and not has_argument(scheduler.step, "eta"):
-        raise ValueError(f"--eta {args.eta} does not fit {name}; use --scheduler ddim.")
+        raise ValueError(f"`--eta` is {args.eta}, which does not fit {name}; use --scheduler ddim.")
     if args.timesteps is not None and not has_argument(scheduler.set_timesteps, "timesteps"):
-        raise ValueError(f"--timesteps does not fit {name}; use --scheduler ddim or ddpm.")
+        raise ValueError(
+            f"`--timesteps` is {args.timesteps}, which does not fit {name}; use "
+            "--scheduler ddim or ddpm."
+        )
     left_out = _left_out(scheduler, args)
     if left_out and process_of()[0] == 0:
         owner, settings = left_out
@@ -465,10 +477,10 @@ def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]]
 def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
     given = {k: getattr(args, k) for k in SCHEDULER_OPTIONS if getattr(args, k) is not None}
     if args.scheduler == "saved":
-        if given:
+        for key, value in given.items():
             raise ValueError(
-                f"--{next(iter(given))} needs --scheduler ddim or ddpm: the saved scheduler stays "
-                "as it is."
+                f"`--{key}` is {value!r}; it must be left out where the saved scheduler stays as "
+                "it is (it needs --scheduler ddim or ddpm)."
             )
         return saved
     from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
@@ -479,7 +491,10 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
     own = inspect.signature(cls.__init__).parameters
     for key in given:
         if key not in own:
-            raise ValueError(f"--{key} does not belong to --scheduler {args.scheduler}.")
+            raise ValueError(
+                f"`--{key}` is {given[key]!r}; it must be left out with --scheduler "
+                f"{args.scheduler}, which does not have it."
+            )
     if args.scheduler == "ddim" and args.eta is not None:
         given["eta"] = args.eta
     if args.preset is not None:  # the trajectory and the noise of the saved one are not its own

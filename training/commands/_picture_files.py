@@ -23,15 +23,21 @@ def find(places: Sequence[str], limit: int | None) -> list[Path]:
     from ddim_schedulers.training.data.inventory import listed
 
     if limit is not None and limit < 1:
-        raise ValueError(f"--num_images is {limit}; it must be >= 1.")
+        raise ValueError(f"`--num_images` is {limit}; it must be >= 1.")
     found: list[Path] = []
     left_out: Counter[str] = Counter()
     for place in map(Path, places):
         if not place.exists():
-            raise ValueError(f"--images {str(place)!r} does not exist.")
+            raise ValueError(
+                f"`--images` is {str(place)!r}, which does not exist; it must name image "
+                "files or folders."
+            )
         found.extend(files_of(place, left_out) if place.is_dir() else [place])
     if not found:
-        raise ValueError(f"--images {list(places)} holds no image.")
+        raise ValueError(
+            f"`--images` is {list(places)}, which holds no image; it must name image files, or "
+            "folders with some."
+        )
     if left_out:
         print(f"images: {len(found):,} found; left out {listed(left_out)}", file=sys.stderr)
     return found[:limit]
@@ -64,8 +70,8 @@ def check_output(folder: Path, names: Sequence[str]) -> None:
     others = {path.name for path in (folder / "images").glob("*.png")} - set(names)
     if others:
         raise ValueError(
-            f"--output {str(folder)!r} holds images of another run ({len(others)}, e.g. "
-            f"{min(others)}); choose another folder, or delete them."
+            f"`--output` is {str(folder)!r}, which holds images of another run ({len(others)}, "
+            f"e.g. {min(others)}); choose another folder, or delete them."
         )
 
 

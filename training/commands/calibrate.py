@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
     if args.objective == "trajectory":
         return _run_trajectory(args)
     if args.data is None:
-        raise ValueError("--data is missing; --objective likelihood measures images")
+        raise ValueError(
+            "`--data` is missing; it must name the images that --objective likelihood measures"
+        )
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 
     target = config_file(args.output, args.pipeline)
@@ -173,8 +175,8 @@ def _run_trajectory(args: argparse.Namespace) -> int:
     _, processes = process_of()
     if processes > 1:
         raise ValueError(
-            f"{processes} processes are started; --objective trajectory is one short run, start it "
-            "alone."
+            f"`--objective` is 'trajectory', one short run, but {processes} processes are started; "
+            "it must be started alone."
         )
     target = config_file(args.output, args.pipeline)
     with own(owned_folder(target), "calibrate") as owner:
@@ -243,8 +245,9 @@ def config_file(output: str | None, pipeline: str) -> Path:
     target = path if path.suffix == ".json" else path / CONFIG_NAME
     if output is None and not target.is_file():
         raise ValueError(
-            f"--pipeline: {target} does not exist; statistics go into the config of a scheduler "
-            "that was saved before. For a pipeline of the Hub, name a new folder with --output"
+            f"`--pipeline` is {pipeline!r}, but {target} does not exist; statistics go into the "
+            "config of a scheduler that was saved before. For a pipeline of the Hub, name a new "
+            "folder with --output"
         )
     check_folders(target.parent, "", "--pipeline" if output is None else "--output")
     return target

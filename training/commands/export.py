@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     check_folders(output, "", "--output")
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output {args.output!r} is not empty; choose a new folder.")
+        raise ValueError(f"`--output` is {args.output!r}, which is not empty; choose a new folder.")
     saved = read_saved(args.pipeline, args.weights, args.revision, args.allow_pickle)
     knows = saved.scheduler.config.get("prediction_type") != "posterior_mean"
     form = args.form or ("portable" if knows else "plug-in")

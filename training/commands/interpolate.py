@@ -50,19 +50,25 @@ def run(args: argparse.Namespace) -> int:
         _model_options.refuse_solver(args, "--images go through plain DDIM of order 1 both ways")
     _model_options.apply_preset(args)
     if args.mode == "diffuse" and (args.images is None or args.timestep is None):
-        raise ValueError("--mode diffuse needs two --images and a --timestep.")
+        raise ValueError(
+            "`--mode` is 'diffuse'; two --images and a --timestep must be given with it."
+        )
     for option in ("timestep", "noise", "seed"):
         if args.mode != "diffuse" and getattr(args, option) is not None:
-            raise ValueError(f"--{option} belongs to --mode diffuse, not to {args.mode}.")
+            raise ValueError(
+                f"`--{option}` is {getattr(args, option)!r}; it must be left out with --mode "
+                f"{args.mode}, for it belongs to --mode diffuse."
+            )
     encoded = args.images is not None and args.mode != "diffuse"
     if args.refinements and not encoded:
         raise ValueError(
-            f"--refinements {args.refinements} does nothing here: they belong to the encoding of "
-            "--images in --mode chain or grid."
+            f"`--refinements` is {args.refinements}; it must be left out here: it belongs to the "
+            "encoding of --images in --mode chain or grid."
         )
     if args.mode != "diffuse" and args.eta:
         raise ValueError(
-            f"--eta {args.eta} does not fit --mode {args.mode}, which decodes with eta = 0."
+            f"`--eta` is {args.eta}; it must be 0 with --mode {args.mode}, which "
+            "decodes without noise."
         )
     images = None
     if args.images is not None:
@@ -74,15 +80,16 @@ def run(args: argparse.Namespace) -> int:
         pipe = _model_options.load(InterpolationPipeline, args)
         if args.images is not None and not isinstance(pipe.scheduler, SINGLE_STEP):
             raise ValueError(
-                f"--images do not fit {type(pipe.scheduler).__name__}, whose steps depend on those "
-                "before them; use --scheduler ddim."
+                f"`--images` is {args.images}, which does not fit {type(pipe.scheduler).__name__}, "
+                "whose steps depend on those before them; use --scheduler ddim."
             )
         if not encoded:  # images are encoded by DDIM, with every scheduler
             _model_options.check_own_scheduler(pipe.scheduler, args)
             if args.seeds is not None and not is_deterministic(pipe.scheduler):
                 raise ValueError(
-                    f"--seeds do not determine the images of {type(pipe.scheduler).__name__}, "
-                    "which draws noise in its steps; use --scheduler ddim."
+                    f"`--seeds` is {args.seeds}, which does not determine the images of "
+                    f"{type(pipe.scheduler).__name__}: it draws noise in its steps; use "
+                    "--scheduler ddim."
                 )
         output = _interpolate(pipe, args, images)
         _picture_files.write(folder, names, output.images)

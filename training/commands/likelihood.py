@@ -106,8 +106,8 @@ def _evaluate(
     bins = data.levels if args.bins is None else args.bins
     if bins is None:
         raise ValueError(
-            "bins: these data are continuous, so that bits per dimension have no meaning for them; "
-            "name the number of values a pixel can take"
+            "`--bins` is not set, but these data are continuous; it must be the number of values "
+            "that a pixel can take"
         )
     variances = args.variances or ["fixed_small", "fixed_large"] + (
         ["optimal"] if measured_model.calibration is not None else []

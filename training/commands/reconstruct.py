@@ -45,10 +45,12 @@ def run(args: argparse.Namespace) -> int:
     _model_options.refuse_solver(args, "reconstruction is plain DDIM of order 1 both ways")
     if args.eta:
         raise ValueError(
-            f"--eta {args.eta} does not fit: reconstruction is deterministic, eta = 0."
+            f"`--eta` is {args.eta}; it must be 0, for reconstruction is deterministic."
         )
     if args.tolerance is not None and not args.refinements:
-        raise ValueError(f"--tolerance {args.tolerance} does nothing without --refinements.")
+        raise ValueError(
+            f"`--tolerance` is {args.tolerance}; it must be left out without --refinements."
+        )
     tolerance = DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
     paths = _picture_files.find(args.images, args.num_images)
     folder = Path(args.output)

@@ -45,11 +45,14 @@ def pinned(place: str, revision: str | None, option: str = "--pipeline") -> str:
         return place
     if Path(place).exists() or not HUB_NAME.fullmatch(f"{divided(place)[0]}@{revision}"):
         raise ValueError(
-            f"--revision is {revision!r}, a branch, tag or commit of a repository; {option} is "
-            f"{place!r}, which must be a name on the Hub then."
+            f"`--revision` is {revision!r}, a branch, tag or commit of a repository; `{option}` "
+            f"must then be a name on the Hub, and is {place!r}."
         )
     if divided(place)[1] is not None:
-        raise ValueError(f"--revision is {revision!r}, but {option} {place!r} names one already.")
+        raise ValueError(
+            f"`--revision` is {revision!r}; it must be left out, for `{option}` is {place!r}, "
+            "which names one already."
+        )
     return f"{place}@{revision}"
 
 
@@ -107,10 +110,10 @@ def fetch(name: str, option: str = "pipeline", *, allow_pickle: bool = False) ->
     if places and not allow_pickle and not any(places[0].glob("*.safetensors")):
         found = ", ".join(path.name for path in sorted(places[0].glob("*.bin")))
         raise ValueError(
-            f"{option} {name!r} has no weights as safetensors{found and f', but {found}'}. Files "
-            ".bin are pickles, which are read only where that is asked for: `ddim-schedulers "
-            f"export --allow_pickle --pipeline {name} --output FOLDER` makes a folder with "
-            "safetensors."
+            f"`{option}` is {name!r}, which has no weights as "
+            f"safetensors{found and f', but {found}'}; pickles (.bin) are read only where that is "
+            f"asked for: `ddim-schedulers export --allow_pickle --pipeline {name} --output FOLDER` "
+            "makes a folder with safetensors."
         )
     return Saved(folder, commit, allow_pickle)
 
@@ -133,7 +136,7 @@ def _download(name: str, option: str, allow_pickle: bool) -> Path:
                 break
     except OSError as error:
         raise ValueError(
-            f"{option} {name!r} is no folder here, and as a name on the Hub it cannot be loaded: "
-            f"{' '.join(str(error).split())}"
+            f"`{option}` is {name!r}, which is no folder here; as a name on the Hub it cannot be "
+            f"loaded: {' '.join(str(error).split())}"
         ) from error
     return folder

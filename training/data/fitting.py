@@ -40,8 +40,11 @@ def check_fit(have: tuple[int, int], want: tuple[int, int], how: str, name: str)
     large = have[0] > want[0] or have[1] > want[1]
     if how == "exact" and have != want:
         raise ValueError(
-            f"`data`: {name} is {have[0]}x{have[1]}, image_size is {want[0]}; set fit to pad, "
-            "crop, resize_crop or squash"
+            f"`fit` is 'exact', but {name} is {have[0]}x{have[1]}, and `image_size` is {want[0]}; "
+            "set `fit` to pad, crop, resize_crop or squash"
         )
     if (how == "pad" and large) or (how == "crop" and small):
-        raise ValueError(f"`data`: {name} is {have[0]}x{have[1]}: cannot {how} it to {want[0]}")
+        raise ValueError(
+            f"`fit` is {how!r}, which cannot make {name}, {have[0]}x{have[1]}, into {want[0]}; it "
+            "must be resize_crop or squash"
+        )

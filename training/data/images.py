@@ -127,8 +127,8 @@ class ImageData:
             return self, None
         if held_out == len(self):
             raise ValueError(
-                f"`validation_fraction` is {fraction}, which holds out all {held_out} images and "
-                "leaves none to train on"
+                f"`validation_fraction` is {fraction}, which holds out all {held_out} images; it "
+                "must leave some to train on"
             )
         order = np.random.default_rng(seed).permutation(self.ids)
         rest, taken = np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -157,7 +157,7 @@ def digits(split: Literal["train", "held_out", "all"] = "train") -> ImageData:
     order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(images))
     parts = {"train": order[DIGITS_HELD_OUT:], "held_out": order[:DIGITS_HELD_OUT], "all": order}
     if split not in parts:
-        raise ValueError(f"`split` is {split!r}; it must be train, held_out or all")
+        raise ValueError(f"`split` is {split!r}; it must be one of {', '.join(parts)}")
     source = ArraySource(images, "digits")
     data = ImageData(source, np.sort(parts[split]), 1, (8, 8), (0.0, 16.0), 17)
     data.inventory = _taken(source, "digits", [source.header(0)], [], data)
@@ -174,7 +174,8 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
     """
     if config.data == "digits" and config.split != "train":
         raise ValueError(
-            f"`split` is {config.split!r}, but digits have a held-out part of their own"
+            f"`split` is {config.split!r}, but digits have a held-out part of their own; "
+            "it must be train"
         )
     if config.data == "digits" and config.fit == "exact" and config.image_size in (None, 8):
         whole = with_classes(digits("all"), config)
@@ -185,7 +186,9 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData | None]:
     source = digits("all").source if config.data == "digits" else open_source(config)
     if len(source) == 0:
         left = f"; left out: {listed(source.left_out)}" if source.left_out else ""
-        raise ValueError(f"`data`: {config.data} holds no images{left}")
+        raise ValueError(
+            f"`data` is {config.data!r}, which holds no images{left}; it must hold some"
+        )
     data = with_classes(checked(source, config), config)
     return data.split(config.validation_fraction, config.seed)
 
@@ -223,7 +226,10 @@ def checked(source: ImageSource, config: DataConfig) -> ImageData:
             ids = list(range(len(source)))
             break
     if not headers:
-        raise ValueError(f"`data`: none of the {len(source)} images in {config.data} can be read")
+        raise ValueError(
+            f"`data` is {config.data!r}; none of the {len(source)} images in it can be "
+            "read, and some must be"
+        )
     _require_same(headers, ids, source, "channels")
     _require_same(headers, ids, source, "dtype")
     if config.image_size is None:
@@ -270,12 +276,12 @@ def _require_same(headers: list[Header], ids: list[int], source: ImageSource, wh
     for header, index in zip(headers, ids, strict=False):
         if getattr(header, what) != first:
             cure = {
-                "size": "set image_size and fit",
-                "channels": "set image_mode to convert image files",
+                "size": "set `image_size` and `fit`",
+                "channels": "set `image_mode` to convert image files",
                 "dtype": "convert the files to one bit depth",
             }[what]
             raise ValueError(
-                f"`data`: {what} of the images differ: {source.name(ids[0])} has {first}, "
+                f"`data` has images of different {what}: {source.name(ids[0])} has {first}, "
                 f"{source.name(index)} has {getattr(header, what)}; {cure}"
             )
 
@@ -292,6 +298,7 @@ def find_range(
         return (given[0], given[1]), levels
     if dtype not in whole:
         raise ValueError(
-            f"`data`: pixels are {dtype}; say with value_range which values become -1 and 1"
+            f"`value_range` is not set, but the pixels are {dtype}; it must say which values "
+            "become -1 and 1"
         )
     return whole[dtype], int(whole[dtype][1]) + 1

@@ -88,16 +88,16 @@ class ArraySource:
     def __init__(self, array: np.ndarray, label: str) -> None:
         if array.ndim not in (3, 4):
             raise ValueError(
-                f"`data`: the array of {label} has shape {array.shape}; it must be (N, H, W) or "
-                "(N, H, W, C)"
+                f"`data` is {label}, an array of shape {array.shape}; it must be (N, H, W) "
+                "or (N, H, W, C)"
             )
         if array.ndim == 4 and array.shape[3] > 16 >= array.shape[1]:
             raise ValueError(
-                f"`data`: the array of {label} has shape {array.shape}, which looks like channels "
+                f"`data` is {label}, an array of shape {array.shape}, which looks like channels "
                 "first; it must be (N, H, W, C)"
             )
         if array.dtype.kind not in "uif":
-            raise ValueError(f"`data`: the array of {label} holds {array.dtype}, not numbers")
+            raise ValueError(f"`data` is {label}, an array of {array.dtype}; it must hold numbers")
         self.array = array if array.ndim == 4 else array[..., None]
         self.label, self.left_out = label, Counter[str]()
 
@@ -245,7 +245,10 @@ def open_source(config: DataConfig) -> ImageSource:
     check_place(path)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         if config.split not in ("train", "all"):
-            raise ValueError(f"`split` is {config.split!r}, but {path} is an array, without splits")
+            raise ValueError(
+                f"`split` is {config.split!r}, but {path} is an array, without splits; it "
+                "must be train or all"
+            )
         return ArraySource(_load_array(path, config), path.name)
     if path.is_dir() and not any((path / name).exists() for name in _SAVED):
         found = FolderSource(path, reading_of(config), config.split)
@@ -265,19 +268,22 @@ def check_place(path: Path) -> None:
     if not path.exists() or path.is_dir():
         return
     if not path.is_file():
-        raise ValueError(f"`data`: {path} is a pipe, socket or device; give a file or a folder")
+        raise ValueError(
+            f"`data` is {str(path)!r}, a pipe, socket or device; it must be a file or a folder"
+        )
     suffix = path.suffix.lower()
     if suffix in ARRAY_SUFFIXES | {".parquet"}:
         return
     if suffix in _ARCHIVES or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
-        raise ValueError(f"`data`: {path} is an archive; unpack it, and give the folder")
+        raise ValueError(f"`data` is {str(path)!r}, an archive; it must be a folder: unpack it")
     if suffix in IMAGE_SUFFIXES:
         raise ValueError(
-            f"`data`: {path} is a single image; give the folder of the images to train on"
+            f"`data` is {str(path)!r}, a single image; it must be the folder of the "
+            "images to train on"
         )
     raise ValueError(
-        f"`data`: {path} is a file that holds no images as they are read here; give a folder of "
-        "image files, or a .npy, .npz or .parquet file"
+        f"`data` is {str(path)!r}, a file that holds no images as they are read here; it must be a "
+        "folder of image files, or a .npy, .npz or .parquet file"
     )
 
 
@@ -320,7 +326,9 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
             revision=revision,
         )
     except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
-        raise ValueError(f"`data`: cannot load {config.data!r}: {error}") from error
+        raise ValueError(
+            f"`data` is {config.data!r}; it must be a data set that can be loaded: {error}"
+        ) from error
 
 
 def commit_of(table: Any) -> str:
@@ -362,8 +370,8 @@ def find_image_column(features: Any, config: DataConfig) -> str:
         return config.image_column
     if len(columns) != 1:
         raise ValueError(
-            f"`data`: {config.data} has {len(columns)} image columns among {list(features or {})}; "
-            "name the right one with image_column"
+            f"`image_column` is not set, and {config.data} has {len(columns)} image columns among "
+            f"{list(features or {})}; it must name one of them"
         )
     return columns[0]
 
@@ -404,10 +412,12 @@ def _load_array(path: Path, config: DataConfig) -> np.ndarray:
         names = npz_names(path)
         if key is None and config.class_conditional:
             names = [name for name in names if name != label_array(config)]
-        if key is None and len(names) != 1:
-            raise ValueError(f"`data`: {path} holds {names}; choose one with array_key")
-        if key is not None and key not in names:
-            raise ValueError(f"`array_key` is {key!r}; {path} holds {names}")
+        if key not in ({None, *names} if len(names) == 1 else names):
+            raise ValueError(
+                f"`array_key` is {key!r}; it must be one of {names}, which {path} holds"
+            )
         return read_npz(path, [key or names[0]])[key or names[0]]
     except DamagedFileError as error:
-        raise ValueError(f"`data`: {error}") from error
+        raise ValueError(
+            f"`data` is {str(path)!r}, which cannot be read; its file must be whole: {error.reason}"
+        ) from error

@@ -117,11 +117,11 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
     looked_at = list(table.take(max(held_out + 1, reference, LOOKED_AT)))
     examples = [row[column] for row in looked_at]
     if not examples:
-        raise ValueError(f"`data`: the stream {config.data} is empty")
+        raise ValueError(f"`data` is {config.data!r}, a stream without images; it must hold some")
     if len(examples) <= held_out:
         raise ValueError(
             f"`validation_images` is {held_out}, but the stream {config.data} has only "
-            f"{len(examples)} images, which leaves none to train on"
+            f"{len(examples)} images; it must leave some to train on"
         )
     source = ListSource(examples, config.data, reading_of(config))
     data = checked(source, config)
@@ -137,7 +137,10 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
         return Stream(table, column, config, label), data, None
     kept = replace(data, ids=data.ids[data.ids < held_out])
     if len(kept) == 0:
-        raise ValueError(f"`data`: none of the {held_out} held-out images can be read")
+        raise ValueError(
+            f"`data` is {config.data!r}; none of its {held_out} held-out images can be "
+            "read, and some must be"
+        )
     return Stream(table.skip(held_out), column, config, label), data, kept
 
 
@@ -174,7 +177,9 @@ class Stream:
                     yield epoch, number, example[self.column], label
                 number += 1
             if number == 0:
-                raise ValueError(f"`data`: the stream {self.config.data} is empty")
+                raise ValueError(
+                    f"`data` is {self.config.data!r}, a stream without images; it must hold some"
+                )
             epoch, offset = epoch + 1, 0
 
     def _shuffled(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -237,13 +242,13 @@ class StreamBatches(IterableDataset[Batch]):
     def _prepare(self, array: np.ndarray, crop: np.ndarray | None, row: Any) -> torch.Tensor:
         if array.shape[0] != self.data.channels:
             raise ValueError(
-                f"`data`: {self._name(row)} has {array.shape[0]} channels, the first image has "
-                f"{self.data.channels}; set image_mode to convert"
+                f"`data` has images of different channels: {self._name(row)} has {array.shape[0]}, "
+                f"the first image has {self.data.channels}; set `image_mode` to convert them"
             )
         if array.dtype.name != self.dtype:
             raise ValueError(
-                f"`data`: {self._name(row)} is {array.dtype.name}, the first image is "
-                f"{self.dtype}; convert the files to one bit depth"
+                f"`data` has images of different dtype: {self._name(row)} is {array.dtype.name}, "
+                f"the first image is {self.dtype}; convert the files to one bit depth"
             )
         check_fit(array.shape[-2:], self.data.size, self.data.fit, self._name(row))
         return self.data.prepare(array, crop)

@@ -31,7 +31,10 @@ def check_card(card: dict[str, Any]) -> None:
     missing = [name for name in CARD_TEXTS if name not in card and name != "discussion"]
     unknown = [name for name in card if name not in CARD_TEXTS]
     if missing or unknown:
-        raise ValueError(f"card: missing {missing}, unknown {unknown}; its keys are {CARD_TEXTS}")
+        raise ValueError(
+            f"`card` has other keys: missing {missing}, unknown {unknown}; it "
+            f"must have {CARD_TEXTS}"
+        )
 
 
 def render_example(results: dict[str, Any]) -> str:

@@ -125,7 +125,9 @@ class Evaluation:
             step_arguments(scheduler, None, None, cell.sampler.use_clipped_model_output)
             with_classes(self.pipe, self._job(cell), self.guides_of(cell))
         except ValueError as error:
-            raise ValueError(f"row {cell.sampler.name!r}, S = {cell.steps}: {error}") from error
+            raise ValueError(
+                f"`tables` has the row {cell.sampler.name!r}, S = {cell.steps}: {error}"
+            ) from error
 
     def _pipe_of(self, cell: Cell) -> GenerationPipeline:
         cls: Any = scheduler_class(cell.sampler.scheduler)

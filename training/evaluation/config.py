@@ -219,12 +219,18 @@ class EvaluationConfig:
         for e in expected:
             _known(e, _EXPECTED, "expected")
             if missing := [key for key in _EXPECTED if key not in e]:
-                raise ValueError(f"`expected`: {dict(e)!r} says nothing of {', '.join(missing)}")
-        for name in [*_list(self.pictured or [], "pictured"), *(e["row"] for e in expected)]:
+                raise ValueError(
+                    f"`expected` has {dict(e)!r}; it must say {', '.join(missing)}, too"
+                )
+        named = [("pictured", name) for name in _list(self.pictured or [], "pictured")]
+        for key, name in [*named, *(("expected", e["row"]) for e in expected)]:
             if not isinstance(name, str):
-                raise ValueError(f"{name!r} is no name of a row")
+                raise ValueError(f"`{key}` names {name!r}; it must be the name of a row")
             if name not in names:
-                raise ValueError(f"{name!r} is no row of a table{nearest(name, sorted(names), '')}")
+                raise ValueError(
+                    f"`{key}` names {name!r}, which is no row of a "
+                    f"table{nearest(name, sorted(names), '')}"
+                )
         measured = {(cell.sampler.name, cell.steps) for cell in self.cells}
         for e in expected:
             for key, value, allowed in (
@@ -234,8 +240,8 @@ class EvaluationConfig:
             ):
                 if value not in allowed:
                     raise ValueError(
-                        f"`expected`: {key} is {value!r} for {e['row']!r}; measured are "
-                        f"{', '.join(map(str, allowed))}"
+                        f"`expected` has {key} = {value!r} for {e['row']!r}; it must be one that "
+                        f"is measured: {', '.join(map(str, allowed))}"
                     )
 
     @property
@@ -274,7 +280,7 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
     values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
     for name in ("pipeline", "output_dir", "data", "tables"):
         if name not in values:
-            raise ValueError(f"{where}: `{name}` is missing")
+            raise ValueError(f"{where}: `{name}` is missing; it must be set")
     data = _mapping(values["data"], "data")
     _known(data, _DATA_KEYS, f"{where}: data")
     common = {"seed": values.get("seed", 0)}
@@ -287,7 +293,9 @@ def parse_evaluation(values: Mapping[str, Any], where: str = "the settings") -> 
     tables = [_table(_mapping(t, "tables"), where) for t in _list(values["tables"], "tables")]
     names = [table.name for table in tables]
     if len({slug(name) for name in names}) < len(names) or not tables:
-        raise ValueError(f"{where}: `tables` have the names {names}; each needs a name of its own")
+        raise ValueError(
+            f"{where}: `tables` has the names {names}; each must have a name of its own"
+        )
     if values.get("card") is not None:
         check_card(dict(_mapping(values["card"], "card")))
     config = EvaluationConfig(
@@ -301,8 +309,8 @@ def _table(values: Mapping[str, Any], where: str) -> Table:
     name, n = str(values.get("name", "")), values.get("n")
     if not name or type(n) is not int or not 2 <= n <= MOST_SAMPLES:
         raise ValueError(
-            f"{where}: table {name!r} has n = {n!r}; it must have a name and an n from 2 to "
-            f"{MOST_SAMPLES}"
+            f"{where}: `tables` has {name!r} with n = {n!r}; each must have a name and an n from 2 "
+            f"to {MOST_SAMPLES}"
         )
     blocks = [_mapping(b, "grid") for b in _list(values.get("grid"), f"table {name!r}: grid")]
     cells = (cell for block in blocks for cell in _cells(block, n, f"{where}: table {name!r}"))
@@ -347,7 +355,10 @@ def _cells(block: Mapping[str, Any], n: int, where: str) -> Iterator[Cell]:
     entries = _list(block.get("guidance", [None]), f"{where}: guidance")
     samplers = [_guided(sampler, entry, where) for sampler in plain for entry in entries]
     if not samplers:
-        raise ValueError(f"{where}: a block of the grid needs members or schedulers")
+        raise ValueError(
+            f"{where}: `grid` has a block without members and schedulers; it must have "
+            "some of either"
+        )
     # all samplers of one S before the next: a run that is stopped has whole columns
     for s, sampler, repeat in itertools.product(steps, samplers, range(repeats)):
         yield Cell(sampler, s, n, repeat)
@@ -359,8 +370,8 @@ def _samplers(block: Mapping[str, Any], where: str) -> Iterator[Sampler]:
     for key in ("spacing", "settings", "use_clipped_model_output"):
         if key in block and "members" not in block:
             raise ValueError(
-                f"{where}: `{key}` is set in a block without members; a setting of one of the "
-                "schedulers goes beside its class"
+                f"{where}: `{key}` is set in a block without members, where it must be left out; a "
+                "setting of one of the schedulers goes beside its class"
             )
     for spacing in _list(block.get("spacing", ["trailing"]), f"{where}: spacing"):
         if not isinstance(spacing, str):
@@ -423,7 +434,7 @@ def _member(member: Any, where: str) -> tuple[str, dict[str, Any]]:
     if isinstance(member, str) and member in MEMBERS:
         return str(member), MEMBERS[member]
     raise ValueError(
-        f"{where}: a member is {member!r}; it must be a number (eta), or one of "
+        f"{where}: `members` has {member!r}; each must be a number (eta), or one of "
         f"{', '.join(MEMBERS)}; anything else goes under schedulers"
     )
 
@@ -445,7 +456,7 @@ def _checked_sampler(sampler: Sampler, where: str) -> Sampler:
     for key in sampler.settings:
         if key not in known:
             raise ValueError(
-                f"{where}: {sampler.scheduler} has no setting {key!r}{nearest(key, known, '')}"
+                f"{where}: `{key}` is no setting of {sampler.scheduler}{nearest(key, known, '')}"
             )
     return sampler
 
@@ -476,8 +487,8 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
         first = kept.setdefault(cell.label, cell)
         if first.sampler != cell.sampler:
             raise ValueError(
-                f"two rows have the name {cell.sampler.name!r}: {first.sampler} and "
-                f"{cell.sampler}; give one of them another name"
+                f"`tables` has two rows named {cell.sampler.name!r}, {first.sampler} and "
+                f"{cell.sampler}; each must have a name of its own"
             )
     return list(kept.values())
 
@@ -485,18 +496,24 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
 def _known(values: Mapping[str, Any], names: Any, where: str) -> None:
     for key in values:
         if key not in names:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), sorted(names), '')}")
+            raise ValueError(
+                f"{where}: `{key}` is an unknown key{nearest(str(key), sorted(names), '')}"
+            )
+
+
+def _named(where: str) -> str:
+    """Return a place in the settings with its last name in backticks: `file: grid` in them."""
+    around, colon, name = where.rpartition(": ")
+    return f"{around}{colon}`{name}`"
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(
-            f"{where}: the value is {value!r}; it must be a mapping of names to values"
-        )
+        raise ValueError(f"{_named(where)} is {value!r}; it must be a mapping of names to values")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: the value is {value!r}; it must be a list")
+        raise ValueError(f"{_named(where)} is {value!r}; it must be a list")
     return value

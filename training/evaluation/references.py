@@ -94,11 +94,12 @@ class RealImages:
         reference, held_out = load_data(self.config.data)
         if reference.shape != shape:
             raise ValueError(
-                f"`data`: the images are {reference.shape}, the network's {shape} (C, H, W)"
+                f"`data` has images of {reference.shape}; they must be {shape} (C, H, W), "
+                "as the network's"
             )
         if reference.levels is None or reference.levels > 256:
             raise ValueError(
-                "`data`: the images are not 8-bit, as both sides of a comparison must be"
+                "`data` has images that are not 8-bit; both sides of a comparison must be"
             )
         if self.config.held_out is not None:
             held_out = load_data(self.config.held_out)[0]
@@ -109,8 +110,8 @@ class RealImages:
         if held_out is None or len(held_out) < 2 or held_out.shape != reference.shape:
             found = "none" if held_out is None else f"{len(held_out)} of {held_out.shape}"
             raise ValueError(
-                f"held-out images: {found}; real images are measured like samples, so there must "
-                f"be at least 2 of {reference.shape}: set validation_fraction or held_out"
+                f"`held_out` is {found}; real images are measured like samples, so there must be "
+                f"at least 2 of {reference.shape}: set validation_fraction or held_out"
             )
         return reference, held_out
 
@@ -178,8 +179,8 @@ class RealImages:
             for part, value in kept.items():
                 if not bool(value.isfinite().all()):
                     raise ValueError(
-                        f"`features` name {name!r}, which gives values that are not finite for "
-                        f"real images ({part})"
+                        f"`features` has {name!r}, which gives values that are not finite for real "
+                        f"images ({part}); all must be finite"
                     )
             if self.team.index == 0:
                 cache.save(fingerprint, kept)
@@ -297,7 +298,10 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
 
         values = load_digits().target
     elif config.labels is None:
-        raise ValueError("`labels`: a classifier needs them; say where they are, or leave it out")
+        raise ValueError(
+            "`labels` is not set, but a classifier needs them; say where they are, or leave "
+            "it out of `features`"
+        )
     elif config.labels == "folders":
         values = np.array([Path(data.source.name(i)).parent.name for i in range(len(data.source))])
     elif Path(own.data).suffix == ".npz":
@@ -313,7 +317,8 @@ def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
         values = np.asarray(table[config.labels])
     if len(values) <= (last := int(data.ids.max())):
         raise ValueError(
-            f"`labels`: there are {len(values)}, but the images go on to number {last}"
+            f"`labels` has {len(values)} values, but the images go on to number {last}; there must "
+            "be one for each"
         )
     return spaces.class_names(values[data.ids])[1]
 

@@ -235,7 +235,10 @@ def add_to_calibration(
     else:
         config = copy.deepcopy(source)
     if not isinstance(config.get("_class_name"), str):
-        raise ValueError(f"{config_file} is not a scheduler's config: it has no _class_name")
+        raise ValueError(
+            f"`config_file` is {str(config_file)!r}, which has no _class_name; it must be the "
+            "config of a scheduler"
+        )
     if config["_class_name"] in STOCK_CLASSES:
         settings = config
     else:
@@ -246,7 +249,8 @@ def add_to_calibration(
     before = settings.get("calibration") if isinstance(settings, dict) else 0
     if not isinstance(settings, dict) or not isinstance(before, dict | None):
         raise ValueError(
-            f"{config_file}: `{SETTINGS_KEY}` and `calibration` must be objects; they were changed"
+            f"`config_file` is {str(config_file)!r}; its `{SETTINGS_KEY}` and `calibration` must "
+            "be objects, and were changed"
         )
     settings["calibration"] = {**(before or {}), **values}
     written = to_json(config)
@@ -269,8 +273,8 @@ def undo(config_file: Path) -> Path:
     """
     if not (kept := _kept(config_file)):
         raise ValueError(
-            f"undo: no earlier config is kept beside {config_file} ({config_file.name}.1{KEPT}), "
-            "so no calibration is to be undone"
+            f"`config_file` is {str(config_file)!r}, beside which no earlier config is kept "
+            f"({config_file.name}.1{KEPT}); a calibration must have replaced one"
         )
     kept[-1].replace(config_file)
     return kept[-1]

@@ -171,8 +171,8 @@ def _run(
     team.wait()
     if missing := [p for p in parts if not kept.path_of(p).exists()]:
         raise ValueError(
-            f"`work_dir`: {len(missing)} of {len(parts)} parts are not in {work_dir}; it must be a "
-            "folder that all processes see"
+            f"`work_dir` is {str(work_dir)!r}, which lacks {len(missing)} of {len(parts)} parts; "
+            "it must be a folder that all processes see"
         )
     read = [[kept.read((c, b)) for b in range(len(blocks))] for c in range(chunks)]
     statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)

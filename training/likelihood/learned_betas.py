@@ -172,7 +172,10 @@ def save_betas(schedule: LearnedBetas, config_file: Path) -> None:
     betas = schedule.betas().detach()
     config = read_json(config_file)
     if "num_train_timesteps" not in config:
-        raise ValueError(f"{config_file} is not a scheduler's config")
+        raise ValueError(
+            f"`config_file` is {str(config_file)!r}, which has no num_train_timesteps; it must be "
+            "the config of a scheduler"
+        )
     explicit_betas(betas.tolist(), config["num_train_timesteps"])
     config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
     config.pop("calibration", None)

@@ -123,8 +123,8 @@ def load_measured_data(
         print(data.inventory.line(), file=sys.stderr)
     if data.channels != measured_model.channels:
         raise ValueError(
-            f"`data`: the images have {data.channels} channels, the network "
-            f"{measured_model.channels}; see --image_mode"
+            f"`data` has images of {data.channels} channels; they must have "
+            f"{measured_model.channels}, as the network's (see --image_mode)"
         )
     return data
 

@@ -92,16 +92,19 @@ def make_chains(measured_model: MeasuredModel, settings: LikelihoodSettings) -> 
     statistics = None
     if "optimal" in (*settings.variances, *settings.trajectories):
         if measured_model.calibration is None:
+            asked = "variances" if "optimal" in settings.variances else "trajectories"
             raise ValueError(
-                "the pipeline's scheduler holds no statistics of its timesteps (`gamma` in "
-                "`calibration`), which the optimal variance and trajectory need; run "
-                "`ddim-schedulers calibrate --data ...` first (its --objective trajectory measures "
-                "others)"
+                f"`{asked}` has 'optimal', but the pipeline's scheduler holds no statistics of its "
+                "timesteps (`gamma` in `calibration`); run `ddim-schedulers calibrate --data ...` "
+                "first (its --objective trajectory measures others)"
             )
         statistics = statistics_of(measured_model.calibration, measured_model.alpha_bar)
     for name in settings.variances:
         if isinstance(noise_named("variance", name), LearnedNoise) and not measured_model.learned:
-            raise ValueError(f"`variance` is {name!r}, but the network predicts no variance")
+            raise ValueError(
+                f"`variance` is {name!r}, but the network predicts no variance; it must be "
+                "a fixed one"
+            )
     limit = 1.0 if settings.clip is None else settings.clip
     chains = []
     for trajectory in settings.trajectories:
@@ -333,7 +336,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in report["rows"] if "curve" in row]
     if not rows:
-        raise ValueError("the report has no terms for every t; use estimator 'all' for a plot")
+        raise ValueError(
+            "`report` has no terms for every t; for a plot, it must be made with estimator 'all'"
+        )
     longest = max(row["steps"] for row in rows)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -222,5 +222,5 @@ def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
                 f"n >= 2 and the same F, here {real.shape[-1]}"
             )
         if not bool(rows.isfinite().all()):
-            raise ValueError(f"`{name}` holds features that are not finite")
+            raise ValueError(f"`{name}` holds features that are not finite; all must be")
     return real.detach().cpu().double(), fake.detach().cpu().double()

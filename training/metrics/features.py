@@ -178,7 +178,10 @@ def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Modul
         try:
             return load_classifier(name)
         except DamagedFileError as error:
-            raise ValueError(f"`feature_space`: the classifier {error}") from error
+            raise ValueError(
+                f"`feature_space` is {name!r}, a classifier that cannot be read; its file must be "
+                f"whole: {error.reason}"
+            ) from error
     return _imported(name)
 
 
@@ -187,7 +190,9 @@ def _imported(name: str) -> torch.nn.Module:
     try:
         found = getattr(importlib.import_module(module), attribute)
         if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-            raise ValueError(f"{attribute} is no class of torch.nn.Module, and is not called")
+            raise ValueError(
+                f"`{attribute}` is no class of torch.nn.Module, and is not called; it must be one"
+            )
         made = found()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
@@ -229,8 +234,8 @@ def commit_of(network: torch.nn.Module) -> str | None:
 def _unavailable(name: str, package: str, error: OSError) -> str:
     reason = str(error).partition("\n")[0]
     return (
-        f"feature_space {name!r} needs weights that {package} downloads once, and they cannot be "
-        f"had: {reason}. Run once with a connection, or choose 'pixels' or a trained classifier"
+        f"`feature_space` is {name!r}, whose weights {package} downloads once, and they cannot be "
+        f"had: {reason}; run once with a connection, or choose 'pixels' or a trained classifier"
     )
 
 
@@ -313,7 +318,7 @@ def train_classifier(
     classes = np.unique(labels)
     if len(classes) < 2 or classes[0] != 0 or classes[-1] != len(classes) - 1:
         raise ValueError(
-            f"`labels`: the classes are {classes[:12].tolist()}; they must be 0 .. K - 1, K >= 2"
+            f"`labels` has the classes {classes[:12].tolist()}; they must be 0 .. K - 1, K >= 2"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     aside = max(1, round(held_out * len(labels)))
@@ -389,7 +394,10 @@ def classifier_facts(path: str | Path) -> dict[str, Any]:
 def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     tensors, metadata = read_safetensors(path)
     if metadata.get("kind") != CLASSIFIER_KIND:
-        raise ValueError(f"`feature_space`: {path} holds no classifier that this package trained")
+        raise ValueError(
+            f"`feature_space` is {str(path)!r}, which holds no classifier that this package "
+            "trained; it must hold one"
+        )
     if SEAL in metadata:  # classifiers of earlier versions have none
         rest = {name: text for name, text in metadata.items() if name != SEAL}
         if metadata[SEAL] != fingerprint_of(tensors, json.dumps(rest, sort_keys=True)):

@@ -27,7 +27,9 @@ def load_checkpoint(
         ValueError: it is damaged.
     """
     if (damage := verify(folder)) is not None:
-        raise ValueError(f"checkpoint {folder} is damaged: {damage}")
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint that is damaged: {damage}; choose another one"
+        )
     state: dict[str, Any] = read_json(folder / STATE)
     config = {f.name: state["config"][f.name] for f in dataclasses.fields(ProcessConfig)}
     averaged = weights == "averaged" and (folder / "unet_ema").is_dir()

@@ -110,7 +110,10 @@ def make_unet(
         given["num_class_embeds"] = num_class_embeds
     for name, value in given.items():
         if config.get(name, value) != value:
-            raise ValueError(f"`{name}` of {model} is {config[name]}, but the data need {value}")
+            raise ValueError(
+                f"`model` is {model!r}, whose `{name}` is {config[name]}; it must be "
+                f"{value}, as the data need"
+            )
     height, width = size
     config |= given | {"sample_size": height if height == width else (height, width)}
     if dropout is not None:
@@ -145,14 +148,16 @@ def load_unet(
     try:
         unet = found.read(UNet2DModel, subfolder="unet" if is_pipeline else None)
     except OSError as error:
-        raise ValueError(f"`from_pretrained`: no UNet2DModel at {path}: {error}") from error
+        raise ValueError(
+            f"`from_pretrained` is {path!r}; it must have a UNet2DModel that can be loaded: {error}"
+        ) from error
     found.finish(unet)
     wanted = (channels, channels * (2 if learned_variance else 1))
     if (unet.config.in_channels, unet.config.out_channels) != wanted:
         raise ValueError(
-            f"`from_pretrained`: the UNet of {path} has {unet.config.in_channels} channels in and "
-            f"{unet.config.out_channels} out; data and variance_type need {wanted[0]} and "
-            f"{wanted[1]}"
+            f"`from_pretrained` is {path!r}, whose UNet has {unet.config.in_channels} channels in "
+            f"and {unet.config.out_channels} out; they must be {wanted[0]} and {wanted[1]}, as "
+            "data and variance_type need"
         )
     _check(dict(unet.config), path, size, class_conditional)
     return unet
@@ -202,14 +207,22 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         config = read_json(file)
     except DamagedFileError as error:
-        raise ValueError(f"`model`: {error}") from error
+        raise ValueError(
+            f"`model` is {path!r}, which cannot be read; its file must be whole: {error.reason}"
+        ) from error
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"`model`: {path} is not the config of a UNet2DModel")
+        raise ValueError(
+            f"`model` is {path!r}, the config of a {config['_class_name']}; it must be that "
+            "of a UNet2DModel"
+        )
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     check_network_config(config, path)
     known = set(inspect.signature(UNet2DModel.__init__).parameters)
     if unknown := sorted(set(config) - known):
-        raise ValueError(f"`model`: {path} has keys that UNet2DModel does not know: {unknown}")
+        raise ValueError(
+            f"`model` is {path!r}, whose keys {unknown} are none of UNet2DModel; they must "
+            "be left out"
+        )
     return config
 
 
@@ -219,16 +232,16 @@ def _check(
     try:
         labels = labels_in(config)
     except ValueError as error:
-        raise ValueError(f"the UNet of {name}: {error}") from None
+        raise ValueError(f"`unet` of {name} must have labels that fit: {error}") from None
     if labels is not None and not class_conditional:
         raise ValueError(
-            f"the UNet of {name} is class-conditional, and class_conditional is false; set it to "
+            f"`unet` of {name} is class-conditional, and class_conditional is false; set it to "
             "true, or take a network whose num_class_embeds is null"
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if size[0] % factor or size[1] % factor:
         raise ValueError(
-            f"images are {size[0]}x{size[1]}, but the UNet of {name} halves them "
-            f"{len(config['block_out_channels']) - 1} times: both sides must be multiples of "
+            f"`image_size` makes images of {size[0]}x{size[1]}, but the UNet of {name} halves them "
+            f"{len(config['block_out_channels']) - 1} times; both sides must be multiples of "
             f"{factor} (see image_size and fit)"
         )

@@ -44,15 +44,17 @@ def find(
 
     folder = Path(place)
     if folder.is_file():
-        raise ValueError(f"{option} {place!r} is a file; it must be a pipeline's folder.")
+        raise ValueError(f"`{option}` is {place!r}, a file; it must be a pipeline's folder.")
     if not folder.is_dir():
         if not on_hub:
-            raise ValueError(f"{option} {place!r} does not exist; it must be a pipeline's folder.")
+            raise ValueError(
+                f"`{option}` is {place!r}, which does not exist; it must be a pipeline's folder."
+            )
         if not may_be_repository(place):
             raise ValueError(
-                f"{option} {place!r} does not exist; it must be a pipeline's folder, a run's or a "
-                "checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32, with @REVISION "
-                "for one state of it."
+                f"`{option}` is {place!r}, which does not exist; it must be a pipeline's folder, a "
+                "run's or a checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32, "
+                "with @REVISION for one state of it."
             )
         print(f"{place!r} is no folder here; it is looked for on the Hub", file=sys.stderr)
         return Place(place)
@@ -71,14 +73,16 @@ def _of_run(folder: Path, option: str, weights: str) -> Place:
         newest = newest_whole(folder / "checkpoints")
     except CheckpointError as error:
         if not made.is_file():
-            raise ValueError(f"{option} {str(folder)!r}: {error}") from error
+            raise ValueError(
+                f"`{option}` is {str(folder)!r}; it must have a checkpoint that is whole: {error}"
+            ) from error
         newest = None
     if made.is_file() and not (newest is not None and (weights == "raw" or _younger(newest, made))):
         return Place(str(made.parent))
     if newest is None:
         raise ValueError(
-            f"{option} {str(folder)!r} is not a saved pipeline: it has no {INDEX}, and it holds no "
-            "checkpoint of a run."
+            f"`{option}` is {str(folder)!r}, which is not a saved pipeline: it has no {INDEX}, and "
+            "no checkpoint of a run; it must have one."
         )
     return Place("", newest)
 
@@ -97,7 +101,7 @@ def pipeline_folder(place: str, option: str = "pipeline", *, on_hub: bool = True
     found = find(place, option, on_hub=on_hub)
     if found.checkpoint is not None:
         raise ValueError(
-            f"{option} {place!r} is a checkpoint or a run without a pipeline; make one with "
+            f"`{option}` is {place!r}, a checkpoint or a run without a pipeline; make one with "
             f"`ddim-schedulers export --pipeline {place} --output FOLDER`."
         )
     return found.name

@@ -222,7 +222,8 @@ def loss_weights(config: TrainingConfig, alpha_bar: torch.Tensor) -> torch.Tenso
             gamma = read_vector(str(config.gamma))
             if gamma.shape != alpha_bar.shape:
                 raise ValueError(
-                    f"`gamma`: {config.gamma} holds {gamma.numel()} weights; T is {len(alpha_bar)}"
+                    f"`gamma` is {config.gamma!r}, which holds {gamma.numel()} weights; it must "
+                    f"hold {len(alpha_bar)}, one for each timestep"
                 )
         return gamma * eps_coefficients(config.prediction_type, alpha_bar, before)[1].square()
     if config.loss == "min_snr":
@@ -312,7 +313,9 @@ def read_vector(path: str) -> torch.Tensor:
         else:
             values = np.loadtxt(io.StringIO(read_text(file)))
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"`gamma`: cannot read a vector from {path}: {error}") from error
+        raise ValueError(
+            f"`gamma` is {path!r}; it must be a file that holds a vector of numbers: {error}"
+        ) from error
     return torch.from_numpy(np.atleast_1d(values).astype(np.float64))
 
 

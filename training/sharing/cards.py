@@ -36,7 +36,9 @@ def card_for(export: Export, repo_id: str, form: str) -> bytes:
     try:  # some editors put a byte order mark before the metadata
         text = (own if isinstance(own, bytes) else Path(own).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the pipeline's README.md is not UTF-8 ({error.reason}).") from None
+        raise ValueError(
+            f"`README.md` of the pipeline is not UTF-8 ({error.reason}); it must be."
+        ) from None
     text = text.replace("\r\n", "\n")
     section = SECTION.search(fresh)
     assert section is not None, "the template has lost its marked section"

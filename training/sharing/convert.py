@@ -98,7 +98,9 @@ def _convert(
     from diffusers import DDPMPipeline, UNet2DModel
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`output_dir` is {target}, which exists and is not an empty folder.")
+        raise ValueError(
+            f"`output_dir` is {str(target)!r}, which exists; it must be a new or an empty folder."
+        )
     state = load_checkpoint(checkpoint, weights)
     config = unet_config(state, image_size)
     check_network_config(config, Path(checkpoint))
@@ -109,7 +111,7 @@ def _convert(
     unet.to_empty(device="cpu").load_state_dict(converted)
     for name, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} of the checkpoint holds values that are not finite.")
+            raise ValueError(f"`checkpoint` has values in {name} that are not finite; all must be.")
     if variance_type is None:
         variance_type = "fixed_large" if config["sample_size"] <= 32 else "fixed_small"
     pipeline = DDPMPipeline(unet.eval(), MarkovianDDPMScheduler(variance_type=variance_type))
@@ -143,7 +145,7 @@ def load_checkpoint(
         raise ValueError(f"`weights` is {weights!r}; it must be one of {WEIGHTS}.")
     path = Path(checkpoint)
     if not path.is_file():
-        raise ValueError(f"`checkpoint` is {path}, which is not a file.")
+        raise ValueError(f"`checkpoint` is {str(path)!r}; it must be a file.")
     check_archive(path)
     try:
         with warnings.catch_warnings():
@@ -153,26 +155,35 @@ def load_checkpoint(
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and zip errors of many kinds
         raise ValueError(
-            f"{path} is no PyTorch file of tensors alone ({type(error).__name__}); it was not "
-            "loaded, for anything else could run code."
+            f"`checkpoint` is {str(path)!r}, which is no PyTorch file of tensors alone "
+            f"({type(error).__name__}); it must be one, for anything else could run code."
         ) from None
     if isinstance(state, list | tuple) and state:
         state = state[-1] if weights == "ema" and len(state) >= 5 else state[0]
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{path} holds no state dict of a network.")
+        raise ValueError(f"`checkpoint` is {str(path)!r}; it must hold a state dict of a network.")
     for key, value in state.items():
         if not _is_dense(value):
-            raise ValueError(f"{key} in {path} is not a dense tensor of floating point numbers.")
+            raise ValueError(
+                f"`checkpoint` is {str(path)!r}, where {key} is not a dense tensor of floating "
+                "point numbers; all must be."
+            )
     # names that share their memory become weights of their own
     wanted = sum(value.numel() * value.element_size() for value in state.values())
     most = max(FREE_BYTES, 2 * path.stat().st_size)
     if wanted > most:
-        raise ValueError(f"{path} makes {wanted} bytes of weights; it must make at most {most}.")
+        raise ValueError(
+            f"`checkpoint` is {str(path)!r}, which makes {wanted} bytes of weights; it must make "
+            f"at most {most}."
+        )
     named = {key.removeprefix("module."): value for key, value in state.items()}
     if len(named) != len(state):
-        raise ValueError(f"{path} holds tensors both with and without the prefix 'module.'.")
+        raise ValueError(
+            f"`checkpoint` is {str(path)!r}, which holds tensors with and without the prefix "
+            "'module.'; all or none must have it."
+        )
     return named
 
 
@@ -199,7 +210,7 @@ def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None
     for key in ("conv_in.weight", "conv_out.weight", "temb.dense.0.weight", "mid.attn_1.q.weight"):
         if key not in state:
             raise ValueError(
-                f"the checkpoint has no {key!r}; it is not in the layout of "
+                f"`checkpoint` has no {key!r}; it must be in the layout of "
                 "pesser/pytorch_diffusion."
             )
     numbers = [int(m[1]) for key in state if (m := re.match(r"down\.(\d{1,3})\.", key))]
@@ -208,26 +219,28 @@ def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None
     for level in range(levels):
         key = f"down.{level}.block.0.conv1.weight"
         if key not in state:
-            raise ValueError(f"the checkpoint has no {key!r}.")
+            raise ValueError(f"`checkpoint` has no {key!r}; every level must have it.")
         channels.append(_conv_channels(state, key)[0])
         if channels[-1] < 1 or channels[-1] % GROUPS:
             raise ValueError(
-                f"{key} of the checkpoint has {channels[-1]} output channels; they must be a "
+                f"`checkpoint` has {channels[-1]} output channels in {key}; they must be a "
                 f"multiple of {GROUPS}."
             )
         if level < levels - 1 and f"down.{level}.downsample.conv.weight" not in state:
             raise ValueError(
-                f"level {level} of the checkpoint has no convolution that halves the image; "
-                "average pooling is not supported."
+                f"`checkpoint` has no convolution that halves the image at level {level}; there "
+                "must be one (average pooling is not supported)."
             )
     if any(key.endswith("conv_shortcut.weight") for key in state):
-        raise ValueError("the checkpoint has 3 x 3 shortcuts, which UNet2DModel does not have.")
+        raise ValueError(
+            "`checkpoint` has 3 x 3 shortcuts; they must be 1 x 1, for UNet2DModel has no others."
+        )
     attends = [f"down.{level}.attn.0.q.weight" in state for level in range(levels)]
     if image_size is None:
         if sum(attends) != 1:
             raise ValueError(
-                f"the checkpoint attends at {sum(attends)} levels, which tells no image size; "
-                "`image_size` is needed."
+                f"`image_size` is not set, and the checkpoint attends at {sum(attends)} levels, "
+                "which tells no image size; it must be set."
             )
         image_size = ATTENTION_SIZE * 2 ** attends.index(True)
     if image_size < 1 or image_size % 2 ** (levels - 1):
@@ -238,8 +251,8 @@ def unet_config(state: Mapping[str, torch.Tensor], image_size: int | None = None
     images = _conv_channels(state, "conv_in.weight")[1]
     if _conv_channels(state, "conv_out.weight")[0] != images:
         raise ValueError(
-            f"conv_out.weight of the checkpoint has {state['conv_out.weight'].shape[0]} output "
-            f"channels; they must be as many as those of the images, {images}."
+            f"`checkpoint` has {state['conv_out.weight'].shape[0]} output channels in "
+            f"conv_out.weight; they must be as many as those of the images, {images}."
         )
     blocks = {int(m[1]) for key in state if (m := re.match(r"down\.0\.block\.(\d+)\.", key))}
     return {
@@ -263,8 +276,8 @@ def _conv_channels(state: Mapping[str, torch.Tensor], key: str) -> tuple[int, in
     """Return (output channels, input channels) of a convolution's weight."""
     if state[key].ndim != 4:
         raise ValueError(
-            f"{key} of the checkpoint has shape {tuple(state[key].shape)}; a convolution's weight "
-            "has 4 dimensions."
+            f"`checkpoint` has {key} of shape {tuple(state[key].shape)}; a convolution's weight "
+            "must have 4 dimensions."
         )
     return state[key].shape[0], state[key].shape[1]
 
@@ -284,7 +297,7 @@ def convert_state(state: Mapping[str, torch.Tensor], levels: int) -> dict[str, t
         module, _, kind = key.rpartition(".")
         name = _new_name(module, levels)
         if name is None or kind not in ("weight", "bias"):
-            raise ValueError(f"the checkpoint has {key!r}, which the layout does not know.")
+            raise ValueError(f"`checkpoint` has {key!r}; every name must be one of the layout.")
         attention = ".attentions." in name and "group_norm" not in name
         if attention and kind == "weight" and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # a 1 x 1 convolution is a linear map of the channels
@@ -321,12 +334,13 @@ def _check_shapes(
     missing, unknown = sorted(set(wanted) - set(converted)), sorted(set(converted) - set(wanted))
     if missing or unknown:
         raise ValueError(
-            f"the checkpoint does not fit a UNet2DModel: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:2])}), {len(unknown)} are unknown ({', '.join(unknown[:2])})."
+            f"`checkpoint` does not fit a UNet2DModel: {len(missing)} tensors are missing "
+            f"({', '.join(missing[:2])}), {len(unknown)} are unknown ({', '.join(unknown[:2])}); "
+            "it must have the same."
         )
     for name, tensor in wanted.items():
         if converted[name].shape != tensor.shape:
             raise ValueError(
-                f"{name} has shape {tuple(converted[name].shape)} in the checkpoint; it must be "
+                f"`checkpoint` has {name} of shape {tuple(converted[name].shape)}; it must be "
                 f"{tuple(tensor.shape)}."
             )

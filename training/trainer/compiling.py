@@ -82,8 +82,8 @@ def check_gradients(
         found = _gradients(network, unet, x, t, labels, autocast or nullcontext)
     if not all(bool(gradient.isfinite().all()) for gradient in exact.values()):
         raise ValueError(
-            "`compile` is true, and the gradients of this network are not finite without "
-            "compilation"
+            "`compile` is true, but the gradients of this network are not finite without "
+            "compilation; they must be"
         )
     negligible = NEGLIGIBLE if autocast is None else NEGLIGIBLE_IN_HALF
     floor = negligible * max(float(gradient.norm()) for gradient in exact.values())

@@ -75,12 +75,13 @@ def copy_into(
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())[:3]
         raise ValueError(
-            f"the saved network has other parameters than this one, for instance {odd}"
+            f"`weights` has other parameters than this network, for instance {odd}; both "
+            "must have the same"
         )
     for name, parameter in own.items():
         if parameter.shape != weights[name].shape:
             raise ValueError(
-                f"{name} is {tuple(weights[name].shape)} in the saved network and "
-                f"{tuple(parameter.shape)} in this one"
+                f"`weights` has {name} of shape {tuple(weights[name].shape)}; it must be "
+                f"{tuple(parameter.shape)}, as in this network"
             )
         parameter.copy_(weights[name])

@@ -47,13 +47,16 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     check_joined(accelerator.num_processes)
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
-            "accelerate is told to compile (dynamo_backend in its config, or "
-            "ACCELERATE_DYNAMO_BACKEND); set `compile` and `compile_backend` instead"
+            "`dynamo_backend` is set in Accelerate's config (or ACCELERATE_DYNAMO_BACKEND); it "
+            "must be off: set `compile` and `compile_backend` instead"
         )
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(_refusal(accelerator.distributed_type.value))
     if config.tracker != "none" and not accelerator.log_with:
-        raise ValueError(f"`tracker` is {config.tracker!r}, which is not installed")
+        raise ValueError(
+            f"`tracker` is {config.tracker!r}, which is not installed; install it, "
+            "or choose another one"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(
             "`mixed_precision` is 'fp16', which does nothing on the CPU; set it to 'bf16' or 'no'"
@@ -63,8 +66,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def _refusal(name: str) -> str:
     return (
-        f"{name} is not supported: models of this size fit on one device, use plain data "
-        "parallelism (MULTI_GPU in the accelerate config)"
+        f"`distributed_type` is {name}; it must be MULTI_GPU, plain data parallelism, in the "
+        "accelerate config: models of this size fit on one device"
     )
 
 

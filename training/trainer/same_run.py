@@ -98,7 +98,7 @@ def _require_same_settings(
     if changed:
         pairs = ", ".join(f"{k} was {before[k]!r} and is {now[k]!r}" for k in changed)
         raise ValueError(
-            f"the checkpoint is of a run with other settings: {pairs}; start a new run "
+            f"`resume` names a checkpoint of a run with other settings: {pairs}; start a new run "
             "(from_pretrained takes its weights) or set them back"
         )
 
@@ -113,8 +113,9 @@ def _require_same_data(now: dict[str, Any], before: dict[str, Any], understood: 
     if now != before:
         read = f" ({understood}; split 'all' reads all)" if understood.startswith("split") else ""
         raise ValueError(
-            f"the checkpoint is of a run on other data: they were {before} and are {now}{read}; "
-            "bring the images back, or start a new run (from_pretrained takes its weights)"
+            f"`resume` names a checkpoint of a run on other data: they were {before} and are "
+            f"{now}{read}; bring the images back, or start a new run (from_pretrained "
+            "takes its weights)"
         )
 
 
@@ -122,14 +123,14 @@ def _require_same_contents(now: dict[str, Any], before: dict[str, Any]) -> None:
     for name in ("data", "gamma", "labels"):
         if name in now and name in before and now[name] != before[name]:
             raise ValueError(
-                f"{_MEANING[name]} are not those that the run was trained with so far; bring them "
-                f"back, or {_REMEDY}"
+                f"`resume` names a checkpoint of a run on other contents: {_MEANING[name]} are not "
+                f"those that it was trained with so far; bring them back, or {_REMEDY}"
             )
     for name in ("mixed_precision", "allow_tf32"):
         if name in before and now[name] != before[name]:
             raise ValueError(
-                f"the checkpoint is of a run of another precision: {name} was {before[name]!r} and "
-                f"is {now[name]!r}; set it back, or {_REMEDY}"
+                f"`resume` names a checkpoint of a run of another precision: {name} was "
+                f"{before[name]!r} and is {now[name]!r}; set it back, or {_REMEDY}"
             )
 
 
@@ -143,8 +144,8 @@ def _require_same_network(trainer: "Trainer", folder: Path) -> None:
     ]
     if changed:
         raise ValueError(
-            f"the checkpoint is of another network: {', '.join(changed)}; set model and dropout "
-            f"back, or {_REMEDY}"
+            f"`resume` names a checkpoint of another network: {', '.join(changed)}; set model and "
+            f"dropout back, or {_REMEDY}"
         )
 
 
