@@ -686,7 +686,7 @@ def test_what_cannot_be_meant_is_refused(change, message):
     ("change", "message"),
     [
         ({"pipeline": "no/such"}, "cannot be loaded"),
-        ({"held_out": {"data": "digits", "image_size": 9, "fit": "pad"}}, "held-out images: 1797"),
+        ({"held_out": {"data": "digits", "image_size": 9, "fit": "pad"}}, "`held_out` is 1797"),
         ({"tables": [{"name": "T", "n": 4, "grid": [{"steps": [13], "members": [0]}]}]}, "13"),
         (
             {"tables": [{"name": "T", "n": 4, "grid": [{"steps": [2], "members": ["optimal"]}]}]},

@@ -126,7 +126,7 @@ def test_another_bit_depth_further_on_is_refused(settings):
     rows = [picture(n) for n in range(70)] + [picture(n, np.uint16) for n in range(30)]
     with pytest.raises(ValueError, match="is uint16, the first image is uint8; convert"):
         train.train(settings("a", rows, max_train_steps=20))
-    with pytest.raises(ValueError, match="dtype of the images differ"):
+    with pytest.raises(ValueError, match="images of different dtype"):
         Trainer(settings("b", rows[60:]))
 
 
