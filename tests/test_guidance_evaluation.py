@@ -110,7 +110,7 @@ def test_what_is_recognised_is_counted_by_class():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("2", r"guidance: the value is '2'; it must be a mapping"),
+        ("2", r"`guidance` is '2'; it must be a mapping"),
         ({"weight": 2}, "unknown key 'weight'"),
         ({"scale": 2, "interval": [0.8, 0.2]}, "guidance: `guidance_interval` is"),
         ({"interval": [0.2, 0.8]}, "guidance: `guidance_scale` is None"),

@@ -139,6 +139,6 @@ def test_the_command_leaves_a_classifier_and_its_record(tiny_ddpm, tmp_path, cap
     record = json.loads((tmp_path / "c" / "record.json").read_text())
     assert record["steps"] == 3 and sum(record["found"]["classes"].values()) == 1437
     assert cli.main([*words, "--steps", "0"]) == 2
-    assert "--steps is 0; it must be at least 1" in capsys.readouterr().err
+    assert "`--steps` is 0; it must be at least 1" in capsys.readouterr().err
     assert cli.main([*words, "--validation_fraction", "1"]) == 2
     assert cli.main([*words, "--lr", "0"]) == 2

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     data, held_out = whole.split(args.validation_fraction, args.seed)
     if held_out is None:
         raise ValueError(
-            f"--validation_fraction is {args.validation_fraction}; it must hold out an image or "
+            f"`--validation_fraction` is {args.validation_fraction}; it must hold out an image or "
             f"more of {len(whole)}"
         )
     keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
@@ -99,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+            raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least {least}")
     if not args.lr > 0:
-        raise ValueError(f"--lr is {args.lr}; it must be above 0")
+        raise ValueError(f"`--lr` is {args.lr}; it must be above 0")
     if not 0 < args.validation_fraction < 1:
         raise ValueError(
-            f"--validation_fraction is {args.validation_fraction}; it must be between 0 and 1"
+            f"`--validation_fraction` is {args.validation_fraction}; it must be between 0 and 1"
         )

@@ -501,19 +501,21 @@ def _known(values: Mapping[str, Any], names: Any, where: str) -> None:
             )
 
 
-def _named(where: str) -> str:
-    """Return a place in the settings with its last name in backticks: `file: grid` in them."""
+def _divided(where: str) -> tuple[str, str]:
+    """Return the last name of a place in the settings, and what comes before it."""
     around, colon, name = where.rpartition(": ")
-    return f"{around}{colon}`{name}`"
+    return f"{around}{colon}", name
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{_named(where)} is {value!r}; it must be a mapping of names to values")
+        around, name = _divided(where)
+        raise ValueError(f"{around}`{name}` is {value!r}; it must be a mapping of names to values")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{_named(where)} is {value!r}; it must be a list")
+        around, name = _divided(where)
+        raise ValueError(f"{around}`{name}` is {value!r}; it must be a list")
     return value

@@ -125,10 +125,14 @@ def load_noisy_classifier(path: str | Path) -> NoisyClassifier:
         with torch.device("meta"):
             shapes = {k: v.shape for k, v in NoisyClassifier(**given).state_dict().items()}
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: no classifier has these settings: {error}") from error
+        raise ValueError(
+            f"{folder / CONFIG} cannot be read: no classifier has these settings: {error}"
+        ) from error
     found = {name: shape for name, (_, shape) in safetensors_shapes(folder / WEIGHTS).items()}
     if found != {name: tuple(shape) for name, shape in shapes.items()}:
-        raise ValueError(f"{folder / WEIGHTS}: its weights do not fit {CONFIG}")
+        raise ValueError(
+            f"{folder / WEIGHTS} cannot be read: its weights do not fit {CONFIG}; they must"
+        )
     classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True)
     check_complete(classifier, folder)
     return classifier.eval().requires_grad_(False)
