@@ -20,6 +20,7 @@ from ddim_schedulers.training.common.repositories import divided, pinned
 from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.data import sources
 from ddim_schedulers.training.likelihood.measured_model import load_measured_model
+from ddim_schedulers.training.networks import places
 from ddim_schedulers.training.networks.models import load_unet
 from ddim_schedulers.training.train import train
 
@@ -74,6 +75,19 @@ def test_names_and_revisions():
         assert divided(address) == (address, None)
     assert pinned("me/model", None) == "me/model"
     assert pinned("me/model", "v1") == "me/model@v1"
+
+
+def test_the_hub_is_named_once_and_by_the_main_process_alone(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    places.find("me/told")
+    assert capsys.readouterr().err == ""
+    repositories.tell_of_hub.cache_clear()
+    monkeypatch.setenv("RANK", "0")
+    for _ in range(2):
+        places.find("me/told")
+    said = "pipeline 'me/told' is no folder here; it is looked for on the Hub\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_revision_of_what_has_none_is_refused(tmp_path):

@@ -8,6 +8,7 @@ of the network, as safetensors unless a pickle is asked for. Nothing of a reposi
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def may_be_repository(place: str) -> bool:
     if not HUB_NAME.fullmatch(place):
         return False
     return "/" not in place or not Path(divided(place)[0]).parent.is_dir()
+
+
+@cache
+def tell_of_hub(option: str, place: str) -> None:
+    """Print, once and on the main process alone, that a place is not here but may be on the Hub."""
+    from ddim_schedulers.pipelines.sampling_job import process_of
+
+    if process_of()[0] == 0:
+        print(f"{option} {place!r} is no folder here; it is looked for on the Hub", file=sys.stderr)
 
 
 def pinned(place: str, revision: str | None, option: str = "--pipeline") -> str:

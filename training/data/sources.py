@@ -6,7 +6,6 @@ files become is in `image_files.py`; what is taken from a folder is in `folders.
 
 import io
 import re
-import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -24,7 +23,7 @@ from ddim_schedulers.pipelines.image_files import (
     header_of,
 )
 from ddim_schedulers.reading import DamagedFileError, npz_names, read_npy, read_npz
-from ddim_schedulers.training.common.repositories import divided, may_be_repository
+from ddim_schedulers.training.common.repositories import divided, may_be_repository, tell_of_hub
 from ddim_schedulers.training.config import DataConfig
 from ddim_schedulers.training.data.folders import IMAGE_SUFFIXES, find_images
 
@@ -307,9 +306,7 @@ def load_table(config: DataConfig, *, streaming: bool) -> Any:
                 f"`data` is {config.data!r}, which does not exist; it must be a folder or a file, "
                 "or the name of a data set on the Hub such as ylecun/mnist."
             )
-        print(
-            f"data {config.data!r} is no folder here; it is looked for on the Hub", file=sys.stderr
-        )
+        tell_of_hub("data", config.data)
     try:
         if path.suffix.lower() == ".parquet":
             return load_dataset(

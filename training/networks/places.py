@@ -1,6 +1,5 @@
 """Where a pipeline is: a saved one, one of a run, a checkpoint, or a name on the Hub."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def find(
     Raises:
         ValueError: nothing is there, and it is no name on the Hub; or a folder that holds neither.
     """
-    from ddim_schedulers.training.common.repositories import may_be_repository
+    from ddim_schedulers.training.common.repositories import may_be_repository, tell_of_hub
 
     folder = Path(place)
     if folder.is_file():
@@ -56,7 +55,7 @@ def find(
                 "run's or a checkpoint's, or a name on the Hub such as google/ddpm-cifar10-32, "
                 "with @REVISION for one state of it."
             )
-        print(f"{place!r} is no folder here; it is looked for on the Hub", file=sys.stderr)
+        tell_of_hub(option, place)
         return Place(place)
     if (folder / INDEX).exists():
         return Place(place)
