@@ -129,7 +129,9 @@ def multistep_weights(
         made_with = _earlier(predictor.double(), 1).clamp(max=known - 1)
         mended_with = _earlier(most.clamp(max=mended - 1).double(), 1).clamp(max=known - 1)
         for nodes in range(min(known, mended)):
-            for made in range(nodes, min(known, order)):
+            # fewer nodes than the corrector may have: the step was made with the same ones
+            fewer = nodes < mended - 1
+            for made in range(nodes, nodes + 1 if fewer else min(known, order)):
                 here = (mended_with == nodes) & (made_with == made) & (usable > 0)
                 correction = _correction(line, moments, past, node, nodes, made)
                 for j, weight in enumerate(correction):
