@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of, note_class_labels
+from ddim_schedulers.export import export_folder
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoint_network import load_checkpoint
 from ddim_schedulers.training.networks.models import make_scheduler, make_unet, with_class_embedding
+from ddim_schedulers.training.sharing.cards import render
 from ddim_schedulers.training.train import main, train
 from ddim_schedulers.training.trainer.trainer import Trainer
 
@@ -254,3 +256,27 @@ def test_a_run_without_labels_is_what_it_was(settings):
     state = json.loads((folder / "state.json").read_text())
     assert "labels" not in state["contents"]
     assert "classes" not in json.loads((result.output_dir / "data.json").read_text())
+
+
+def test_the_card_tells_the_classes_and_shows_them(settings):
+    looks = {"sample_every": 6, "sample_images": 6, "sample_steps": 2}
+    names = ["T-shirt/top", "a_b*c", "<b>"]
+    result = train(settings(class_names=names, **looks))
+    export = export_folder(result.pipeline_dir, "portable")
+    card = render(export, "me/clothes", "portable")
+    assert "It draws 3 classes" in card and "class_labels='T-shirt/top', guidance_scale=2.0" in card
+    assert r"0 T-shirt/top, 1 a\_b\*c, 2 \<b\>." in card
+    assert "](assets/classes.png)" in card and "assets/classes.png" in export.files
+    assert "- class-conditional" in card and "unconditional-image-generation" not in card
+    plain = train(settings("plain", class_conditional=False, **looks))
+    export = export_folder(plain.pipeline_dir, "portable")
+    card = render(export, "me/clothes", "portable")
+    assert "classes" not in card and "unconditional-image-generation" in card
+    assert not [name for name in export.files if name.startswith("assets")]
+
+
+def test_the_card_of_a_network_without_a_null_class_or_names(settings):
+    result = train(settings(label_dropout=0.0))
+    card = render(export_folder(result.pipeline_dir, "portable"), "me/clothes", "portable")
+    assert "class_labels=0)" in card and "0, 1, 2." in card
+    assert "It has no null class" in card and "](assets/classes.png)" not in card

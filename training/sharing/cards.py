@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ddim_schedulers.betas import terminal_signal
+from ddim_schedulers.class_labels import labels_in
 from ddim_schedulers.export import INDEX, Export
 from ddim_schedulers.reading import parse_json, read_text
 
+MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # what has a meaning there
+# The grid of samples that a run with classes leaves in its pipeline.
+CLASS_PICTURE = "assets/classes.png"
 SECTION = re.compile(
     r"<!-- ddim-schedulers: how to load it -->.*?<!-- /ddim-schedulers -->", re.DOTALL
 )
@@ -51,6 +55,26 @@ def card_for(export: Export, repo_id: str, form: str) -> bytes:
     return text.encode()
 
 
+def _classes(export: Export) -> dict[str, Any]:
+    """Return the values of the template that are about the classes of the network."""
+    config = export.files.get("unet/config.json")
+    if config is None:
+        return {"classes": []}
+    text = config.decode() if isinstance(config, bytes) else read_text(config)
+    labels = labels_in(parse_json(text, "unet/config.json"))
+    if labels is None:
+        return {"classes": []}
+    # in text a name is text, whatever it is in Markdown and HTML
+    names = {number: MARKDOWN.sub(r"\\\g<0>", name) for number, name in labels.names.items()}
+    first = labels.ids[0]
+    return {
+        "classes": [(number, names.get(number, "")) for number in labels.ids],
+        "example_class": repr(labels.names.get(first, first)),
+        "null_class": labels.null_class,
+        "class_picture": CLASS_PICTURE if CLASS_PICTURE in export.files else None,
+    }
+
+
 def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     """Return the template filled in for an export.
 
@@ -67,10 +91,11 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     pipeline_class = parse_json(text, INDEX)["_class_name"]
     if isinstance(pipeline_class, list):  # [module, class] of code in the repository
         pipeline_class = pipeline_class[1]
-    unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline")
+    classes = _classes(export)
+    unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline") and not classes["classes"]
     data = ModelCardData(
         library_name="diffusers",
-        tags=["ddim-schedulers"],
+        tags=["ddim-schedulers", *(["class-conditional"] if classes["classes"] else [])],
         pipeline_tag="unconditional-image-generation" if unconditional else None,
     )
     values: dict[str, Any] = {
@@ -85,6 +110,7 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
             {terminal_signal(s.alpha_bar) for s in export.schedulers.values()} - {None}
         ),
     }
+    values |= classes
     template = resources.files("ddim_schedulers.model_cards").joinpath("template.md")
     card = ModelCard.from_template(
         data, template_str=template.read_text(encoding="utf-8"), **{**values, **fields}

@@ -13,12 +13,14 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.ownership import OwnershipError
 from ddim_schedulers.training.common.storage import pack, to_json, unpack
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoint_contents import read_state
+from ddim_schedulers.training.sharing.cards import CLASS_PICTURE
 from ddim_schedulers.training.trainer.ema import copy_into
 from ddim_schedulers.training.trainer.same_run import STAMPED, describe_data, require_same_run
 from ddim_schedulers.training.trainer.validation import plot_losses
@@ -181,6 +183,11 @@ def _export(trainer: "Trainer") -> Path:
         def write_pipeline(folder: Path) -> None:
             for note in save_pipeline(pipeline, folder, form):
                 logger.warning(note)
+            grid = trainer.watcher.grid_path(trainer.step)
+            if trainer.data.classes is not None and grid.is_file():
+                picture = folder / CLASS_PICTURE
+                picture.parent.mkdir(exist_ok=True)
+                write_bytes(picture, grid.read_bytes())
 
         _replace(trainer, target, write_pipeline)
         _replace(trainer, trainer.root / "unet_raw", trainer.unet.save_pretrained)

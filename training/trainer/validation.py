@@ -126,9 +126,12 @@ class Watcher:
             columns = None
             if (labels := class_labels_of(unet)) is not None:
                 columns = min(len(labels.ids), config.sample_images, MOST_COLUMNS)
-            path = self.folder / f"samples-{step:08d}.png"
-            save_grid(images[: config.sample_images], path, columns)
+            save_grid(images[: config.sample_images], self.grid_path(step), columns)
         return report
+
+    def grid_path(self, step: int) -> Path:
+        """Return where the grid of a step is."""
+        return self.folder / f"samples-{step:08d}.png"
 
     @torch.no_grad()
     def draw(self, unet: UNet2DModel, rows: Tensor) -> Tensor:
