@@ -111,7 +111,7 @@ def test_what_is_recognised_is_counted_by_class():
     ("change", "message"),
     [
         ("2", r"`guidance` is '2'; it must be a mapping"),
-        ({"weight": 2}, "unknown key 'weight'"),
+        ({"weight": 2}, "`weight` is an unknown key"),
         ({"scale": 2, "interval": [0.8, 0.2]}, "guidance: `guidance_interval` is"),
         ({"interval": [0.2, 0.8]}, "guidance: `guidance_scale` is None"),
         ({"scale": float("nan")}, "guidance: `guidance_scale` is nan"),

@@ -187,15 +187,15 @@ def kind_of_labels(args: argparse.Namespace, measured_model: MeasuredModel) -> s
     if (classes := measured_model.classes) is None:
         if given:
             raise ValueError(
-                f"--{given[0]} is {getattr(args, given[0])!r}; it must be left out, as the network "
+                f"`--{given[0]}` is {getattr(args, given[0])!r}; it must be left out, as the network "
                 "has no classes"
             )
         return None
     kind = args.labels or "data"
     if kind == "null" and classes.null_class is None:
-        raise ValueError("--labels is 'null'; it must be data: the network has no null class")
+        raise ValueError("`--labels` is 'null'; it must be data: the network has no null class")
     if kind == "null" and len(given) > 1:
         raise ValueError(
-            f"--{given[1]} is {getattr(args, given[1])!r}; it must be left out with --labels null"
+            f"`--{given[1]}` is {getattr(args, given[1])!r}; it must be left out with --labels null"
         )
     return kind
