@@ -187,8 +187,8 @@ def kind_of_labels(args: argparse.Namespace, measured_model: MeasuredModel) -> s
     if (classes := measured_model.classes) is None:
         if given:
             raise ValueError(
-                f"`--{given[0]}` is {getattr(args, given[0])!r}; it must be left out, as the network "
-                "has no classes"
+                f"`--{given[0]}` is {getattr(args, given[0])!r}; it must be left out, as the "
+                "network has no classes"
             )
         return None
     kind = args.labels or "data"
