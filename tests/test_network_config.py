@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ddim_schedulers.network_config import check_network_config
 from ddim_schedulers.training.cli import main
-from ddim_schedulers.training.commands._model_options import read_saved
+from ddim_schedulers.training.commands._loading import read_saved
 from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 from ddim_schedulers.training.networks.models import PRESETS, make_unet
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from ddim_schedulers.training.cli import main
-from ddim_schedulers.training.commands._model_options import read_saved
+from ddim_schedulers.training.commands._loading import read_saved
 from ddim_schedulers.training.common import repositories
 from ddim_schedulers.training.common.repositories import divided, pinned
 from ddim_schedulers.training.config import DataConfig, TrainingConfig

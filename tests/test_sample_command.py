@@ -577,9 +577,9 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
         "reconstruct": ["--images", str(photo)],
         "interpolate": ["--images", str(photo), str(photo)],
     }[verb]
-    from ddim_schedulers.training.commands import _model_options
+    from ddim_schedulers.training.commands import _loading
 
-    monkeypatch.setattr(_model_options, "load", _NeverLoaded())
+    monkeypatch.setattr(_loading, "load", _NeverLoaded())
     writable = os.access
     monkeypatch.setattr(  # root may write everywhere
         os, "access", lambda p, mode: "sealed" not in str(p) and writable(p, mode)

@@ -9,7 +9,7 @@ from PIL import Image
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.export import FORMS, save_pipeline
 from ddim_schedulers.training import cli
-from ddim_schedulers.training.commands import _model_options
+from ddim_schedulers.training.commands import _loading
 
 SOURCES = {
     "stock-ddim": DDIMScheduler(set_alpha_to_one=False),
@@ -38,8 +38,8 @@ def test_every_verb_runs_on_a_swapped_export(
     pipe.register_modules(scheduler=ours.from_config(pipe.scheduler.config))
     folder = tmp_path / "pipeline"
     save_pipeline(pipe, folder, form)
-    saved = _model_options.read_saved(str(folder))
-    monkeypatch.setattr(_model_options, "read_saved", lambda place, **asked: saved)
+    saved = _loading.read_saved(str(folder))
+    monkeypatch.setattr(_loading, "read_saved", lambda place, **asked: saved)
     diffuse = ["--mode", "diffuse", "--images", photos, "--timestep", "333"]
     verbs = {
         "sample": ["sample", "--num_images", "1"],

@@ -23,11 +23,8 @@ from ddim_schedulers.pipelines.pictures import tiled
 from ddim_schedulers.training.common.figures import panels_figure, rows_figure, save_figure
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.evaluation.cells import Evaluation
-from ddim_schedulers.training.evaluation.config import (
-    Cell,
-    EvaluationConfig,
-    parse_evaluation,
-)
+from ddim_schedulers.training.evaluation.config import EvaluationConfig, parse_evaluation
+from ddim_schedulers.training.evaluation.grid import Cell
 from ddim_schedulers.training.evaluation.references import from_uint8
 from ddim_schedulers.training.evaluation.report import evaluate, short
 from ddim_schedulers.training.evaluation.tables import pivot

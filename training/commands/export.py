@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ddim_schedulers.export import save_pipeline
     from ddim_schedulers.pipelines.files import check_folders
-    from ddim_schedulers.training.commands._model_options import read_saved
+    from ddim_schedulers.training.commands._loading import read_saved
 
     output = Path(args.output)
     check_folders(output, "", "--output")

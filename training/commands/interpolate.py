@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ddim_schedulers.training.commands import _model_options
+from ddim_schedulers.training.commands import _loading, _model_options
 
 HELP = "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's own way."
 
@@ -77,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
     names = _names(args, len(args.seeds or images or ()))
     _picture_files.check_output(folder, names)
     with own(folder, "interpolate"):
-        pipe = _model_options.load(InterpolationPipeline, args)
+        pipe = _loading.load(InterpolationPipeline, args)
         if args.images is not None and not isinstance(pipe.scheduler, SINGLE_STEP):
             raise ValueError(
                 f"`--images` is {args.images}, which does not fit {type(pipe.scheduler).__name__}, "
                 "whose steps depend on those before them; use --scheduler ddim."
             )
         if not encoded:  # images are encoded by DDIM, with every scheduler
-            _model_options.check_own_scheduler(pipe.scheduler, args)
+            _loading.check_own_scheduler(pipe.scheduler, args)
             if args.seeds is not None and not is_deterministic(pipe.scheduler):
                 raise ValueError(
                     f"`--seeds` is {args.seeds}, which does not determine the images of "
@@ -114,7 +114,7 @@ def _interpolate(pipe: Any, args: argparse.Namespace, images: list | None) -> An
         "batch_size": args.batch_size,
         "class_labels": _model_options.labels_of(args),
         **_model_options.conditions_of(args),
-        **_model_options.load_guides(pipe, args),
+        **_loading.load_guides(pipe, args),
     }
     if args.mode == "diffuse":
         return pipe.diffuse(

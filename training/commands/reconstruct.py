@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ddim_schedulers.training.commands import _model_options
+from ddim_schedulers.training.commands import _loading, _model_options
 
 HELP = "Encode images to latents with DDIM, decode them again and report the error."
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _picture_files.check_output(folder, names)
     images = _picture_files.read(paths)
     with own(folder, "reconstruct"):
-        pipe = _model_options.load(InversionPipeline, args)
+        pipe = _loading.load(InversionPipeline, args)
         output: Any = pipe.reconstruct(
             images,
             num_inference_steps=args.num_inference_steps,

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ddim_schedulers.training.commands import _model_options
+from ddim_schedulers.training.commands import _loading, _model_options
 
 HELP = "Sample images into a folder; continues where it was stopped, on any number of processes."
 
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
     )
     check_folders(Path(args.output), FOLDERS[args.format], "--output")
     with own(args.output, "sample", rank=rank, world_size=world_size):
-        pipe = _model_options.load(GenerationPipeline, args)
-        _model_options.check_own_scheduler(pipe.scheduler, args)
-        guides = Guides(**_model_options.load_guides(pipe, args))
+        pipe = _loading.load(GenerationPipeline, args)
+        _loading.check_own_scheduler(pipe.scheduler, args)
+        guides = Guides(**_loading.load_guides(pipe, args))
         report = sample_to_directory(
             pipe, args.output, job, rank=rank, world_size=world_size, guides=guides
         )

@@ -15,7 +15,7 @@ from ddim_schedulers.pipelines.sampling_files import ORIGIN, SETTINGS
 from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError, read_json, read_npz
 from ddim_schedulers.training.common.seals import read_sealed_json, sealed
-from ddim_schedulers.training.evaluation.config import Cell
+from ddim_schedulers.training.evaluation.grid import Cell
 from ddim_schedulers.training.metrics.distances import METRICS
 
 Value = TypeVar("Value")

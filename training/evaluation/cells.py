@@ -48,13 +48,8 @@ from ddim_schedulers.training.evaluation.cell_files import (
     as_told,
     check_sum_of_images,
 )
-from ddim_schedulers.training.evaluation.config import (
-    GUIDES,
-    Cell,
-    EvaluationConfig,
-    defaults_of,
-    scheduler_class,
-)
+from ddim_schedulers.training.evaluation.config import EvaluationConfig
+from ddim_schedulers.training.evaluation.grid import GUIDES, Cell, defaults_of, scheduler_class
 from ddim_schedulers.training.evaluation.references import Progress, RealImages, from_uint8
 from ddim_schedulers.training.networks.places import pipeline_folder
 
