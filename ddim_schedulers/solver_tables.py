@@ -54,7 +54,7 @@ FURTHER = (
 # How far 1 / alpha_bar - 1 of a stored process may be from that of the scheduler, relatively.
 PROCESS_RTOL = 1e-3
 # Decimals of a stored weight; alpha_bar has nine digits.
-DECIMALS = 5
+DECIMALS = 6
 # A stored table is a list of S (S + 3) / 2 numbers.
 MAX_CALLS = 256
 
@@ -87,7 +87,7 @@ class SolverTable(NamedTuple):
     end_scale: float = 1.0
 
 
-def solver_record(table: SolverTable, **how: Any) -> dict[str, Any]:
+def pack_solver_table(table: SolverTable, **how: Any) -> dict[str, Any]:
     """Return what `solver_table_of` reads, as JSON can hold it: rounded to what matters.
 
     Args:

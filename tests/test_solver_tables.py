@@ -435,7 +435,7 @@ def test_what_is_missing_is_named(missing):
 def test_a_record_is_read_back():
     entry = _entry(shape=[1, 2, 2], clip=1.0)
     table = solver_table_of({"solver": {"4": entry}}, 4, T)
-    record = solver_tables.solver_record(table, n=128, held_out=0.1, analytic=0.2)
+    record = solver_tables.pack_solver_table(table, n=128, held_out=0.1, analytic=0.2)
     again = json.loads(json.dumps(record))
     read = solver_table_of({"solver": {"4": again}}, 4, T)
     assert read._replace(alpha_bar=[]) == table._replace(alpha_bar=[])

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 
 Tensors = dict[str, torch.Tensor]
-# Of (x, t): x0_hat before any clipping, in the shape and dtype of x.
-Predict = Callable[[torch.Tensor, int], torch.Tensor]
+# Of (x, t, the chunk of x): x0_hat before any clipping, in the shape and dtype of x.
+Predict = Callable[[torch.Tensor, int, int], torch.Tensor]
 # Of (what is computed, how of one chunk): the results of all chunks, in order.
 Over = Callable[[str, Callable[[int], Tensors]], list[Tensors]]
 
@@ -77,8 +77,10 @@ class Table(NamedTuple):
 class Rollout:
     """The run of a table from the x_T of a chunk; a changed table runs again from the change on."""
 
-    def __init__(self, predict: Predict, clip: float | None, x_T: torch.Tensor) -> None:
-        self.predict, self.clip = predict, clip
+    def __init__(
+        self, predict: Predict, clip: float | None, x_T: torch.Tensor, chunk: int = 0
+    ) -> None:
+        self.predict, self.clip, self.chunk = predict, clip, chunk
         self.timesteps: list[int] = []
         self.rows: list[torch.Tensor] = []
         self.states = [x_T]
@@ -86,7 +88,7 @@ class Rollout:
 
     def x0(self, x: torch.Tensor, t: int) -> torch.Tensor:
         """Return x0_hat of x at t, clipped if the sampler clips."""
-        x0 = self.predict(x, t)
+        x0 = self.predict(x, t, self.chunk)
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
     def follow(self, timesteps: Sequence[int], rows: Sequence[torch.Tensor]) -> None:
@@ -177,7 +179,7 @@ class Fit:
 
     def _rollout(self, c: int) -> Rollout:
         if c not in self._rollouts:
-            self._rollouts[c] = Rollout(self.predict, self.clip, self.chunk(c).x_T)
+            self._rollouts[c] = Rollout(self.predict, self.clip, self.chunk(c).x_T, c)
         return self._rollouts[c]
 
     def _sum(self, what: str, make: Callable[[int], Tensors]) -> Tensors:
@@ -230,7 +232,9 @@ class Fit:
             gram, moment = total["gram"] / total["count"], total["moment"] / total["count"]
             prior = _ddim_row(rows[-1] if rows else None, levels[i], levels[i + 1])
             damped = gram + self.constants.ridge * torch.diag(gram.diagonal())
-            rows.append(prior + torch.linalg.solve(damped, moment - gram @ prior))
+            # a regressor may be 0, as x0_hat at zero terminal SNR of data with mean 0
+            gain = torch.linalg.lstsq(damped, (moment - gram @ prior)[:, None], driver="gelsd")
+            rows.append(prior + gain.solution[:, 0])
         return Table(list(timesteps), rows, self.loss(timesteps, rows))
 
     def improve(self, table: Table) -> Table:

@@ -30,7 +30,7 @@ from ddim_schedulers.solver_tables import (
     SolverTable,
     analytic_steps,
     differences_of,
-    solver_record,
+    pack_solver_table,
 )
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.calibration.solver_fit import (
@@ -149,23 +149,34 @@ class Predictor:
         self.device = next(model.unet.parameters()).device
         self.evaluations = 0
 
-    def output(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return what the network says of x (B, C, H, W), without a variance, in its dtype."""
+    def output(self, x: torch.Tensor, t: int, first: int = 0) -> torch.Tensor:
+        """Return what the network says of x (B, C, H, W), without a variance, in its dtype.
+
+        Args:
+            x: samples.
+            t: of all of them.
+            first: the number of the first sample; its class is that of its place in `labels`,
+                which are taken in turn.
+        """
         self.evaluations += len(x)
+        conditions = {}
+        if (labels := self.model.labels) is not None:
+            places = torch.arange(first, first + len(x)) % len(labels)
+            conditions["class_labels"] = labels[places].to(x.device)
         context: Any = contextlib.nullcontext()
         if self.autocast is not None:
             context = torch.autocast(self.device.type, dtype=self.autocast)
         steps = torch.full((len(x),), t, device=x.device)
         with torch.no_grad(), context:
-            output = self.model.unet(x.to(self.model.dtype), steps).sample
+            output = self.model.unet(x.to(self.model.dtype), steps, **conditions).sample
         return output[:, : self.model.channels].to(x.dtype)
 
-    def __call__(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return x0_hat before any clipping."""
+    def __call__(self, x: torch.Tensor, t: int, first: int = 0) -> torch.Tensor:
+        """Return x0_hat before any clipping; the arguments are those of `output`."""
         now = self.model.alpha_bar[t]
         before = self.model.alpha_bar[t - 1] if t else torch.ones_like(now)
         of_x, of_m = x0_coefficients(self.model.prediction_type, now, before)
-        return x * float(of_x) + self.output(x, t) * float(of_m)
+        return x * float(of_x) + self.output(x, t, first) * float(of_m)
 
 
 Item = tuple[str, int]  # what is computed, and of which chunk
@@ -270,7 +281,7 @@ def calibrate_solver(
     """Fit a table for each number of calls, and measure it on noise that was not fitted.
 
     Args:
-        model: network and process.
+        model: network and process; the samples have its labels, in turn.
         job: what is calibrated.
         work_dir: where sums are kept; all processes must see it. An interrupted run goes on.
         team: the processes that share it; None for this one alone.
@@ -300,6 +311,7 @@ def calibrate_solver(
         "end": GeneralizedDDIMScheduler.from_config(model.config, **NEUTRAL).alpha_bar_end,
         "autocast": str(autocast),
         "device": Predictor(model).device.type,
+        "labels": None if model.labels is None else model.labels.tolist(),
         **json.loads(json.dumps(asdict(job))),
     }
     with own_together(work_dir, "calibrate", team, transient=True) as owner:
@@ -383,7 +395,10 @@ class _Calibration:
         noise = torch.randn(count, *shape, generator=generator(self.job.seed, purpose, c))
         return noise.to(self.predictor.device, dtype)
 
-    def _fine(self, x: torch.Tensor, kept: Sequence[int]) -> Tensors:
+    def _predict(self, x: torch.Tensor, t: int, c: int) -> torch.Tensor:
+        return self.predictor(x, t, c * self.job.batch_size)
+
+    def _fine(self, x: torch.Tensor, kept: Sequence[int], c: int) -> Tensors:
         """Follow the probability-flow ODE, order 3 with corrector and without clipping."""
         scheduler = GeneralizedDDIMScheduler.from_config(
             self.model.config,
@@ -400,7 +415,8 @@ class _Calibration:
         for t in self.grid:
             if t in kept:
                 states.append(x)
-            x = scheduler.step(self.predictor.output(x, t), t, x, return_dict=False)[0]
+            output = self.predictor.output(x, t, c * self.job.batch_size)
+            x = scheduler.step(output, t, x, return_dict=False)[0]
         return {"states": torch.stack([*states, x])}
 
     def _chunk(self, c: int) -> Chunk:
@@ -409,7 +425,7 @@ class _Calibration:
 
             def make(c: int) -> Tensors:
                 self.progress(f"fine trajectories, chunk {c + 1} of {self.fitted.chunks}")
-                return self._fine(x_T, self.kept)
+                return self._fine(x_T, self.kept, c)
 
             states = self.fitted.part("fine", c, make)["states"].to(x_T.device)
             self._chunks[c] = Chunk(x_T, dict(zip(self.kept, states, strict=True)))
@@ -422,7 +438,7 @@ class _Calibration:
 
             def make(c: int) -> Tensors:
                 self.progress(f"fine trajectories held out, chunk {c + 1} of {self.tested.chunks}")
-                return self._fine(x_T, ())
+                return self._fine(x_T, (), c)
 
             states = self.tested.part("fine-held-out", c, make)["states"]
             self._goals[c] = states[-1].to(x_T.device)
@@ -447,7 +463,7 @@ class _Calibration:
             alpha_bar=[*levels, self.analytic.alpha_bar_end],
             shape=list(self._noise("solver", 1, 0).shape[1:]),
         )
-        entry = solver_record(stored)
+        entry = pack_solver_table(stored)
         held_out, analytic = self._test(calls, entry)
         how = {
             "n": self.job.num_samples,
@@ -462,7 +478,7 @@ class _Calibration:
         for number, tau in enumerate(self.starts[calls]):
             fit = Fit(
                 f"{label}-{number}",
-                self.predictor,
+                self._predict,
                 self.model.alpha_bar,
                 self.analytic.alpha_bar_end,
                 clip,
@@ -491,7 +507,8 @@ class _Calibration:
                 scheduler.set_timesteps(calls)
                 x = x_T
                 for t, _ in scheduler.planned_pairs():
-                    x = scheduler.step(self.predictor.output(x, t), t, x, return_dict=False)[0]
+                    output = self.predictor.output(x, t, c * self.job.batch_size)
+                    x = scheduler.step(output, t, x, return_dict=False)[0]
                 miss = x - goal if self.limit is None else _clamped_miss(x, goal, self.limit)
                 found[name] = miss.double().square().sum()
             return {**found, "count": torch.tensor(float(goal.numel()), dtype=torch.float64)}

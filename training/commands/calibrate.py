@@ -1,4 +1,4 @@
-"""`ddim-schedulers calibrate`: estimate the statistics behind the optimal noise and trajectory."""
+"""`ddim-schedulers calibrate`: statistics for optimal noise and trajectory, and fitted samplers."""
 
 import argparse
 import sys
@@ -9,15 +9,17 @@ if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.pipelines.ownership import Owner
     from ddim_schedulers.training.common.processes import AccelerateTeam
 
-HELP = "Estimate a pipeline's statistics for the optimal noise and trajectory."
+HELP = "Measure a pipeline for the optimal noise and trajectory, or fit a sampler to it."
 
 
 # What acts in each kind of call; the rest is refused rather than ignored.
 _WHERE = {"pipeline", "revision", "allow_pickle", "output"}
 _RUN = {"objective", "num_images", "batch_size", "seed", "cpu"}
+_OF_SOLVER = {"calls", "held_out"}
 _ACTS = {
     "--undo": _WHERE | {"undo", "cpu"},
     "--objective trajectory": _WHERE | _RUN | {"trajectory_steps", "labels"},
+    "--objective solver": _WHERE | _RUN | {"trajectory_steps", "work_dir", "labels"} | _OF_SOLVER,
 }
 
 
@@ -33,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_repository_arguments(parser)
     parser.add_argument(
         "--objective",
-        choices=("likelihood", "trajectory"),
+        choices=("likelihood", "trajectory", "solver"),
         default="likelihood",
         help="likelihood: statistics of all timesteps, for the 'optimal' noise and spacing, which "
-        "need --data; trajectory: fine trajectories from noise, for the 'calibrated' spacing, "
-        "the best for pictures (likelihood)",
+        "need --data; trajectory: fine trajectories from noise, for the 'calibrated' spacing; "
+        "solver: a table of weights and timesteps for each number of --calls, fitted to fine "
+        "trajectories from noise, for --preset calibrated (likelihood)",
     )
     add_data_arguments(parser, required=False)
     add_condition_arguments(parser)
@@ -45,13 +48,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_images",
         type=int,
         help="likelihood: images M, each costs T network calls (100); trajectory: samples, each "
-        "costs --trajectory_steps network calls (48)",
+        "costs --trajectory_steps network calls (48); solver: samples that tables are fitted to "
+        "(128)",
+    )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        nargs="+",
+        default=[5, 7, 10, 15, 20],
+        help="solver: numbers of network calls, each gets a table (5 7 10 15 20)",
+    )
+    parser.add_argument(
+        "--held_out",
+        type=int,
+        default=64,
+        help="solver: samples of other noise; a table that is no better there than the formulas "
+        "is not stored (64)",
     )
     parser.add_argument(
         "--trajectory_steps",
         type=int,
         default=100,
-        help="timesteps of the fine trajectory, among which the calibrated ones are chosen (100)",
+        help="timesteps of the fine trajectory, which calibrated ones are chosen from or follow "
+        "(100)",
     )
     parser.add_argument(
         "--output",
@@ -94,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         return _undo(args)
     if args.objective == "trajectory":
         return _run_trajectory(args)
-    if args.data is None:
+    if args.objective == "likelihood" and args.data is None:
         raise ValueError(
             "`--data` is missing; it must name the images that --objective likelihood measures"
         )
@@ -107,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         own_together(owned_folder(target), "calibrate", team) as owner,
         own_together(work_dir, "calibrate", team, transient=True),
     ):
+        if args.objective == "solver":
+            return _fit_solver(args, target, team, work_dir, owner)
         return _run_pass(args, target, team, work_dir, owner)
 
 
@@ -115,7 +136,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     add_arguments(parser)
     every = {action.dest for action in parser._actions}
     kind = "--undo" if args.undo else f"--objective {args.objective}"
-    acts = _ACTS.get(kind, every - {"trajectory_steps"})
+    acts = _ACTS.get(kind, every - {"trajectory_steps", *_OF_SOLVER})
     for name, value in vars(args).items():
         if name in every - acts and value != parser.get_default(name):
             raise ValueError(f"`--{name}` is {value!r}; it does nothing with {kind}, leave it out")
@@ -153,6 +174,48 @@ def _run_pass(
         print(
             f"{num_images} images, {cost['network_calls']} network calls, "
             f"{cost['seconds']:.1f} s, {cost['processes']} processes; written to {target}"
+        )
+    team.wait()
+    return 0
+
+
+def _fit_solver(
+    args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
+) -> int:
+    from ddim_schedulers.training.calibration import solver_run
+    from ddim_schedulers.training.likelihood import calibration
+    from ddim_schedulers.training.likelihood.measured_data import labels_in_turn
+    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
+
+    measured_model = load_measured_model(
+        args.pipeline, team.state.device, allow_pickle=args.allow_pickle
+    )
+    job = solver_run.SolverJob(
+        calls=tuple(args.calls),
+        num_samples=128 if args.num_images is None else args.num_images,
+        held_out=args.held_out,
+        steps=args.trajectory_steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    outcomes, cost = solver_run.calibrate_solver(
+        measured_model.labelled(labels_in_turn(args, measured_model, job.num_samples)),
+        job,
+        work_dir=work_dir,
+        team=team,
+        progress=lambda line: print(f"process {team.index}: {line}", file=sys.stderr, flush=True),
+    )
+    if team.index == 0:
+        owner.check()
+        better = {str(each.calls): each.entry for each in outcomes if each.is_better}
+        if better:
+            calibration.add_to_calibration({"solver": better}, target, measured_model.saved)
+        solver_run.discard(work_dir)
+        print(*solver_run.summary(outcomes), sep="\n")
+        print(
+            f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "
+            f"{cost['processes']} processes; "
+            + (f"written to {target}" if better else "nothing is written")
         )
     team.wait()
     return 0

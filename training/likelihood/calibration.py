@@ -253,6 +253,9 @@ def add_to_calibration(
             "be objects, and were changed"
         )
     settings["calibration"] = {**(before or {}), **values}
+    tables = (before or {}).get("solver")
+    if "solver" in values and isinstance(tables, dict):  # of other numbers of calls
+        settings["calibration"]["solver"] = {**tables, **values["solver"]}
     written = to_json(config)
     if not config_file.exists():
         config_file.parent.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,9 @@ class MeasuredModel:
     def _hash_weights(self, digest: "hashlib._Hash") -> None:
         for name, value in sorted(self.unet.state_dict().items()):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
 
 
 def measured_model_of(unet: Any, config: dict[str, Any]) -> MeasuredModel:
