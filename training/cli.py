@@ -36,7 +36,7 @@ VERBS: dict[str, str] = {
     "interpolate": "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's "
     "own way.",
     "likelihood": "Compute a pipeline's bits per dimension, term by term.",
-    "calibrate": "Estimate a pipeline's statistics for the optimal noise and trajectory.",
+    "calibrate": "Measure a pipeline for the optimal noise and trajectory, or fit a sampler to it.",
     "evaluate": "Measure samples of any scheduler, eta and number of steps against real images; "
     "resumable.",
     "export": "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form.",
