@@ -177,8 +177,9 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
             before = self.kept_settings()
         except DamagedFileError as error:
             raise ValueError(
-                f"{str(self.folder / SETTINGS)!r} is damaged ({error.reason}), so nothing tells "
-                "how its images were made; choose another folder, or delete them and it."
+                f"{str(self.folder / self.settings_name)!r} is damaged ({error.reason}), so "
+                "nothing tells how its images were made; choose another folder, or delete them "
+                "and it."
             ) from error
         if before is None:
             return None
@@ -208,7 +209,7 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
             (self.folder / GRID).unlink(missing_ok=True)  # it shows fewer images
         if earlier != count:
             # processes that start together write the same
-            write_json(self.folder / SETTINGS, settings | origin, self.rank)
+            write_json(self.folder / self.settings_name, settings | origin, self.rank)
 
     def check_origin(self) -> None:
         """Refuse images of which nothing says how they were made, or that are not of this job.
@@ -219,12 +220,12 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
         folder = self.folder
         # images first: who starts at the same time writes the settings before the first image
         found = [p for place in (self.images, folder) for p in place.glob("*") if _is_picture(p)]
-        if not (folder / SETTINGS).exists():
+        if not (folder / self.settings_name).exists():
             if found:
                 raise ValueError(
                     f"`output` {str(folder)!r} holds images (e.g. {found[0].relative_to(folder)}) "
-                    f"but no {SETTINGS}, which would say how they were made; choose another "
-                    "folder, or delete them."
+                    f"but no {self.settings_name}, which would say how they were made; choose "
+                    "another folder, or delete them."
                 )
             return
         own = re.compile(

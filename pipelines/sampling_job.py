@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ddim_schedulers.class_labels import class_labels_of
-from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.pipelines.base import UnconditionalPipeline, check_batch_size
 from ddim_schedulers.pipelines.conditions import (
     BoundConditions,
     Conditions,
@@ -256,7 +256,7 @@ def _sample_share(
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
                     # not before there are images: a job whose samples fail binds no corrected call
-                    files.settle(settings, defaults, _origin(pipe))
+                    files.settle(settings, defaults, origin_of(pipe))
                 for piece in missing:
                     files.save(piece, images[piece.start - start : piece.stop - start])
             written += len(missing)
@@ -334,7 +334,7 @@ def _sample(
 
 
 def settings_of(
-    pipe: GenerationPipeline, job: SamplingJob, guides: Guides = NO_GUIDES
+    pipe: UnconditionalPipeline, job: SamplingJob, guides: Guides = NO_GUIDES
 ) -> dict[str, Any]:
     """Return everything that the files depend on, as JSON types."""
     settings = {
@@ -391,7 +391,7 @@ def _is_channels_last(network: torch.nn.Module) -> bool:
     )
 
 
-def _origin(pipe: GenerationPipeline) -> dict[str, Any]:
+def origin_of(pipe: UnconditionalPipeline) -> dict[str, Any]:
     """Return the name on the Hub that the network came from; nothing of a folder."""
     name = pipe.unet.config.get("_name_or_path")
     return {ORIGIN: name} if isinstance(name, str) and re.search(r"@[0-9a-f]{40}$", name) else {}

@@ -324,6 +324,7 @@ HELP_WITH_TORCH = {
     "sample": "noises, spacings and solver forms are named beside the equations that they name",
     "reconstruct": "as sample",
     "interpolate": "as sample",
+    "restore": "as sample",
 }
 
 

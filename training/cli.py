@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "reconstruct": "Encode images to latents with DDIM, decode them again and report the error.",
     "interpolate": "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's "
     "own way.",
+    "restore": "Restore images from what was measured of them: holes, fewer pixels, blur, grey.",
     "likelihood": "Compute a pipeline's bits per dimension, term by term.",
     "calibrate": "Measure a pipeline for the optimal noise and trajectory, or fit a sampler to it.",
     "evaluate": "Measure samples of any scheduler, eta and number of steps against real images; "

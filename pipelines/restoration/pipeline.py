@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -167,9 +166,7 @@ class RestorationPipeline(UnconditionalPipeline):
         bound = BoundConditions(
             Conditions(**conditions), self.unet, self.scheduler, noise.num_images, device
         )
-        if num_inference_steps is None and timesteps is None and not self._keeps_trajectory():
-            num_inference_steps = DEFAULT_STEPS
-        tau = plan(self.scheduler, num_inference_steps, timesteps, device)
+        tau = self.planned(num_inference_steps, timesteps, device)
         steps = steps_of(self.scheduler, [int(t) for t in tau.tolist()], eta, eta_rule)
         unmeasured = None
         if measures_nothing(operator, of_ones, shape):
@@ -194,7 +191,7 @@ class RestorationPipeline(UnconditionalPipeline):
         output: OutputBuffer,
         after_step: Advance | None,
     ) -> RestorationOutput:
-        forward = sum(b > a for a, b in pairwise(run.method.positions(len(run.steps))))
+        forward = run.method.calls(len(run.steps))
         largest, kept, residuals, backward = parts[0][1], [], [], 0
         unsolved = 0.0
         with self.progress_bar(total=len(parts) * forward) as bar:
@@ -267,9 +264,22 @@ class RestorationPipeline(UnconditionalPipeline):
 
         return sample
 
-    def _keeps_trajectory(self) -> bool:
+    def planned(
+        self,
+        num_inference_steps: int | None,
+        timesteps: Sequence[int] | None,
+        device: torch.device | str,
+    ) -> torch.Tensor:
+        """Set the scheduler's trajectory and return its timesteps.
+
+        Raises:
+            ValueError: as `sampling.plan`.
+        """
         config = self.scheduler.config
-        return config.get("timesteps") is not None or bool(config.get("sigma"))
+        keeps = config.get("timesteps") is not None or bool(config.get("sigma"))
+        if num_inference_steps is None and timesteps is None and not keeps:
+            num_inference_steps = DEFAULT_STEPS
+        return plan(self.scheduler, num_inference_steps, timesteps, device)
 
 
 def _samples_of_each(

@@ -25,7 +25,7 @@ class Dps(Method):
         ValueError: for a `zeta` that is not finite and > 0.
     """
 
-    zeta: float = 0.5
+    zeta: float = 1.0
     name = "dps"
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ measures nothing.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 
@@ -69,6 +70,10 @@ class Method:
     def positions(self, steps: int) -> list[int]:
         """Return where the trajectory goes: 0 is x_T, `steps` the image; back by one is allowed."""
         return list(range(steps + 1))
+
+    def calls(self, steps: int) -> int:
+        """Return how many steps forward there are, each of them one network call."""
+        return sum(there > here for here, there in pairwise(self.positions(steps)))
 
     def settings(self) -> dict[str, float | int | str | None]:
         """Return the method's name and arguments, as JSON types."""
