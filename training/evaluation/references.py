@@ -169,8 +169,8 @@ class RealImages:
             for images in _batches(data, rows):
                 digest.update(to_uint8(images).tobytes())
         fingerprint = digest.hexdigest()
-        rows = {part: len(rows) for part, (_, rows) in parts.items()}
-        cache = FeatureFiles(Path(self.config.cache_dir or self.folder), rows, self.progress)
+        counts = {part: len(rows) for part, (_, rows) in parts.items()}
+        cache = FeatureFiles(Path(self.config.cache_dir or self.folder), counts, self.progress)
         self.team.wait()
         kept = cache.load(fingerprint)
         if kept is None:
