@@ -84,7 +84,7 @@ def _exact_fit(variances, tau, constants):
 def test_the_fit_reaches_an_exact_flow_to_1e_5():
     tau = [999, 700, 400, 150]
     fit = _exact_fit(3, tau, EXACT)
-    table = fit.improve(fit.greedy(tau))
+    table = fit.improve(fit.greedy(tau), 3)
     chunk = fit.chunk(0)
     rollout = solver_fit.Rollout(fit.predict, None, chunk.x_T)
     rollout.follow(table.timesteps, table.rows)
@@ -106,8 +106,8 @@ def test_with_many_variances_it_is_nearer_than_the_formulas(zero_snr, tmp_path):
 def test_levenberg_marquardt_lowers_the_loss_by_weights_and_by_timesteps():
     tau = [999, 600, 300]
     start = _exact_fit(64, tau, Constants()).greedy(tau)
-    both = _exact_fit(64, tau, Constants(iterations=2)).improve(start)
-    weights = _exact_fit(64, tau, Constants(iterations=2, most_shift=0)).improve(start)
+    both = _exact_fit(64, tau, Constants()).improve(start, 2)
+    weights = _exact_fit(64, tau, Constants(most_shift=0)).improve(start, 2)
     assert both.loss < 0.95 * start.loss and weights.loss < start.loss
     assert weights.timesteps == start.timesteps != both.timesteps
     assert both.timesteps[0] == 999
@@ -278,7 +278,7 @@ def test_a_table_that_is_no_better_is_not_stored(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         solver_run.Fit,
         "improve",
-        lambda self, table: table._replace(rows=[0 * r for r in table.rows]),
+        lambda self, table, n: table._replace(rows=[0 * r for r in table.rows]),
     )
     words = ["calibrate", "--objective", "solver", "--pipeline", str(tmp_path / "p")]
     assert main([*words, *WORDS.split()]) == 0

@@ -26,6 +26,9 @@ Predict = Callable[[torch.Tensor, int, int], torch.Tensor]
 # Of (what is computed, how of one chunk): the results of all chunks, in order.
 Over = Callable[[str, Callable[[int], Tensors]], list[Tensors]]
 
+# Of a step of the table: a direction of its weights, or a shift of its timestep.
+Move = tuple[int, torch.Tensor | int]
+
 END = -1
 
 
@@ -119,11 +122,15 @@ class Rollout:
     def end_from(
         self, x: torch.Tensor, timesteps: Sequence[int], rows: Sequence[torch.Tensor], start: int
     ) -> torch.Tensor:
-        """Return where a table ends that goes on from the state x before step `start`."""
-        x0s = self.x0s[:start]
+        """Return where a table ends that goes on from the state x before step `start`.
+
+        Several states of the chunk may be side by side in x.
+        """
+        times = len(x) // len(self.states[0])
+        x_T, *x0s = (torch.cat([part] * times) for part in [self.states[0], *self.x0s[:start]])
         for i in range(start, len(rows)):
             x0s.append(self.x0(x, timesteps[i]))
-            x = combine(rows[i], [self.states[0], *x0s])
+            x = combine(rows[i], [x_T, *x0s])
         return x
 
 
@@ -154,6 +161,8 @@ class Fit:
         over: computes something of every chunk.
         constants: of the method.
         progress: called with a line of text now and then, or None.
+        most: samples that the network takes at once; derivatives are computed side by side as far
+            as it allows.
     """
 
     def __init__(
@@ -168,14 +177,15 @@ class Fit:
         over: Over,
         constants: Constants | None = None,
         progress: Callable[[str], object] | None = None,
+        most: int = 1,
     ) -> None:
         self.label, self.predict, self.clip, self.limit = label, predict, clip, limit
         self.alpha_bar, self.alpha_bar_end = alpha_bar, alpha_bar_end
         self.chunk, self.over = chunk, over
         self.constants = Constants() if constants is None else constants
-        self.progress = progress or (lambda line: None)
+        self.progress, self.most = progress or (lambda line: None), most
         self._rollouts: dict[int, Rollout] = {}
-        self._count = 0
+        self._count, self._damping = 0, self.constants.damping
 
     def _rollout(self, c: int) -> Rollout:
         if c not in self._rollouts:
@@ -237,15 +247,14 @@ class Fit:
             rows.append(prior + gain.solution[:, 0])
         return Table(list(timesteps), rows, self.loss(timesteps, rows))
 
-    def improve(self, table: Table) -> Table:
+    def improve(self, table: Table, iterations: int) -> Table:
         """Minimise the error of the end points, as long as an iteration gains enough."""
-        damping = self.constants.damping
-        for number in range(self.constants.iterations):
+        for _ in range(iterations):
             moves = self._moves(table)
             normal, gradient = self._normal_equations(table, moves)
             unit, best = torch.eye(len(normal), dtype=torch.float64), None
             for factor in (1.0, 10.0, 100.0):
-                tried = damping * factor
+                tried = self._damping * factor
                 step = torch.linalg.solve(normal + tried * unit, gradient)
                 new = self._moved(table, moves, step)
                 if new is not None and (best is None or new.loss < best.loss):
@@ -254,16 +263,14 @@ class Fit:
                     break
             if best is None or not best.loss < table.loss:
                 break
-            self.progress(
-                f"{self.label}: iteration {number + 1}, {table.loss:.3g} -> {best.loss:.3g}"
-            )
-            gained, damping = 1 - best.loss / table.loss, worked / 3
+            self.progress(f"{self.label}: {table.loss:.3g} -> {best.loss:.3g}")
+            gained, self._damping = 1 - best.loss / table.loss, worked / 3
             table = best
             if gained < self.constants.least_gain:
                 break
         return table
 
-    def _moves(self, table: Table) -> list[tuple[int, torch.Tensor | int]]:
+    def _moves(self, table: Table) -> list[Move]:
         """Return what is changed, by step: directions of its weights, and its timestep's shift."""
 
         def of(c: int) -> Tensors:
@@ -275,7 +282,7 @@ class Fit:
 
         total = self._sum("gram", of)
         gram = total["gram"] / total["count"]
-        moves: list[tuple[int, torch.Tensor | int]] = []
+        moves: list[Move] = []
         for i, t in enumerate(table.timesteps):
             values, vectors = torch.linalg.eigh(gram[: i + 2, : i + 2])
             kept = values > self.constants.least_share * values.max()
@@ -289,7 +296,7 @@ class Fit:
         return moves
 
     def _normal_equations(
-        self, table: Table, moves: Sequence[tuple[int, torch.Tensor | int]]
+        self, table: Table, moves: Sequence[Move]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return J J^T and J r, means over all entries of the end points, J by row of `moves`."""
 
@@ -297,21 +304,16 @@ class Fit:
             rollout = self._rollout(c)
             rollout.follow(table.timesteps, table.rows)
             end = self._clamped(rollout.states[-1])
-            rows = []
-            for number, (i, change) in enumerate(moves):
-                x, timesteps, start, size = rollout.states[i], list(table.timesteps), i, 0.0
-                if isinstance(change, int):  # in units of 100 timesteps
-                    timesteps[i] += change
-                    size = change / 100
-                else:
-                    size, start = self.constants.nudge, i + 1
-                    x = rollout.states[start] + combine(
-                        change * size, [rollout.states[0], *rollout.x0s[:start]]
-                    )
-                moved = rollout.end_from(x, timesteps, table.rows, start)
-                rows.append(((self._clamped(moved) - end) / size).flatten())
-                if number % 20 == 19:
-                    self.progress(f"{self.label}: derivative {number + 1} of {len(moves)}")
+            rows: list[torch.Tensor] = []
+            told = 0
+            for group in _groups(moves, max(1, self.most // len(end))):
+                moved = self._moved_ends(rollout, table, group)
+                for (_, change), x in zip(group, moved.split(len(end)), strict=True):
+                    size = change / 100 if isinstance(change, int) else self.constants.nudge
+                    rows.append(((self._clamped(x) - end) / size).flatten())
+                if len(rows) >= told + 20:
+                    told = len(rows)
+                    self.progress(f"{self.label}: derivative {told} of {len(moves)}")
             jacobian, miss = _flat(rows), self._miss(c, rollout.states[-1]).flatten()
             count = torch.tensor(float(len(miss)), dtype=torch.float64)
             normal, gradient = (jacobian @ jacobian.T).cpu(), (jacobian @ miss).cpu()
@@ -320,9 +322,20 @@ class Fit:
         total = self._sum("derivatives", of)
         return total["normal"] / total["count"], total["gradient"] / total["count"]
 
-    def _moved(
-        self, table: Table, moves: Sequence[tuple[int, torch.Tensor | int]], step: torch.Tensor
-    ) -> Table | None:
+    def _moved_ends(self, rollout: Rollout, table: Table, group: Sequence[Move]) -> torch.Tensor:
+        """Return the ends after each move of a group, which all change the same step, in a row."""
+        i, change = group[0]
+        timesteps = list(table.timesteps)
+        if isinstance(change, int):
+            timesteps[i] += change
+            return rollout.end_from(rollout.states[i], timesteps, table.rows, i)
+        basis = [rollout.states[0], *rollout.x0s[: i + 1]]
+        x = torch.cat(
+            [rollout.states[i + 1] + combine(v * self.constants.nudge, basis) for _, v in group]
+        )
+        return rollout.end_from(x, timesteps, table.rows, i + 1)
+
+    def _moved(self, table: Table, moves: Sequence[Move], step: torch.Tensor) -> Table | None:
         """Return the table after a step, or None where its timesteps do not decrease."""
         rows, timesteps = [row.clone() for row in table.rows], list(table.timesteps)
         most = self.constants.most_shift
@@ -336,6 +349,19 @@ class Fit:
         if any(t <= s for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True)):
             return None
         return Table(timesteps, rows, self.loss(timesteps, rows))
+
+
+def _groups(moves: Sequence[Move], most: int) -> list[list[Move]]:
+    """Put directions of the same step together, at most so many; a shift is alone."""
+    groups: list[list[Move]] = []
+    for i, change in moves:
+        last = groups[-1] if groups else []
+        alone = isinstance(change, int) or not last or isinstance(last[0][1], int)
+        if alone or last[0][0] != i or len(last) == most:
+            groups.append([(i, change)])
+        else:
+            last.append((i, change))
+    return groups
 
 
 def _ddim_row(before: torch.Tensor | None, alpha_bar_t: float, alpha_bar_s: float) -> torch.Tensor:

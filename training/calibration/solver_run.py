@@ -51,6 +51,7 @@ logger = logging.get_logger(__name__)
 
 METHOD = 1  # changes with everything that changes the numbers of a sum
 CLAIM = "solver.json"
+CHUNK = 128
 # Where the timesteps are before they are fitted: t / T = (1 - i / S) ** power, of the powers the
 # one whose step-by-step fit ends nearest.
 POWERS = (1.0, 1.25, 1.5)
@@ -79,7 +80,8 @@ class SolverJob:
         held_out: samples of other noise that they are tested on.
         steps: of the fine trajectory.
         seed: of the noise.
-        batch_size: samples in a chunk, and in a network call.
+        batch_size: samples in a network call, where there are as many: chunks have at most
+            `CHUNK`, but derivatives are computed side by side.
         constants: of the method.
     """
 
@@ -90,6 +92,11 @@ class SolverJob:
     seed: int = 0
     batch_size: int = 64
     constants: Constants = Constants()
+
+    @property
+    def chunk(self) -> int:
+        """Return how many samples a chunk has."""
+        return min(self.batch_size, CHUNK)
 
     def check(self, big_t: int) -> None:
         """Check the numbers against a chain of `big_t` timesteps.
@@ -149,7 +156,9 @@ class Predictor:
         self.device = next(model.unet.parameters()).device
         self.evaluations = 0
 
-    def output(self, x: torch.Tensor, t: int, first: int = 0) -> torch.Tensor:
+    def output(
+        self, x: torch.Tensor, t: int, first: int = 0, period: int | None = None
+    ) -> torch.Tensor:
         """Return what the network says of x (B, C, H, W), without a variance, in its dtype.
 
         Args:
@@ -157,11 +166,12 @@ class Predictor:
             t: of all of them.
             first: the number of the first sample; its class is that of its place in `labels`,
                 which are taken in turn.
+            period: x holds so many samples, several times; None for once.
         """
         self.evaluations += len(x)
         conditions = {}
         if (labels := self.model.labels) is not None:
-            places = torch.arange(first, first + len(x)) % len(labels)
+            places = (first + torch.arange(len(x)) % (period or len(x))) % len(labels)
             conditions["class_labels"] = labels[places].to(x.device)
         context: Any = contextlib.nullcontext()
         if self.autocast is not None:
@@ -171,12 +181,14 @@ class Predictor:
             output = self.model.unet(x.to(self.model.dtype), steps, **conditions).sample
         return output[:, : self.model.channels].to(x.dtype)
 
-    def __call__(self, x: torch.Tensor, t: int, first: int = 0) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, t: int, first: int = 0, period: int | None = None
+    ) -> torch.Tensor:
         """Return x0_hat before any clipping; the arguments are those of `output`."""
         now = self.model.alpha_bar[t]
         before = self.model.alpha_bar[t - 1] if t else torch.ones_like(now)
         of_x, of_m = x0_coefficients(self.model.prediction_type, now, before)
-        return x * float(of_x) + self.output(x, t, first) * float(of_m)
+        return x * float(of_x) + self.output(x, t, first, period) * float(of_m)
 
 
 Item = tuple[str, int]  # what is computed, and of which chunk
@@ -362,7 +374,7 @@ class _Calibration:
         )
 
         def parts(samples: int) -> Parts:
-            chunks = math.ceil(samples / job.batch_size)
+            chunks = math.ceil(samples / job.chunk)
             return Parts(files, chunks, team, owner)
 
         self.fitted, self.tested = parts(job.num_samples), parts(job.held_out)
@@ -390,13 +402,13 @@ class _Calibration:
     def _noise(self, purpose: str, samples: int, c: int) -> torch.Tensor:
         size = self.model.unet.config.sample_size
         shape = (self.model.channels, *((size, size) if isinstance(size, int) else size))
-        count = min(self.job.batch_size, samples - c * self.job.batch_size)
+        count = min(self.job.chunk, samples - c * self.job.chunk)
         dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         noise = torch.randn(count, *shape, generator=generator(self.job.seed, purpose, c))
         return noise.to(self.predictor.device, dtype)
 
     def _predict(self, x: torch.Tensor, t: int, c: int) -> torch.Tensor:
-        return self.predictor(x, t, c * self.job.batch_size)
+        return self.predictor(x, t, c * self.job.chunk, len(self._chunk(c).x_T))
 
     def _fine(self, x: torch.Tensor, kept: Sequence[int], c: int) -> Tensors:
         """Follow the probability-flow ODE, order 3 with corrector and without clipping."""
@@ -415,7 +427,7 @@ class _Calibration:
         for t in self.grid:
             if t in kept:
                 states.append(x)
-            output = self.predictor.output(x, t, c * self.job.batch_size)
+            output = self.predictor.output(x, t, c * self.job.chunk)
             x = scheduler.step(output, t, x, return_dict=False)[0]
         return {"states": torch.stack([*states, x])}
 
@@ -447,10 +459,14 @@ class _Calibration:
     # -- tables
 
     def outcome(self, calls: int) -> Outcome:
-        """Fit the table of S steps, without clipping and, if the config clips, with it."""
+        """Fit the table of S steps, without clipping and, if the config clips, with it.
+
+        The better of the two after one iteration goes on.
+        """
         choices = [None] if self.limit is None else [None, self.limit]
-        fitted = [(self._fit(calls, clip), clip) for clip in choices]
-        table, clip = min(fitted, key=lambda each: each[0].loss)
+        started = [self._start(calls, clip) for clip in choices]
+        table, fit = min(started, key=lambda each: each[0].loss)
+        table = fit.improve(table, self.job.constants.iterations - 1)
         steps = analytic_steps(table.timesteps, self.model.alpha_bar, self.analytic.alpha_bar_end)
         weights = [row.tolist() for row in differences_of(table.rows, *steps[:2])]
         levels = self.model.alpha_bar[table.timesteps].tolist()
@@ -458,7 +474,7 @@ class _Calibration:
             timesteps=table.timesteps,
             weights=weights,
             eta=0.0,
-            clip=clip,
+            clip=fit.clip,
             clips=self.limit,
             alpha_bar=[*levels, self.analytic.alpha_bar_end],
             shape=list(self._noise("solver", 1, 0).shape[1:]),
@@ -472,7 +488,8 @@ class _Calibration:
         }
         return Outcome(calls, {**entry, **how}, held_out, analytic)
 
-    def _fit(self, calls: int, clip: float | None) -> Table:
+    def _start(self, calls: int, clip: float | None) -> tuple[Table, Fit]:
+        """Fit step by step from each start, and improve the best once."""
         label = f"{calls}-{'free' if clip is None else 'clipped'}"
         fits = []
         for number, tau in enumerate(self.starts[calls]):
@@ -487,11 +504,12 @@ class _Calibration:
                 self.fitted.over,
                 self.job.constants,
                 self.progress,
+                self.job.batch_size,
             )
             fits.append((fit.greedy(tau), fit))
         table, fit = min(fits, key=lambda each: each[0].loss)
         self.progress(f"{label}: step by step {table.loss:.3g}")
-        return fit.improve(table)
+        return fit.improve(table, 1), fit
 
     def _test(self, calls: int, entry: dict[str, Any]) -> tuple[float, float]:
         """Return the held-out errors of a table, as it is read from a config, and of none."""
@@ -507,7 +525,7 @@ class _Calibration:
                 scheduler.set_timesteps(calls)
                 x = x_T
                 for t, _ in scheduler.planned_pairs():
-                    output = self.predictor.output(x, t, c * self.job.batch_size)
+                    output = self.predictor.output(x, t, c * self.job.chunk)
                     x = scheduler.step(output, t, x, return_dict=False)[0]
                 miss = x - goal if self.limit is None else _clamped_miss(x, goal, self.limit)
                 found[name] = miss.double().square().sum()
