@@ -101,7 +101,7 @@ def scaled_predictions(
 def _ends(eps_scale: Any) -> tuple[Any, Any]:
     """Return k at t = 0 and at t = T; a list of another length counts as no numbers."""
     if isinstance(eps_scale, list | tuple):
-        return tuple(eps_scale) if len(eps_scale) == 2 else (None, None)  # type: ignore[return-value]
+        return tuple(eps_scale) if len(eps_scale) == 2 else (None, None)
     return eps_scale, eps_scale
 
 

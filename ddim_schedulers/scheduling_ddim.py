@@ -271,17 +271,21 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         if calls is None and timesteps is None and config.timesteps is None:
             return None  # refused further on
         if timesteps is not None or config.timesteps is not None:
-            return self._without_table("timesteps")
+            self._without_table("timesteps")
+            return None
         if member is not None:
-            return self._without_table("sigma")
+            self._without_table("sigma")
+            return None
         calls = check_num_inference_steps(calls, len(self))  # type: ignore[arg-type]
         table = solver_table_of(config.calibration, calls, len(self))
         if table is None:
             there = stored_calls(config.calibration)
-            return self._without_table("calls", f"{calls} calls, stored: {there}")
+            self._without_table("calls", f"{calls} calls, stored: {there}")
+            return None
         why = misfit(table, config, self._alpha_bar, self.alpha_bar_end)
         if why is not None:
-            return self._without_table(why)
+            self._without_table(why)
+            return None
         said = f"{calls} calls: the stored table, timesteps {table.timesteps}."
         if said not in self._said_of_tables:
             self._said_of_tables.add(said)

@@ -165,7 +165,7 @@ def _shown(value: Any) -> str:
 
 def _is_real(value: Any) -> bool:
     real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and abs(float(value)) < math.inf  # type: ignore[arg-type]
+    return real and abs(float(value)) < math.inf
 
 
 def _read(entry: Any, key: Any, big_t: int) -> SolverTable:

@@ -9,7 +9,9 @@ import torch
 class Network(Protocol):
     """An unconditional denoiser, as `UNet2DModel`: (sample, timestep) -> output with `.sample`."""
 
-    config: Any
+    @property
+    def config(self) -> Any:  # noqa: ANN401
+        """Return the configuration."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -234,10 +234,10 @@ def denoise(
     inverse = isinstance(scheduler, GeneralizedDDIMInverseScheduler)
     # a sampler without noise has no use for the variance that a network may have learned
     mean_alone = inverse or (is_deterministic(scheduler) and not arguments.get("eta"))
-    guided = isinstance(network, BoundNetwork)
     for index, t in enumerate(timesteps):
-        if guided and index and network.changes_between(timesteps[index - 1], t):
-            forget_history(scheduler)  # a step across the edge would mix two fields
+        if isinstance(network, BoundNetwork) and index > 0:
+            if network.changes_between(timesteps[index - 1], t):
+                forget_history(scheduler)  # a step across the edge would mix two fields
         model_output = predict(network, x_t, t, batch_size)
         if mean_alone:
             model_output = model_output[:, : x_t.shape[1]]

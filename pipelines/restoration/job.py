@@ -231,6 +231,7 @@ def _restore_share(
                 if not written:
                     # not before there are images: a job that fails binds no corrected call
                     files.settle(settings, {}, origin_of(pipe))
+                assert isinstance(output.images, torch.Tensor)
                 images = to_uint8(output.images)
                 for piece in missing:
                     files.save(piece, images[piece.start - chunk.start : piece.stop - chunk.start])

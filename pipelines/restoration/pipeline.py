@@ -260,7 +260,11 @@ class RestorationPipeline(UnconditionalPipeline):
             network: Network, x_t: torch.Tensor, generator: Generators, advance: Advance
         ) -> torch.Tensor:
             arguments = step_arguments(self.scheduler, generator, eta)
-            return denoise(network, self.scheduler, x_t, tau, arguments, lambda _: advance())
+
+            def after_step(_: object) -> None:
+                advance()
+
+            return denoise(network, self.scheduler, x_t, tau, arguments, after_step)
 
         return sample
 
@@ -326,5 +330,5 @@ def _spread(x: torch.Tensor, each: int, output_type: str) -> tuple[Any, Any]:
         # the largest standard deviation of values in [0, 1] is 0.5
         return to_pil(to_uint8(2 * mean - 1)), to_pil(to_uint8(4 * std - 1))
     if output_type == "np":
-        return tuple(part.movedim(1, -1).float().numpy() for part in (mean, std))
+        return mean.movedim(1, -1).float().numpy(), std.movedim(1, -1).float().numpy()
     return mean, std

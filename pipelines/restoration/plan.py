@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers import DDPMScheduler
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
-from ddim_schedulers.pipelines.compatibility import DDPMScheduler
 from ddim_schedulers.pipelines.interfaces import Scheduler
 from ddim_schedulers.pipelines.sampling import alpha_bar_table, step_arguments
 from ddim_schedulers.scales import is_one
@@ -124,9 +124,9 @@ def _check_noise(scheduler: Scheduler) -> None:
                 "must be 1."
             )
     if isinstance(scheduler, GeneralizedDDIMScheduler):
-        key, own = "reverse_variance", ("sigma",)
+        key, own = "reverse_variance", ["sigma"]
     elif isinstance(scheduler, MarkovianDDPMScheduler | DDPMScheduler):
-        key, own = "variance_type", ("fixed_small", "fixed_small_log")
+        key, own = "variance_type", ["fixed_small", "fixed_small_log"]
     else:
         return
     if config[key] not in own:

@@ -331,7 +331,10 @@ class Fit:
             return rollout.end_from(rollout.states[i], timesteps, table.rows, i)
         basis = [rollout.states[0], *rollout.x0s[: i + 1]]
         x = torch.cat(
-            [rollout.states[i + 1] + combine(v * self.constants.nudge, basis) for _, v in group]
+            [
+                rollout.states[i + 1] + combine(torch.as_tensor(v) * self.constants.nudge, basis)
+                for _, v in group
+            ]
         )
         return rollout.end_from(x, timesteps, table.rows, i + 1)
 

@@ -29,11 +29,13 @@ def load_guides(pipe: "UnconditionalPipeline", args: argparse.Namespace) -> dict
 
         saved = read_saved(args.guide, allow_pickle=args.allow_pickle, option="--guide")
         check_same_process(pipe.scheduler, saved.scheduler, "guide")
-        found["guide"] = saved.unet.to(device=pipe.device, dtype=pipe.unet.dtype)
+        guide: Any = saved.unet
+        found["guide"] = guide.to(device=pipe.device, dtype=pipe.unet.dtype)
     if args.classifier is not None:
         from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
 
-        found["classifier"] = load_noisy_classifier(args.classifier).to(pipe.device)
+        classifier: Any = load_noisy_classifier(args.classifier)
+        found["classifier"] = classifier.to(pipe.device)
     return found
 
 

@@ -202,7 +202,7 @@ def _measurement(
         shape = task.operator.measured_shape
         if len(shape) != 3:
             raise ValueError(f"--measured does not fit --task {args.task}: it measures no image.")
-        pictures = to_model_space(images, shape, pipe.state_dtype)  # type: ignore[arg-type]
+        pictures = to_model_space(images, shape, pipe.state_dtype)
         # of images in [0, 1]: y becomes 2 y - A(1)
         ones = task.operator.A(torch.ones(1, *pipe.image_shape, dtype=pipe.state_dtype))
         return None, task.operator.seen((pictures + 1) - ones)

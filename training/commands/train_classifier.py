@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         )
     keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
     process = {key: measured_model.config[key] for key in keys}
-    device = "cpu" if on_cpu(args.cpu) else torch.accelerator.current_accelerator()
+    device = "cpu" if on_cpu(args.cpu) else torch.accelerator.current_accelerator() or "cpu"
     with own_together(output, "train-classifier") as owner:
         classifier, record = train_noisy_classifier(
             data,

@@ -174,7 +174,8 @@ class Evaluation:
         if name == "classifier":
             from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
 
-            return load_noisy_classifier(place).to(self.device)
+            classifier: Any = load_noisy_classifier(place)
+            return classifier.to(self.device)
         guide = self._read(place, name)
         check_same_process(self.pipe.scheduler, guide.scheduler, name)
         network: Any = guide.unet

@@ -250,8 +250,9 @@ class RealImages:
             found["inception_score"] = inception_score(logits)
             # a classifier of this data numbers its classes in their order; one of other data does
             # not know them
-            own = name == CLASSIFIER and classes is not None
-            if own and labels is not None and logits.shape[1] == len(classes.ids):
+            if name != CLASSIFIER or classes is None or labels is None:
+                return found
+            if logits.shape[1] == len(classes.ids):
                 shares = recognised(logits, labels, classes.ids)
                 found["recognised"] = float(np.mean(list(shares.values())))
                 found["recognised_by_class"] = {

@@ -173,8 +173,9 @@ def null_labels(measured_model: MeasuredModel, count: int) -> torch.Tensor:
     """Return the null class for `count` images."""
     import torch
 
-    assert measured_model.classes is not None
-    return torch.full((count,), measured_model.classes.null_class, dtype=torch.int64)
+    classes = measured_model.classes
+    assert classes is not None and classes.null_class is not None
+    return torch.full((count,), classes.null_class, dtype=torch.int64)
 
 
 def kind_of_labels(args: argparse.Namespace, measured_model: MeasuredModel) -> str | None:

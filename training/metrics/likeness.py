@@ -14,10 +14,9 @@ def psnr(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    found = peak_signal_noise_ratio(
+    return peak_signal_noise_ratio(
         images.double(), truth.double(), data_range=1.0, reduction="none", dim=(1, 2, 3)
     )
-    return cast(torch.Tensor, found)
 
 
 def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor | None:

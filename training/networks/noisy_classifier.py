@@ -26,7 +26,7 @@ from ddim_schedulers.reading import read_json, safetensors_shapes
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
-class NoisyClassifier(ModelMixin, ConfigMixin):
+class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Residual blocks that halve the image, told t, then an average over pixels and one layer.
 
     Args:
