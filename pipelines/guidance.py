@@ -70,6 +70,11 @@ class BoundNetwork(ABC):
         """Return the network's config."""
         return self.networks[0].config
 
+    @property
+    def changes_predictions(self) -> bool:
+        """Tell whether it says something else than the network does of the same sample."""
+        return True
+
     def changes_between(self, t: Timestep, s: Timestep) -> bool:
         """Tell whether guidance acts at one of the two timesteps alone.
 
@@ -107,6 +112,11 @@ class LabelledNetwork(BoundNetwork):
     ) -> None:
         super().__init__(network)
         self.labels, self.weights = labels, weights
+
+    @property
+    def changes_predictions(self) -> bool:
+        """Tell whether classes are mixed."""
+        return self.weights is not None
 
     def predict(self, x: torch.Tensor, t: Timestep) -> torch.Tensor:
         """Return the prediction of the labels."""

@@ -217,7 +217,8 @@ def denoise(
 ) -> torch.Tensor:
     """Run the loop: one network call and one `scheduler.step` for each timestep.
 
-    At the edge of a guidance interval a scheduler of a higher order forgets its history.
+    At the edge of a guidance interval a scheduler of a higher order forgets its history. A stored
+    table was fitted to the network without guidance, so a guided loop goes on without it.
 
     Args:
         network: the denoiser.
@@ -234,6 +235,9 @@ def denoise(
     inverse = isinstance(scheduler, GeneralizedDDIMInverseScheduler)
     # a sampler without noise has no use for the variance that a network may have learned
     mean_alone = inverse or (is_deterministic(scheduler) and not arguments.get("eta"))
+    if isinstance(network, BoundNetwork) and isinstance(scheduler, GeneralizedDDIMScheduler):
+        if network.changes_predictions:
+            scheduler.without_table("guidance")  # it was fitted to the network alone
     for index, t in enumerate(timesteps):
         if isinstance(network, BoundNetwork) and index > 0:
             if network.changes_between(timesteps[index - 1], t):

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from ddim_schedulers import (
     solver_tables,
     to_portable,
 )
+from ddim_schedulers.pipelines.guidance import BoundNetwork
+from ddim_schedulers.pipelines.sampling import denoise
 from ddim_schedulers.solver_tables import (
     DECIMALS,
     analytic_steps,
@@ -361,6 +364,31 @@ def test_samples_of_another_shape_go_without(words):
     assert torch.equal(with_it, _run(_scheduler(), _x(2, 1, 2, 2))[0]) and words() == []
     _run(_scheduler(entry), _x(2, 1, 4, 4))
     assert words() == ["shape"]
+
+
+class _Exact:
+    """A perfect network as pipelines call it."""
+
+    dtype, config = torch.float64, {}
+
+    def __call__(self, x, t):
+        return SimpleNamespace(sample=_exact(x, GeneralizedDDIMScheduler().alpha_bar[t]))
+
+
+class _Guided(BoundNetwork):
+    def predict(self, x, t):
+        return self.networks[0](x, t).sample
+
+
+def test_a_guided_loop_of_ours_goes_without(words):
+    x = _x(2, 1, 2, 2)
+    for network, settings in ((_Exact(), {}), (_Guided(_Exact()), {"solver_calibrated": False})):
+        scheduler, analytic = _scheduler(), _scheduler(**settings)
+        scheduler.set_timesteps(4)
+        end = denoise(network, scheduler, x, scheduler.timesteps, {})
+        analytic.set_timesteps(**({"timesteps": TAU} if settings else {"num_inference_steps": 4}))
+        assert torch.equal(end, _run(analytic, x, None)[0])
+    assert words() == ["guidance"]
 
 
 def test_inversion_goes_without_and_says_so(caplog, words):

@@ -39,7 +39,12 @@ from diffusers import LEditsPPPipelineStableDiffusion as LEditsPP
 from diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion import compute_noise
 from diffusers.training_utils import compute_snr
 
-from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
+from ddim_schedulers import (
+    CALIBRATED,
+    FEW_STEPS,
+    GeneralizedDDIMScheduler,
+    MarkovianDDPMScheduler,
+)
 
 # diffusers' own SDXL pipeline calls its own deprecated `upcast_vae` in float16
 pytestmark = pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
@@ -575,3 +580,35 @@ def test_a_pipeline_that_passes_the_variance_to_the_scheduler():
     untold = DDPMScheduler(**{**trained, "variance_type": "fixed_small"}).config
     pipe.scheduler = GeneralizedDDIMScheduler.from_config(untold)
     assert np.array_equal(images(pipe, call), with_variance)
+
+
+@pytest.mark.parametrize("shape", [[1, 32, 32], None])
+def test_a_stored_table_in_a_guided_pipeline(shape, caplog, monkeypatch):
+    """That of samples of another size goes without; that of any size acts, guided or not."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    plain = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**LATENT).config, **FEW_STEPS)
+    tau = [990, 700, 400, 200, 80]
+    entry = {
+        "version": 1,
+        "timesteps": tau,
+        "weights": [[0.0] * (i + 1) + [0.1] for i in range(5)],
+        "eta": 0.0,
+        "clip": None,
+        "shape": shape,
+        "alpha_bar": [*plain.alpha_bar[tau].tolist(), float(plain.alpha_bar[0])],
+    }
+
+    def pictures(settings, cls=StableDiffusionPipeline, **call):
+        torch.manual_seed(0)
+        pipe = stable_diffusion(cls)
+        pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **settings)
+        pipe.set_progress_bar_config(disable=True)
+        words = prompt(height=SIZE, width=SIZE, guidance_scale=7.5, **call)
+        return pipe(**words, generator=torch.Generator().manual_seed(7)).images
+
+    stored = {**CALIBRATED, "calibration": {"solver": {"5": entry}}}
+    found = pictures(stored)
+    told = [m for m in caplog.messages if "do not fit: shape" in m]
+    analytic = pictures({**FEW_STEPS, "timesteps": tau})
+    assert np.isfinite(found).all()
+    assert np.array_equal(found, analytic) == bool(told) == (shape is not None)
