@@ -160,6 +160,7 @@ def test_other_labels_are_another_run(settings, tmp_path):
     train(settings(stop_after=2, class_names=COLOURS))
     with pytest.raises(ValueError, match="class_names was .* and is .*; start a new run"):
         Trainer(settings(resume="latest", class_names=COLOURS[::-1]))
+    assert Trainer(settings(resume="latest", class_names=tuple(COLOURS))).step == 2
     with pytest.raises(ValueError, match="label_dropout was None and is 0.2"):
         Trainer(settings(resume="latest", class_names=COLOURS, label_dropout=0.2))
     with np.load(tmp_path / "set.npz") as arrays:

@@ -335,6 +335,8 @@ class TrainingConfig(
         for field in dataclasses.fields(self):  # a file and a flag have text
             if isinstance(value := getattr(self, field.name), os.PathLike):
                 setattr(self, field.name, os.fspath(value))
+            elif isinstance(value, tuple):  # and lists; a checkpoint's are compared with these
+                setattr(self, field.name, list(value))
         check(self)
 
     def to_dict(self) -> dict[str, Any]:
