@@ -1,4 +1,4 @@
-"""The self-contained scheduler: one file out of our modules."""
+"""The code of a self-contained repository: one file out of our modules."""
 
 import ast
 import hashlib
@@ -8,13 +8,14 @@ from pathlib import Path
 from .plugin import STOCK_CLASSES
 
 BUNDLE_PREFIX = "ddim_schedulers_"
+CLASS_PIPELINE = "ClassConditionalPipeline"
 BUNDLE_IMPORTS = ("import os", "import shutil")
 
 BUNDLE_HEAD = '''\
 """{name} of ddim-schedulers {version}, in one file.
 
 Made from the package's own modules, in the order of their imports, so that a repository can carry
-its scheduler: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`. It needs torch,
+it: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`. It needs torch,
 numpy and diffusers, and nothing else. Licensed under the Apache License, Version 2.0.
 """
 '''
@@ -64,13 +65,23 @@ def bundle(class_name: str) -> tuple[str, str]:
         )
     main = sys.modules[getattr(ddim_schedulers, class_name).__module__].__file__
     assert main is not None
+    return _in_one_file(class_name, Path(main), [BUNDLE_TAIL.format(name=class_name)])
+
+
+def bundle_pipeline() -> tuple[str, str]:
+    """Return module name and source of one file that holds `ClassConditionalPipeline`."""
+    return _in_one_file(CLASS_PIPELINE, Path(__file__).with_name("class_pipeline.py"), [])
+
+
+def _in_one_file(class_name: str, main: Path, tail: list[str]) -> tuple[str, str]:
+    import ddim_schedulers
+
     joined = _Joined()
-    joined.add(Path(main))
+    joined.add(main)
     head = BUNDLE_HEAD.format(name=class_name, version=ddim_schedulers.__version__)
     imports = [*BUNDLE_IMPORTS, *sorted(joined.imports - set(BUNDLE_IMPORTS))]
     parts = [f"# -- {name}.py\n\n{body}" for name, body in joined.bodies.items()]
-    tail = BUNDLE_TAIL.format(name=class_name)
-    source = "\n\n".join([head + "\n" + "\n".join(imports) + "\n", *parts, tail])
+    source = "\n\n".join([head + "\n" + "\n".join(imports) + "\n", *parts, *tail])
     digest = hashlib.sha256(source.encode()).hexdigest()[:10]
     # a name of its own for each content: diffusers keeps the code of all local repos in one folder
     return f"{BUNDLE_PREFIX}{class_name.lower()}_{digest}", source

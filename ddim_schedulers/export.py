@@ -7,6 +7,9 @@
 | `self-contained` | a `.py` beside the config      | anyone, with `trust_remote_code=True`     |
 
 A form is a matter of two small JSON files (and the one `.py`): weights are neither read nor copied.
+No pipeline class of diffusers samples a network with classes, so the self-contained form of one
+carries `ClassConditionalPipeline` in a second `.py`; the other forms load, and sample with this
+package.
 `export_folder` says what a saved pipeline looks like in a form, `save_pipeline` writes it.
 """
 
@@ -19,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bundle import BUNDLE_PREFIX, bundle
+from .bundle import BUNDLE_PREFIX, CLASS_PIPELINE, bundle, bundle_pipeline
+from .class_labels import ClassLabels, labels_in
 from .forms import FORMS as FORMS
 from .forms import check_form as check_form
 from .plugin import STOCK_CLASSES, to_portable
@@ -33,6 +37,7 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 # are not part of it.
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 ROOT_FILES = (INDEX, "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+_PARTS = {"unet", "scheduler"}
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
@@ -45,12 +50,14 @@ class Export:
         notes: one sentence for each setting that the form cannot express.
         left_out: files of the folder that are not part of the pipeline.
         schedulers: component name -> our scheduler, as it is after loading with this package.
+        classes: of the network; None where it has none.
     """
 
     files: dict[str, Path | bytes]
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     schedulers: dict[str, Any] = field(default_factory=dict)
+    classes: ClassLabels | None = None
 
 
 def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") -> Export:
@@ -75,6 +82,9 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
     ]
     files, left_out = _pipeline_files(root, components)
     own = index.get("_class_name")
+    if is_class_pipeline(own):
+        left_out.remove(f"{own[0]}.py")
+        index["_class_name"] = own = "DDPMPipeline"
     if isinstance(own, list) and f"{own[0]}.py" in left_out:  # a pipeline with code of its own
         left_out.remove(f"{own[0]}.py")
         files[f"{own[0]}.py"] = root / f"{own[0]}.py"
@@ -91,13 +101,18 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         index[name] = entry
         files.update({f"{name}/{path}": content for path, content in written.items()})
         notes += lost
-    _check_any(schedulers, form, str(root))
+    classes = _classes_of(root, index)
+    _check_any(schedulers, form, str(root), classes is not None)
     index["_class_name"] = _pipeline_class(index, schedulers, form)
+    if classes is not None and form == "self-contained":
+        module, source = bundle_pipeline()
+        index["_class_name"] = [module, CLASS_PIPELINE]
+        files[f"{module}.py"] = source.encode()
     index.pop("_name_or_path", None)  # a folder of the machine where it was loaded
     for path in [p for p in files if p.endswith("/config.json")]:
         files[path] = _without_local_path(root / path)
     files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-    return Export(files, notes, left_out, schedulers)
+    return Export(files, notes, left_out, schedulers, classes)
 
 
 def save_pipeline(
@@ -122,11 +137,14 @@ def save_pipeline(
         if (scheduler := _our_component(component)) is not None:
             schedulers[name] = scheduler
             scheduler_files(scheduler, form)  # refuses what the form cannot hold
-    _check_any(schedulers, form, f"this {type(pipeline).__name__}")
+    network = pipeline.components.get("unet")
+    has_classes = set(pipeline.components) == _PARTS and labels_in(network.config) is not None
+    _check_any(schedulers, form, f"this {type(pipeline).__name__}", has_classes)
     pipeline.save_pretrained(directory)
     root = Path(directory)
     export = export_folder(root, form)
-    for code in [p for s in export.schedulers for p in (root / s).glob(f"{BUNDLE_PREFIX}*.py")]:
+    folders = [root, *(root / name for name in export.schedulers)]
+    for code in [path for folder in folders for path in folder.glob(f"{BUNDLE_PREFIX}*.py")]:
         code.unlink()
     # the index last: until then the folder is the plug-in form that `save_pretrained` wrote
     for path, content in sorted(export.files.items(), key=lambda item: item[0] == INDEX):
@@ -161,7 +179,8 @@ def scheduler_files(scheduler: Any, form: str) -> tuple[list[str], dict[str, byt
 def with_installed_schedulers(index: dict[str, Any]) -> dict[str, Any]:
     """Return a `model_index.json` whose self-contained schedulers are the plug-in's own classes.
 
-    Both forms have the same config, so nothing else changes, and no code of the repository runs.
+    So is the pipeline of a network with classes, which our pipelines take the place of. Both forms
+    have the same config, so nothing else changes, and no code of the repository runs.
     """
 
     def installed(entry: Any) -> Any:
@@ -171,7 +190,20 @@ def with_installed_schedulers(index: dict[str, Any]) -> dict[str, Any]:
         ours = module.startswith(BUNDLE_PREFIX) and name in STOCK_CLASSES
         return ["ddim_schedulers", name] if ours else entry
 
-    return {name: installed(entry) for name, entry in index.items()}
+    plain = {name: installed(entry) for name, entry in index.items()}
+    if is_class_pipeline(plain.get("_class_name")):
+        plain["_class_name"] = "DDPMPipeline"
+    return plain
+
+
+def is_class_pipeline(class_name: Any) -> bool:
+    """Tell whether `_class_name` of a `model_index.json` is the pipeline that we bundle."""
+    return (
+        isinstance(class_name, list)
+        and len(class_name) == 2
+        and str(class_name[0]).startswith(BUNDLE_PREFIX)
+        and class_name[1] == CLASS_PIPELINE
+    )
 
 
 # -- reading a saved pipeline
@@ -256,6 +288,15 @@ def _without_local_path(config: Path) -> Path | bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
+def _classes_of(root: Path, index: dict[str, Any]) -> ClassLabels | None:
+    """Return the classes of the network of an unconditional pipeline's shape, or None."""
+    components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
+    path = root / "unet" / "config.json"
+    if components != _PARTS or not path.is_file():
+        return None
+    return labels_in(_read_json(path))
+
+
 def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
     """Return the component as a scheduler of ours, or None if it is something else."""
     import ddim_schedulers
@@ -307,8 +348,10 @@ def _our_class(entry: list[Any], config: Mapping[str, Any]) -> str | None:
     return str(class_name)
 
 
-def _check_any(schedulers: dict[str, Any], form: str, where: str) -> None:
+def _check_any(schedulers: dict[str, Any], form: str, where: str, has_classes: bool) -> None:
     """Raise `ValueError` for a form that is about our schedulers where there is none."""
+    if has_classes and form == "self-contained":  # which is about the pipeline's class, too
+        return
     if not schedulers and form != "portable":
         raise ValueError(
             f"`form` is {form!r}, but no scheduler of {where} is one of {sorted(STOCK_CLASSES)}; a "
@@ -326,7 +369,7 @@ def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str
 
     name = index.get("_class_name")
     components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
-    if components != {"unet", "scheduler"} or "scheduler" not in schedulers:
+    if components != _PARTS or "scheduler" not in schedulers:
         return name
     if isinstance(name, list):  # code in the repository
         return name

@@ -103,6 +103,7 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
         "summary": f"A `{pipeline_class}` of diffusers.",
         "repo_id": repo_id,
         "form": form,
+        "pipeline_class": pipeline_class,
         "schedulers": {name: type(s).__name__ for name, s in export.schedulers.items()},
         "code": [path for path in export.files if path.endswith(".py")],
         "notes": export.notes,
