@@ -89,8 +89,9 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     index = export.files[INDEX]
     text = index.decode() if isinstance(index, bytes) else read_text(index)
     pipeline_class = parse_json(text, INDEX)["_class_name"]
+    home = "of diffusers"
     if isinstance(pipeline_class, list):  # [module, class] of code in the repository
-        pipeline_class = pipeline_class[1]
+        pipeline_class, home = pipeline_class[1], "in the code of this repository"
     classes = _classes(export)
     unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline") and not classes["classes"]
     data = ModelCardData(
@@ -100,7 +101,7 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     )
     values: dict[str, Any] = {
         "title": repo_id.partition("/")[2],
-        "summary": f"A `{pipeline_class}` of diffusers.",
+        "summary": f"A `{pipeline_class}` {home}.",
         "repo_id": repo_id,
         "form": form,
         "pipeline_class": pipeline_class,
