@@ -14,6 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -28,6 +29,7 @@ from ddim_schedulers.pipelines import (
     InversionPipeline,
 )
 from ddim_schedulers.pipelines.conditions import BoundConditions
+from ddim_schedulers.pipelines.guidance import guided
 from ddim_schedulers.pipelines.sampling import predict
 
 # diffusers' multistep schedulers convert a tensor in a way that numpy 2 deprecates
@@ -460,6 +462,17 @@ def test_rescale_gives_the_deviation_back(phi):
     for image in range(6):  # each sample on its own, arXiv:2305.08891, Sec. 3.4
         whole = raw[image] * cond[image].std() / raw[image].std()
         assert (got[image] - (phi * whole + (1 - phi) * raw[image])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.4])
+@pytest.mark.parametrize("w", [-1.0, 0.5, 2.0, 7.5])
+def test_the_formula_is_that_of_the_guider_of_diffusers(w, phi):
+    # written out, and not called: a guider logs a warning when it is made, counts its own steps for
+    # its interval, and is an experimental interface
+    stock = ClassifierFreeGuidance(guidance_scale=w, guidance_rescale=phi)
+    cond, null = torch.randn(2, 4, 1, SIZE, SIZE, dtype=torch.float64)
+    expected = stock.forward(cond, null).pred
+    assert (guided(cond, null, w, phi, 1) - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("limit", [{"clip_sample": True}, {"thresholding": True}])
