@@ -45,6 +45,7 @@ SA, DEIS = "SASolverScheduler", "DEISMultistepScheduler"
 LINSPACE = {"timestep_spacing": "linspace"}
 SDE = {**LINSPACE, "algorithm_type": "sde-dpmsolver++"}
 LOG_RHO = {**FEW_STEPS, "solver_variable": "log_rho"}
+IPNDM = {"timestep_spacing": "trailing", "solver_form": "epsilon", "solver_variable": "step"}
 MIDDLE = {"eta_interval": [0.2, 0.8]}
 
 # Name: (class, settings, whether it adds noise). Settings whose name begins with "_" are the row's.
@@ -97,16 +98,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], bool]] = {
         {**LOG_RHO, "solver_order": 3, "solver_form": "epsilon", "solver_corrector": False},
         False,
     ),
-    "iPNDM, order 4": (
-        OURS,
-        {
-            "timestep_spacing": "trailing",
-            "solver_order": 4,
-            "solver_form": "epsilon",
-            "solver_variable": "step",
-        },
-        False,
-    ),
+    "iPNDM, order 3": (OURS, {**IPNDM, "solver_order": 3}, False),
+    "iPNDM, order 4": (OURS, {**IPNDM, "solver_order": 4}, False),
     "FEW_STEPS, eps / 1.005": (OURS, {**FEW_STEPS, "eps_scale": 1.005}, False),
     "FEW_STEPS, eps / 1.01": (OURS, {**FEW_STEPS, "eps_scale": 1.01}, False),
     "FEW_STEPS, x_0 1.02": (OURS, {**FEW_STEPS, "end_scale": 1.02}, False),
