@@ -1,0 +1,69 @@
+"""Hooks of mkdocs: pages that lie outside of docs/, and links that leave it.
+
+A file of the repository that is a page of the site has one text, at its place in the repository.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "RELEASE.md": "release.md",
+    "SECURITY.md": "security.md",
+    "model_cards/digits-8/README.md": "results/digits-8/index.md",
+    "model_cards/fashion-mnist-32/README.md": "results/fashion-mnist-32/index.md",
+}
+_LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?(?:\s+\"[^\"]*\")?\))")
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files of `PAGES`, and the pictures that lie beside them."""
+    for source, page in PAGES.items():
+        text = _FRONT_MATTER.sub("", (ROOT / source).read_text(encoding="utf-8"))
+        files.append(File.generated(config, page, content=_moved(text, source, page, config)))
+        for picture in sorted((ROOT / source).parent.glob("*.png")):
+            place = posixpath.join(posixpath.dirname(page), picture.name)
+            files.append(File.generated(config, place, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead the links of a page in docs/ that leave it to the page or the file meant."""
+    if page.file.src_uri in PAGES.values():
+        return markdown
+    return _moved(markdown, f"docs/{page.file.src_uri}", page.file.src_uri, config)
+
+
+def _moved(text: str, source: str, page: str, config: MkDocsConfig) -> str:
+    """Return text of the repository's file `source` with the links that `page` needs."""
+    here, there = posixpath.dirname(source), posixpath.dirname(page) or "."
+
+    def link(found: re.Match[str]) -> str:
+        before, target, after = found.groups()
+        if re.match(r"[a-z]+:|//", target):
+            repository = f"{config.repo_url}/blob/main/"
+            if not target.startswith(repository):
+                return found[0]
+            target = target.removeprefix(repository)  # the README's links are absolute, for PyPI
+        else:
+            target = posixpath.normpath(posixpath.join(here, target))
+        if target in PAGES:
+            target = posixpath.relpath(PAGES[target], there)
+        elif target.startswith("docs/"):
+            target = posixpath.relpath(target.removeprefix("docs/"), there)
+        elif posixpath.dirname(target) == here and target.endswith(".png"):
+            target = posixpath.basename(target)
+        elif (ROOT / target).exists():
+            target = f"{config.repo_url}/blob/main/{target}"
+        return f"{before}{target}{after}"
+
+    return _LINK.sub(link, text)
