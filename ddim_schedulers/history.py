@@ -81,7 +81,9 @@ class FamilyHistoryMixin:
                 return
             self._check_thread(past, thread)
         if past is None or not _alike(past.predictions, e, count):
-            past = Past((torch.zeros_like(e),) * count, torch.zeros_like(t), torch.full_like(t, -1))
+            # of its own each: compiled code is made again where tensors become one, or two
+            none = tuple(torch.zeros_like(e) for _ in range(count))
+            past = Past(none, torch.zeros_like(t), torch.full_like(t, -1))
         follows = multistep.before.index_select(0, t) == past.timestep
         known = torch.where(follows, (past.known + 1).clamp(max=count), 0)
         own = multistep.weights.shape[0] - 1

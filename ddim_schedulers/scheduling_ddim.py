@@ -343,7 +343,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         # the first step of a run: an accelerator is waited for once
         number = timestep
         if isinstance(timestep, torch.Tensor):
-            number = int(timestep) if holds_numbers(timestep) else self._plan[0]
+            told = holds_numbers(timestep) and not timestep.is_meta
+            number = int(timestep) if told else self._plan[0]
         return None if number == self._plan[0] else self.without_table("start")
 
     def _commit(

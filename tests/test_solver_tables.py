@@ -258,6 +258,31 @@ def test_a_run_that_starts_in_the_middle_goes_without(words, monkeypatch):
     assert torch.equal(after_the_first(scheduler, x), expected)
 
 
+def test_steps_of_a_long_table_compile_a_few_times_only():
+    torch._dynamo.reset()
+    tau = list(range(999, 0, -83))
+    scheduler = _scheduler(_entry(tau, shape=[1, 2, 2]))
+    x = _x(2, 1, 2, 2, dtype=torch.float32)
+    expected, _ = _run(scheduler, x, len(tau))
+    scheduler.set_timesteps(len(tau))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(
+        lambda m, t, x: scheduler.step(m, t, x, return_dict=False)[0],
+        fullgraph=True,
+        backend=backend,
+    )
+    levels = scheduler.alpha_bar.float()
+    for t in scheduler.timesteps:
+        x = step(_exact(x, levels[t]), t, x)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) <= 3 < len(tau)
+
+
 def test_a_copy_goes_on_in_the_middle_of_a_run():
     x = _x(2, 1, 2, 2)
     expected, _ = _run(_scheduler(), x)
