@@ -5,6 +5,9 @@ noise an affine map, whose mean and covariance the recursions below give step by
 written with NumPy's matrices alone.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -406,3 +409,42 @@ def test_an_unfinished_solution_is_told_of(caplog):
         sample(pipe, whole, y, method=Mmps(max_iterations=1), **settings)
     logging.disable_propagation()
     assert "relative residuals of up to" in caplog.text and "max_iterations" in caplog.text
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "restore.md"
+BIAS = re.findall(
+    r"^\| `(\w+)`(?:, (\d+) times)? \| (0|0\.2) \| ([\d.]+)(, paper)? \| (.*) \|$",
+    PAGE.read_text(),
+    re.MULTILINE,
+)
+
+
+def bias(monkeypatch, method, noise, eta, rule, steps):
+    """Returns the largest error of the mean, and the spread of the samples over the posterior's."""
+    operator, matrix, y = Matrix(torch.from_numpy(A), SHAPE), A, measured(noise)
+    if isinstance(method, RePaint):
+        operator = Inpainting(torch.from_numpy(MASK).view(2, 3), SHAPE)
+        matrix, y = np.eye(N)[MASK > 0], MASK * TRUTH
+    settings = {"noise_std": noise, "method": method, "eta": eta, "eta_rule": rule}
+    settings["num_inference_steps"] = steps
+    b, L = affine_map(monkeypatch, make_pipe(), operator, y, **settings)
+    given = matrix @ TRUTH if isinstance(method, RePaint) else y
+    mean, cov = posterior(given, noise, matrix)
+    return np.abs(b - mean).max(), np.sqrt(np.trace(L @ L.T) / np.trace(cov))
+
+
+@pytest.mark.parametrize("row", BIAS, ids=lambda row: " ".join(row[:5]))
+def test_the_page_says_how_far_each_method_is_from_the_posterior(row, monkeypatch):
+    method, times, noise, eta, rule, shown = row
+    chosen = RePaint(int(times)) if times else method
+    cells = shown.split(" | ")
+    for steps, said in ((20, cells[:2]), (100, cells[2:])):
+        if said == ["", ""]:
+            continue
+        rule_name = "paper" if rule else "family"
+        found = bias(monkeypatch, chosen, float(noise), float(eta), rule_name, steps)
+        assert [float(s) for s in said] == pytest.approx(list(found), abs=6e-4)
+
+
+def test_the_page_has_every_affine_method():
+    assert {row[0] for row in BIAS} == {"ddnm", "ddrm", "repaint", "pigdm", "mmps"}

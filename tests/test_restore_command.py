@@ -239,7 +239,7 @@ def test_tasks_of_the_command(task, model, pictures, tmp_path, capsys):
     assert "| no model |" in table and table in capsys.readouterr().out
     width = 2 + each + (2 if each > 1 else 0)
     with Image.open(out / "sheet.png") as sheet:
-        assert sheet.size == (width * 18 + 2, 3 * 18 + 2)
+        assert sheet.size == (width * 66 + 2, 3 * 66 + 2)
     before = content(out)
     assert run(*words) == 0 and content(out) == before
     assert run(*words, "--seed", 5) == 2
