@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim_schedulers.training.commands import _model_options
+from ddim_schedulers.training.commands import _loading, _model_options
 
 if TYPE_CHECKING:
     import torch
@@ -127,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
     )
     check_folders(Path(args.output), "images", "--output")
     with own(args.output, "restore", rank=rank, world_size=world_size):
-        pipe = _model_options.load(RestorationPipeline, args)
-        _model_options.check_own_scheduler(pipe.scheduler, args)
-        guides = Guides(**_model_options.load_guides(pipe, args))
+        pipe = _loading.load(RestorationPipeline, args)
+        _loading.check_own_scheduler(pipe.scheduler, args)
+        guides = Guides(**_loading.load_guides(pipe, args))
         task = _task(args, pipe)
         truth, measurement = _measurement(args, task, pipe, paths)
         report = restore_to_directory(
