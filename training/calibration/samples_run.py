@@ -1,0 +1,517 @@
+"""`calibrate --objective samples`: the few numbers that decide pictures, measured and stored.
+
+For each number of calls: eta and the interval in which it acts, `eps_scale` and `end_scale`, on top
+of the stored table for that number of calls or of the analytic preset. `samples_search` says how
+they are chosen; here samples are made and measured. Processes share the measurements, which are
+kept in files, so that an interrupted run goes on.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+
+from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines.base import check_batch_size, chunks
+from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.images import to_uint8
+from ddim_schedulers.pipelines.ownership import Owner
+from ddim_schedulers.pipelines.sampling import predict
+from ddim_schedulers.pipelines.workdir import Workdir
+from ddim_schedulers.reading import DamagedFileError
+from ddim_schedulers.training.calibration.samples_search import (
+    BLOCKS,
+    FLOORS,
+    Samples,
+    Setting,
+    Space,
+    Tensors,
+    Verdict,
+    choose,
+    compare,
+    search,
+)
+from ddim_schedulers.training.common.processes import Team, own_together
+from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.common.seeds import generator
+from ddim_schedulers.training.common.storage import to_json
+from ddim_schedulers.training.data.images import ImageData
+from ddim_schedulers.training.evaluation.references import from_uint8
+from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
+from ddim_schedulers.training.metrics.distances import Gaussian, neighbour_metrics
+from ddim_schedulers.training.metrics.features import extract, space_fingerprint
+
+logger = logging.get_logger(__name__)
+
+METHOD = 1  # changes with everything that changes the numbers of a part
+CLAIM = "samples.json"
+READ_BATCH = 2000
+NEIGHBOURS = 5
+# How many settings, the best of the search first, are compared with the one that is there now.
+TRIES = 6
+# What the sampler is, whatever the config says of these.
+NEUTRAL: dict[str, Any] = {
+    **FEW_STEPS,
+    "calibration": None,
+    "lower_order_final": False,
+    "original_inference_steps": None,
+    "reverse_variance": "sigma",
+    "sigma": None,
+    "solver_form": "sample",
+    "timesteps": None,
+}
+
+
+@dataclass(frozen=True)
+class SamplesJob:
+    """What is calibrated.
+
+    Attributes:
+        calls: numbers of network calls, each with settings of its own.
+        num_images: samples of a setting that came to the end of a race, in eight blocks with noise
+            of their own; as many of held-out noise of each setting that is compared at the end.
+        seed: of the noise.
+        batch_size: samples in a network call.
+        space: what is searched.
+    """
+
+    calls: tuple[int, ...] = (5, 10, 20)
+    num_images: int = 2000
+    seed: int = 0
+    batch_size: int = 500
+    space: Space = field(default_factory=Space)
+
+    def check(self, big_t: int) -> None:
+        """Check the numbers against a chain of `big_t` timesteps.
+
+        Raises:
+            ValueError: naming the option, its value and what is allowed.
+        """
+        for calls in self.calls:
+            if not 1 <= calls <= big_t:
+                raise ValueError(f"`calls` is {calls}; it must be 1 to {big_t}")
+        if not self.calls or len(set(self.calls)) != len(self.calls):
+            raise ValueError(f"`calls` is {list(self.calls)}; it must be different numbers")
+        least = BLOCKS * (NEIGHBOURS + 1)
+        if self.num_images < least:
+            raise ValueError(f"`num_images` is {self.num_images}; it must be at least {least}")
+        check_batch_size(self.batch_size)
+
+    @property
+    def block(self) -> int:
+        """Return how many samples a block has."""
+        return -(-self.num_images // BLOCKS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found for one number of calls.
+
+    Attributes:
+        calls: S.
+        current: the setting that was there.
+        chosen: the verdict on the setting that takes its place, or None where none does.
+        tried: every verdict, in order; the chosen one is the last.
+        evaluations: of the network, a sample each, of all processes in this session.
+    """
+
+    calls: int
+    current: Setting
+    chosen: Verdict | None
+    tried: tuple[Verdict, ...]
+    evaluations: int
+
+    @property
+    def setting(self) -> Setting:
+        """Return the setting that is in place now."""
+        return self.current if self.chosen is None else self.chosen.setting
+
+    def lines(self, spaces: Sequence[str]) -> list[str]:
+        """Return what was found, in words."""
+        said = [f"{self.calls} calls: {self.setting}"]
+        if self.chosen is None:
+            said[0] += " (as before)"
+        for verdict in self.tried:
+            gain = f"{verdict.before:.4g} -> {verdict.distance:.4g}, gain {verdict.gain}"
+            why = verdict.why_not
+            said.append(
+                f"  Frechet in {spaces[0]} {gain}"
+                + (f"; kept out, {why}" if why else "; chosen")
+                + f" ({verdict.setting})"
+            )
+            said += [
+                f"    {g.name}: {g.before:.4g} -> {g.value:.4g} +- {g.more.std_error:.2g}"
+                for g in verdict.guards
+            ]
+        return said
+
+
+def sampler_of(config: dict[str, Any], calls: int, setting: Setting) -> GeneralizedDDIMScheduler:
+    """Return the scheduler that takes `calls` steps with a setting, planned.
+
+    Args:
+        config: of the pipeline's scheduler.
+        calls: S.
+        setting: what is chosen.
+    """
+    scheduler = GeneralizedDDIMScheduler.from_config(config, **{**NEUTRAL, **setting.config()})
+    scheduler.set_timesteps(calls)
+    return scheduler
+
+
+def current_setting(config: dict[str, Any], calls: int) -> Setting:
+    """Return the setting that is there now for a number of calls."""
+    return Setting()
+
+
+class MeasurementFiles(Workdir[str, Tensors]):
+    """The measurements of one calibration, by name.
+
+    Args:
+        work_dir: where they are.
+        settings: what they depend on.
+        tells: whether this process tells of damage.
+    """
+
+    argument = "work_dir"
+    holds = "an unfinished calibration"
+    remedy = "delete it, or choose another folder"
+    settings_name = CLAIM
+
+    def __init__(self, work_dir: Path, settings: dict[str, Any], *, tells: bool) -> None:
+        super().__init__(work_dir)
+        self.settings, self.tells = settings, tells
+
+    def claim(self) -> None:
+        """Note what the measurements are of, or refuse those of another calibration.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        try:
+            before = self.kept_settings()
+        except DamagedFileError as error:
+            # the parts that were sealed for this very calibration are still recognised
+            logger.warning(f"{error} It is made again, and parts of this calibration are used.")
+            before = None
+        if before is None:
+            write_bytes(self.folder / CLAIM, to_json(self.settings))
+            return
+        self.require_same(before, self.settings)
+
+    def path_of(self, item: str) -> Path:
+        """Return where a measurement is, or will be."""
+        return self.folder / f"part-{item}.safetensors"
+
+    @cached_property
+    def _about(self) -> str:
+        return json.dumps(self.settings, sort_keys=True)
+
+    def read(self, item: str) -> Tensors:
+        """Return the tensors of a measurement.
+
+        Raises:
+            DamagedFileError: it is not what was written.
+        """
+        return read_sealed(self.path_of(item), f"{self._about} {item}", unsealed=False)
+
+    def save(self, item: str, value: Tensors) -> None:
+        """Write the tensors of a measurement."""
+        write_bytes(self.path_of(item), pack_sealed(value, f"{self._about} {item}"))
+
+    def tell(self, error: DamagedFileError) -> None:
+        """Warn of a damaged measurement."""
+        if self.tells:
+            logger.warning(f"{error} It is measured again.")
+
+
+def calibrate_samples(
+    model: MeasuredModel,
+    data: ImageData,
+    spaces: dict[str, torch.nn.Module],
+    job: SamplesJob,
+    *,
+    work_dir: Path,
+    team: Team | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Choose settings for each number of calls, and compare them with those that are there now.
+
+    Args:
+        model: network and process.
+        data: that samples should be like.
+        spaces: feature spaces by name, on the device of the network; the distance in the first one
+            decides, the others guard. Two or more.
+        job: what is calibrated.
+        work_dir: where measurements are kept; all processes must see it. An interrupted run goes
+            on.
+        team: the processes that share it; None for this one alone.
+        progress: called with a line of text now and then, or None.
+
+    Returns:
+        One outcome for each number of calls, and the cost: `evaluations` of the network, `seconds`,
+        `processes`.
+
+    Raises:
+        FolderInUseError: another process owns `work_dir`.
+        ValueError: for a number out of range, one feature space alone, or `work_dir` with the parts
+            of another run.
+    """
+    team = Team() if team is None else team
+    job.check(len(model.alpha_bar))
+    if len(spaces) < 2:
+        raise ValueError(f"`features` is {[*spaces]}; one decides and another guards: name two")
+    begun = time.perf_counter()
+    with own_together(work_dir, "calibrate", team, transient=True) as owner:
+        work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
+        run = _Run(model, data, spaces, job, work_dir, team, owner, progress)
+        outcomes = [run.outcome(calls) for calls in job.calls]
+    cost = {
+        "evaluations": sum(outcome.evaluations for outcome in outcomes),
+        "seconds": time.perf_counter() - begun,
+        "processes": team.count,
+    }
+    return outcomes, cost
+
+
+def discard(work_dir: Path) -> None:
+    """Delete the parts of a run that is done, and the folder unless it holds anything else."""
+    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
+        for path in work_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+    if work_dir.is_dir() and not any(work_dir.iterdir()):
+        work_dir.rmdir()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: MeasuredModel,
+        data: ImageData,
+        spaces: dict[str, torch.nn.Module],
+        job: SamplesJob,
+        work_dir: Path,
+        team: Team,
+        owner: Owner,
+        progress: Callable[[str], object] | None,
+    ) -> None:
+        self.model, self.data, self.spaces, self.job = model, data, spaces, job
+        self.team, self.owner, self.progress = team, owner, progress or (lambda line: None)
+        self.device = next(model.unet.parameters()).device
+        self.shape = data.shape
+        self.evaluations = 0
+        self.files = MeasurementFiles(work_dir, self._settings(), tells=team.index == 0)
+        if team.index == 0:
+            self.files.claim()
+        team.wait()
+        self._measure_data()
+
+    def _settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for start, stop in chunks(len(self.data), READ_BATCH):
+            digest.update(to_uint8(self.data.batch(range(start, stop))[0]).tobytes())
+        config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
+        job = {k: v for k, v in asdict(self.job).items() if k not in ("calls", "space")}
+        return json.loads(
+            json.dumps(
+                {
+                    "method": METHOD,
+                    "network": self.model.fingerprint(),
+                    "dtype": str(self.model.dtype),
+                    "device": self.device.type,
+                    "config": config,
+                    "data": [len(self.data), digest.hexdigest()],
+                    "features": {n: space_fingerprint(n, s) for n, s in self.spaces.items()},
+                    **job,
+                },
+                default=lambda x: np.asarray(x).tolist(),
+            )
+        )
+
+    def _shared(self, names: Sequence[str], make: Callable[[int], Tensors]) -> list[Tensors]:
+        """Return the measurements of these names, from their files or made by `make(place)`."""
+        todo = set(self.files.missing(names))
+        places = [place for place, name in enumerate(names) if name in todo]
+        self.team.wait()  # nobody writes before all have seen what is left
+        for place in places[self.team.index :: self.team.count]:
+            made = make(place)
+            self.owner.check()
+            self.files.save(names[place], made)
+        self.team.wait()
+        if missing := [name for name in names if not self.files.path_of(name).exists()]:
+            raise ValueError(
+                f"`work_dir`: {len(missing)} of {len(names)} parts are not in {self.files.folder}; "
+                "it must be a folder that all processes see"
+            )
+        return [self.files.read(name) for name in names]
+
+    # -- the data
+
+    def _measure_data(self) -> None:
+        parts = chunks(len(self.data), READ_BATCH)
+
+        def sums(place: int) -> Tensors:
+            images = to_uint8(self.data.batch(range(*parts[place]))[0])
+            self.progress(f"data: {parts[place][1]} of {len(self.data)} images")
+            found = {"pixels": _pixel_sums(images)}
+            for name, network in self.spaces.items():
+                found |= _feature_sums(name, extract(network, from_uint8(images)))
+            return found
+
+        each = self._shared([f"data-{start:08d}" for start, _ in parts], sums)
+        total = {key: torch.stack([part[key] for part in each]).sum(0) for key in each[0]}
+        self.real = {
+            name: Gaussian.of_sums(*(total[f"{name}.{k}"] for k in ("count", "total", "outer")))
+            for name in self.spaces
+        }
+        self.pixels = _pixel_moments(total["pixels"])
+        n = self.job.block * BLOCKS
+        order = np.random.default_rng(self.job.seed).permutation(len(self.data))
+        rows = np.sort(np.resize(order, n))  # again from the start where the data are fewer
+
+        def features(place: int) -> Tensors:
+            images = to_uint8(self.data.batch(rows)[0])
+            return {"features": extract(next(iter(self.spaces.values())), from_uint8(images))}
+
+        shuffled = np.random.default_rng(self.job.seed).permutation(n)
+        (kept,) = self._shared(["data-rows"], features)
+        self.real_rows = kept["features"][shuffled].split(self.job.block)
+
+    # -- the samples
+
+    def outcome(self, calls: int) -> Outcome:
+        """Return what was found for one number of calls."""
+        before = self.evaluations
+        current = current_setting(self.model.config, calls)
+        ends = sorted({*self.job.space.end_scales, current.end_scale})
+        first = next(iter(self.spaces))
+
+        def say(line: str) -> None:
+            self.progress(f"{calls} calls: {line}")
+
+        def samples(kind: str) -> Samples:
+            def measure(bases: Sequence[Setting], start: int, stop: int) -> list[Tensors]:
+                return self._measure(kind, calls, ends, bases, start, stop)
+
+            return Samples(self.real, measure, ends)
+
+        searched = samples("search")
+        ranked = search(searched, self.job.space, first, current, say)
+        held_out = samples("held-out")
+        more = [replace(ranked[0], end_scale=scale) for scale in ends]
+        more.sort(key=lambda setting: searched.distance(setting, first))
+        tries = [s for s in dict.fromkeys([*ranked, *more]) if s != current][:TRIES]
+
+        def verdicts() -> Iterator[Verdict]:
+            for setting in tries:
+                verdict = compare(setting, current, held_out, list(self.spaces))
+                say(f"held out: {setting}, gain {verdict.gain}; {verdict.why_not or 'chosen'}")
+                yield verdict
+
+        chosen, tried = choose(verdicts())
+        spent = sum(self.team.gather([self.evaluations - before]))
+        return Outcome(calls, current, chosen, tuple(tried), spent)
+
+    def _measure(
+        self,
+        kind: str,
+        calls: int,
+        ends: Sequence[float],
+        bases: Sequence[Setting],
+        start: int,
+        stop: int,
+    ) -> list[Tensors]:
+        names = [
+            f"{kind}-{calls}-{_digest([base.config(), ends])}-{start}-{stop}" for base in bases
+        ]
+
+        def make(place: int) -> Tensors:
+            finished = self._sample(kind, calls, bases[place], start, stop)
+            blocks = finished.split(self.job.block)
+            each = [
+                [self._measured((block * end).cpu(), start + i) for end in ends]
+                for i, block in enumerate(blocks)
+            ]
+            return {
+                key: torch.stack([torch.stack([found[key] for found in row]) for row in each])
+                for key in each[0][0]
+            }
+
+        return self._shared(names, make)
+
+    def _measured(self, finished: torch.Tensor, block: int) -> Tensors:
+        images = to_uint8(finished)
+        found: Tensors = {}
+        for number, (name, network) in enumerate(self.spaces.items()):
+            features = extract(network, from_uint8(images))
+            found |= _feature_sums(name, features)
+            if number == 0:
+                near = neighbour_metrics(self.real_rows[block], features, NEIGHBOURS)
+        pixels = _pixel_moments(_pixel_sums(images))
+        apart = [abs(a - b) for a, b in zip(pixels, self.pixels, strict=True)]
+        both = (near["precision"] + near["recall"]) / 2
+        guards = [1 - near["recall"], 1 - both, *apart]
+        assert len(guards) == len(FLOORS)
+        return {**found, "guards": torch.tensor(guards, dtype=torch.float64)}
+
+    @torch.no_grad()
+    def _sample(self, kind: str, calls: int, base: Setting, start: int, stop: int) -> torch.Tensor:
+        """Return finished samples of blocks start .. stop - 1, before any clamping."""
+        scheduler = sampler_of(self.model.config, calls, base)
+        x = self._noise(kind, start, stop, "x_T")
+        for i, t in enumerate(scheduler.timesteps):
+            parts = [predict(self.model.unet, part, t) for part in x.split(self.job.batch_size)]
+            output = torch.cat(parts)[:, : self.model.channels]
+            self.evaluations += len(x)
+            z = self._noise(kind, start, stop, i) if base.eta else None
+            if z is None:
+                x = scheduler.step(output, t, x).prev_sample
+            else:
+                x = scheduler.step(output, t, x, variance_noise=z).prev_sample
+        return x
+
+    def _noise(self, kind: str, start: int, stop: int, what: int | str) -> torch.Tensor:
+        """Return the noise of some blocks, the same for every setting and number of calls."""
+        shape = (self.job.block, *self.shape)
+        blocks = [
+            torch.randn(shape, generator=generator(self.job.seed, "samples", kind, block, what))
+            for block in range(start, stop)
+        ]
+        return torch.cat(blocks).to(self.device)
+
+
+def _feature_sums(name: str, features: torch.Tensor) -> Tensors:
+    rows = features.double()
+    return {
+        f"{name}.count": torch.tensor(float(len(rows)), dtype=torch.float64),
+        f"{name}.total": rows.sum(0),
+        f"{name}.outer": rows.T @ rows,
+    }
+
+
+def _pixel_sums(images: np.ndarray) -> torch.Tensor:
+    """Return how many values, their sum, the sum of squares, and how many are at a bound, (4,)."""
+    values = images.astype(np.float64) / 127.5 - 1
+    at_bound = ((images == 0) | (images == 255)).sum()
+    return torch.tensor(
+        [values.size, values.sum(), np.square(values).sum(), float(at_bound)], dtype=torch.float64
+    )
+
+
+def _pixel_moments(sums: torch.Tensor) -> list[float]:
+    """Return the share of clamped pixels, the mean and the deviation, in the order of `FLOORS`."""
+    count, total, squares, at_bound = sums.tolist()
+    mean = total / count
+    return [at_bound / count, mean, max(squares / count - mean**2, 0.0) ** 0.5]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

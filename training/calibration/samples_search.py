@@ -1,0 +1,422 @@
+"""Which of many sampler settings comes nearest to the data, by a search that knows its scatter.
+
+Every setting is measured with the same noise, block by block (common random numbers). A distance is
+that of all blocks together; the scatter of a difference between two settings is the jackknife's,
+which leaves out one block at a time. `race` measures many settings on few blocks and fewer on more
+(successive halving). What it finds is compared with the setting that is there now on blocks of
+other noise (`compare`), and only a gain beyond the scatter counts.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ddim_schedulers.training.metrics.distances import Gaussian, frechet_of_gaussians
+
+BLOCKS = 8
+# Blocks that are measured before the slower half of a race is left out.
+RUNGS = (2, 4, BLOCKS)
+# Student's t of 7 degrees of freedom, 97.5 percent: eight blocks.
+STUDENT = 2.365
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen for one number of calls: keys of `GeneralizedDDIMScheduler`'s config."""
+
+    eta: float = 0.0
+    eta_interval: tuple[float, float] | None = None
+    eps_scale: float | tuple[float, float] = 1.0
+    end_scale: float = 1.0
+
+    def config(self) -> dict[str, Any]:
+        """Return the keys with their values, as JSON has them."""
+        found = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    @property
+    def base(self) -> "Setting":
+        """Return the setting without what is done to finished samples."""
+        return replace(self, end_scale=1.0)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.config().items())
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched.
+
+    Attributes:
+        noises: pairs of eta and its interval of t / T.
+        eps_scales: of the first race.
+        end_scales: of every setting; finished samples are multiplied, which takes no network call.
+        rounds: how often the neighbours of the best setting are tried, each time half as far away.
+    """
+
+    noises: tuple[tuple[float, tuple[float, float] | None], ...] = (
+        (0.0, None),
+        (0.4, (0.2, 0.8)),
+        (0.7, (0.2, 0.8)),
+        (1.0, (0.2, 0.8)),
+        (1.0, (0.4, 0.9)),
+        (0.5, None),
+    )
+    eps_scales: tuple[float, ...] = (1.0, 1.005, 1.01, 1.02)
+    end_scales: tuple[float, ...] = (1.0, 1.01, 1.02, 1.04)
+    rounds: int = 2
+
+    @property
+    def bases(self) -> list[Setting]:
+        """Return the settings of the first race."""
+        return [
+            Setting(eta, interval, scale)
+            for eta, interval in self.noises
+            for scale in self.eps_scales
+        ]
+
+
+def neighbours(setting: Setting, step: float) -> list[Setting]:
+    """Return settings beside one, for `race`.
+
+    Args:
+        setting: with `end_scale` 1.
+        step: 1 for the first round, half of it for the next.
+    """
+    found = []
+    low, high = _line(setting.eps_scale)
+    for a, b in ((-1, -1), (1, 1), (-1, 1), (1, -1)):
+        ends = (round(low + 0.004 * step * a, 5), round(high + 0.004 * step * b, 5))
+        if min(ends) > 0:
+            found.append(replace(setting, eps_scale=ends[0] if ends[0] == ends[1] else ends))
+    etas = [setting.eta - 0.2 * step, setting.eta + 0.2 * step] if setting.eta else [0.2 * step]
+    found += [replace(setting, eta=round(eta, 4)) for eta in etas if 0 < eta <= 1]
+    if setting.eta:
+        lower, upper = setting.eta_interval or (0.0, 1.0)
+        for a, b in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            ends = (round(lower + 0.1 * step * a, 4), round(upper + 0.1 * step * b, 4))
+            if 0 <= ends[0] < ends[1] <= 1:
+                found.append(replace(setting, eta_interval=None if ends == (0, 1) else ends))
+    return found
+
+
+def _line(scale: float | tuple[float, float]) -> tuple[float, float]:
+    return scale if isinstance(scale, tuple) else (scale, scale)
+
+
+class Estimate(NamedTuple):
+    """A number with its standard error."""
+
+    value: float
+    std_error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} +- {self.std_error:.2g}"
+
+
+class Samples:
+    """What was measured of the samples of each setting, block by block.
+
+    Args:
+        real: the data in each feature space.
+        measure: measures settings without `end_scale` on blocks first .. last - 1 and returns, for
+            each, tensors whose first dimension is the block and whose second is the place in
+            `end_scales`: `SPACE.count`, `SPACE.total` and `SPACE.outer`, sums of the features and
+            of their products, and `guards`, the values of `FLOORS`.
+        end_scales: what finished samples were multiplied by.
+    """
+
+    def __init__(
+        self,
+        real: Mapping[str, Gaussian],
+        measure: Callable[[Sequence[Setting], int, int], list[Tensors]],
+        end_scales: Sequence[float],
+    ) -> None:
+        self.real, self.end_scales, self._measure = real, list(end_scales), measure
+        self._parts: dict[Setting, Tensors] = {}
+        self._known: dict[tuple[Setting, str, int, int | None], float] = {}
+
+    def blocks(self, base: Setting) -> int:
+        """Return how many blocks of a setting were measured."""
+        part = self._parts.get(base)
+        return 0 if part is None else len(next(iter(part.values())))
+
+    def extend(self, bases: Sequence[Setting], blocks: int) -> None:
+        """Measure each of the settings on as many blocks, from the first on."""
+        for there in sorted({self.blocks(base) for base in bases}):
+            todo = [b for b in dict.fromkeys(bases) if self.blocks(b) == there < blocks]
+            if not todo:
+                continue
+            for base, found in zip(todo, self._measure(todo, there, blocks), strict=True):
+                before = self._parts.get(base)
+                self._parts[base] = (
+                    found
+                    if before is None
+                    else {key: torch.cat([before[key], value]) for key, value in found.items()}
+                )
+
+    def distance(
+        self, setting: Setting, space: str, blocks: int = BLOCKS, without: int | None = None
+    ) -> float:
+        """Return the Frechet distance to the data of the first blocks, all but one of them."""
+        key = (setting, space, blocks, without)
+        if key not in self._known:
+            part, end = self._parts[setting.base], self.end_scales.index(setting.end_scale)
+            rows = [i for i in range(blocks) if i != without]
+            count, total, outer = (
+                part[f"{space}.{name}"][rows, end].sum(0) for name in ("count", "total", "outer")
+            )
+            self._known[key] = frechet_of_gaussians(
+                self.real[space], Gaussian.of_sums(count, total, outer)
+            )
+        return self._known[key]
+
+    def guards(self, setting: Setting) -> torch.Tensor:
+        """Return the values of `FLOORS` in each block, (blocks, guards)."""
+        return self._parts[setting.base]["guards"][:, self.end_scales.index(setting.end_scale)]
+
+    def difference(self, a: Setting, b: Setting, space: str, blocks: int = BLOCKS) -> Estimate:
+        """Return how much further a is from the data than b, with the jackknife's error."""
+
+        def of(without: int | None) -> float:
+            return self.distance(a, space, blocks, without) - self.distance(
+                b, space, blocks, without
+            )
+
+        return Estimate(of(None), jackknife([of(i) for i in range(blocks)]))
+
+    def best_end(self, base: Setting, space: str, blocks: int) -> Setting:
+        """Return the setting with the `end_scale` that comes nearest to the data."""
+        each = [replace(base, end_scale=scale) for scale in self.end_scales]
+        return min(each, key=lambda setting: self.distance(setting, space, blocks))
+
+
+def jackknife(left_out: Sequence[float]) -> float:
+    """Return the standard error of an estimate from those that leave out one block each."""
+    n, mean = len(left_out), sum(left_out) / len(left_out)
+    return math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in left_out))
+
+
+def race(
+    samples: Samples,
+    bases: Sequence[Setting],
+    space: str,
+    keep: int = 3,
+    progress: Callable[[str], object] = lambda line: None,
+) -> list[Setting]:
+    """Return the settings that come nearest to the data, the nearest first, each with its end.
+
+    Of n settings the nearer half goes on from rung to rung, `keep` at least; a setting that is
+    further away than the nearest by more than its scatter does not go on.
+
+    Args:
+        samples: where they are measured.
+        bases: settings with `end_scale` 1.
+        space: whose distance counts.
+        keep: how many are returned, at most.
+        progress: called with a line of text after each rung.
+    """
+    alive = list(dict.fromkeys(bases))
+    ranked: list[Setting] = []
+    for blocks in RUNGS:
+        samples.extend(alive, blocks)
+        each = [samples.best_end(base, space, blocks) for base in alive]
+        ranked = sorted(each, key=lambda s: samples.distance(s, space, blocks))
+        best = ranked[0]
+        progress(
+            f"{len(alive)} settings, {blocks} of {BLOCKS} blocks: {best}, "
+            f"{samples.distance(best, space, blocks):.4g}"
+        )
+        most = max(keep, math.ceil(len(alive) / 2)) if blocks < BLOCKS else keep
+        near = [s for s in ranked[:most] if not _is_worse(samples, s, best, space, blocks)]
+        alive = [s.base for s in near]
+        ranked = near
+    return ranked
+
+
+def _is_worse(samples: Samples, a: Setting, best: Setting, space: str, blocks: int) -> bool:
+    if blocks <= RUNGS[0] or a == best:  # two blocks tell nothing of the scatter
+        return False
+    more = samples.difference(a, best, space, blocks)
+    return more.value > STUDENT * more.std_error
+
+
+def search(
+    samples: Samples,
+    space: Space,
+    feature_space: str,
+    current: Setting,
+    progress: Callable[[str], object] = lambda line: None,
+) -> list[Setting]:
+    """Return the best settings of the whole search, the nearest to the data first.
+
+    Args:
+        samples: where they are measured.
+        space: what is searched.
+        feature_space: whose distance counts.
+        current: the setting that is there now; it takes part in every race.
+        progress: called with a line of text now and then.
+    """
+    found = race(samples, [current.base, *space.bases], feature_space, progress=progress)
+    for number in range(space.rounds):
+        beside = neighbours(found[0].base, 0.5**number)
+        bases = [*(s.base for s in found), *beside, current.base]
+        better = race(samples, bases, feature_space, progress=progress)
+        if better[0].base == found[0].base and number:
+            return better
+        found = better
+    return found
+
+
+class Guard(NamedTuple):
+    """What a setting must not make worse.
+
+    Attributes:
+        name: in a report.
+        floor: by how much it may be worse whatever its scatter is.
+        value: of the new setting; less is better.
+        before: of the setting that is there now.
+        more: their difference.
+    """
+
+    name: str
+    floor: float
+    value: float
+    before: float
+    more: Estimate
+
+    @property
+    def vetoes(self) -> bool:
+        """Tell whether the new setting is worse by more than the scatter and the floor."""
+        return self.more.value > max(STUDENT * self.more.std_error, self.floor)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {
+            "value": _short(self.value),
+            "before": _short(self.before),
+            "std_error": _short(self.more.std_error),
+            "vetoes": self.vetoes,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A setting beside the one that is there now, on noise that the search has not seen.
+
+    Attributes:
+        setting: the new one.
+        distance: of the new one.
+        before: of the one that is there now.
+        gain: how much nearer to the data the new one is.
+        guards: what it must not make worse.
+    """
+
+    setting: Setting
+    distance: float
+    before: float
+    gain: Estimate
+    guards: tuple[Guard, ...]
+
+    @property
+    def is_beyond_scatter(self) -> bool:
+        """Tell whether the gain is more than the scatter explains."""
+        return self.gain.value > STUDENT * self.gain.std_error
+
+    @property
+    def wins(self) -> bool:
+        """Tell whether the new setting takes the place of the old one."""
+        return self.is_beyond_scatter and not any(guard.vetoes for guard in self.guards)
+
+    @property
+    def why_not(self) -> str:
+        """Return in words what keeps it from winning, or ''."""
+        if not self.is_beyond_scatter:
+            return f"its gain, {self.gain}, is within the scatter"
+        vetoes = [f"{g.name} {g.before:.4g} -> {g.value:.4g}" for g in self.guards if g.vetoes]
+        return f"guards: {'; '.join(vetoes)}" if vetoes else ""
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {
+            "distance": _short(self.distance),
+            "before": _short(self.before),
+            "gain": _short(self.gain.value),
+            "std_error": _short(self.gain.std_error),
+            "guards": {guard.name: guard.record() for guard in self.guards},
+        }
+
+
+# Guards beside the other feature spaces, each the smaller the better, and what they let pass: less
+# than a picture shows. A narrow sampler has a precision of nearly 1, which it may give for recall,
+# but not the other way round. The last three are how far the samples are from the data.
+FLOORS = {
+    "1 - recall": 0.02,
+    "1 - mean of precision and recall": 0.02,
+    "share of clamped pixels": 0.01,
+    "mean of pixels": 0.01,
+    "deviation of pixels": 0.01,
+}
+
+
+def compare(
+    setting: Setting,
+    current: Setting,
+    samples: Samples,
+    spaces: Sequence[str],
+) -> Verdict:
+    """Return the verdict on a setting, from samples of all blocks of both.
+
+    Args:
+        setting: the new one.
+        current: the one that is there now.
+        samples: of held-out noise.
+        spaces: the one whose distance counts, then those that guard.
+    """
+    first, *others = spaces
+    samples.extend([setting.base, current.base], BLOCKS)
+    gain = samples.difference(current, setting, first)
+    guards = [
+        Guard(
+            f"Frechet in {space}",
+            0.0,
+            samples.distance(setting, space),
+            samples.distance(current, space),
+            samples.difference(setting, current, space),
+        )
+        for space in others
+    ]
+    new, old = samples.guards(setting), samples.guards(current)
+    for place, (name, floor) in enumerate(FLOORS.items()):
+        pairs = list(zip(new[:, place].tolist(), old[:, place].tolist(), strict=True))
+        more = [a - b for a, b in pairs]
+        mean = sum(more) / len(more)
+        left_out = [(sum(more) - value) / (len(more) - 1) for value in more]
+        value, before = (sum(side) / len(side) for side in zip(*pairs, strict=True))
+        guards.append(Guard(name, floor, value, before, Estimate(mean, jackknife(left_out))))
+    return Verdict(
+        setting,
+        samples.distance(setting, first),
+        samples.distance(current, first),
+        gain,
+        tuple(guards),
+    )
+
+
+def choose(verdicts: Iterator[Verdict]) -> tuple[Verdict | None, list[Verdict]]:
+    """Return the first verdict that wins, or None, and those that were asked for."""
+    asked: list[Verdict] = []
+    for verdict in verdicts:
+        asked.append(verdict)
+        if verdict.wins:
+            return verdict, asked
+    return None, asked
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
