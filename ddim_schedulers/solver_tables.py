@@ -40,7 +40,7 @@ SOLVER_BASE: dict[str, Any] = {
     "solver_corrector_order": None,
 }
 NEEDED = ("alpha_bar", "clip", "eta", "timesteps", "version", "weights")
-# The last three say how the entry was made, and do not act.
+# The last four say how the entry was made, and do not act.
 FURTHER = (
     "clips",
     "end_scale",
@@ -50,6 +50,7 @@ FURTHER = (
     "analytic",
     "held_out",
     "n",
+    "samples",
 )
 # How far 1 / alpha_bar - 1 of a stored process may be from that of the scheduler, relatively.
 PROCESS_RTOL = 1e-3
@@ -93,7 +94,8 @@ def pack_solver_table(table: SolverTable, **how: Any) -> dict[str, Any]:
     Args:
         table: of a sampler.
         **how: any of `FURTHER` that say how the table was made: `n` samples, mean squared errors
-            `held_out` of it and `analytic` of the formulas at the end points of other samples.
+            `held_out` of it and `analytic` of the formulas at the end points of other samples;
+            `samples`, what eta and the scales gained.
     """
     return {
         "version": VERSION,

@@ -9,7 +9,7 @@ kept in files, so that an interrupted run goes on.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler
+from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines.base import check_batch_size, chunks
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.images import to_uint8
@@ -27,6 +27,7 @@ from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.pipelines.sampling import predict
 from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError
+from ddim_schedulers.solver_tables import SolverTable, misfit, solver_record, solver_table_of
 from ddim_schedulers.training.calibration.samples_search import (
     BLOCKS,
     FLOORS,
@@ -39,6 +40,7 @@ from ddim_schedulers.training.calibration.samples_search import (
     compare,
     search,
 )
+from ddim_schedulers.training.calibration.solver_run import NEUTRAL
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
 from ddim_schedulers.training.common.seeds import generator
@@ -57,17 +59,6 @@ READ_BATCH = 2000
 NEIGHBOURS = 5
 # How many settings, the best of the search first, are compared with the one that is there now.
 TRIES = 6
-# What the sampler is, whatever the config says of these.
-NEUTRAL: dict[str, Any] = {
-    **FEW_STEPS,
-    "calibration": None,
-    "lower_order_final": False,
-    "original_inference_steps": None,
-    "reverse_variance": "sigma",
-    "sigma": None,
-    "solver_form": "sample",
-    "timesteps": None,
-}
 
 
 @dataclass(frozen=True)
@@ -134,6 +125,18 @@ class Outcome:
         """Return the setting that is in place now."""
         return self.current if self.chosen is None else self.chosen.setting
 
+    def entry(self, config: Mapping[str, Any], spaces: Sequence[str], n: int) -> dict[str, Any]:
+        """Return the entry of `calibration["solver"]` with what was chosen, which there must be.
+
+        Args:
+            config: of the pipeline's scheduler, as ours reads it.
+            spaces: names of the feature spaces.
+            n: held-out samples.
+        """
+        assert self.chosen is not None
+        evidence = {"features": spaces[0], "n": n, **self.chosen.record()}
+        return {**entry_of(config, self.calls, self.setting), "samples": evidence}
+
     def lines(self, spaces: Sequence[str]) -> list[str]:
         """Return what was found, in words."""
         said = [f"{self.calls} calls: {self.setting}"]
@@ -154,22 +157,67 @@ class Outcome:
         return said
 
 
-def sampler_of(config: dict[str, Any], calls: int, setting: Setting) -> GeneralizedDDIMScheduler:
+def stored_entry(config: Mapping[str, Any], calls: int) -> dict[str, Any]:
+    """Return what is there now for a number of calls: a stored table, or the analytic steps.
+
+    Args:
+        config: of the pipeline's scheduler, as ours reads it.
+        calls: S.
+    """
+    found = ((config.get("calibration") or {}).get("solver") or {}).get(str(calls))
+    if found is not None:
+        return dict(found)
+    analytic = GeneralizedDDIMScheduler.from_config(config, **{**NEUTRAL, **FEW_STEPS})
+    analytic.set_timesteps(calls)
+    timesteps = [t for t, _ in analytic.planned_pairs()]
+    clip = float(analytic.config.clip_sample_range) if analytic.config.clip_sample else None
+    table = SolverTable(
+        timesteps,
+        [[0.0] * (i + 2) for i in range(calls)],
+        0.0,
+        clip,
+        clip,
+        [*analytic.alpha_bar[timesteps].tolist(), analytic.alpha_bar_end],
+    )
+    return solver_record(table)
+
+
+def entry_of(config: Mapping[str, Any], calls: int, setting: Setting) -> dict[str, Any]:
+    """Return the entry of `calibration["solver"]` with a setting in the place of its own."""
+    kept = {k: v for k, v in stored_entry(config, calls).items() if k != "samples"}
+    return {**kept, **setting.config()}
+
+
+def current_setting(config: Mapping[str, Any], calls: int) -> Setting:
+    """Return the setting that is there now for a number of calls."""
+    return Setting.of(stored_entry(config, calls))
+
+
+def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> GeneralizedDDIMScheduler:
     """Return the scheduler that takes `calls` steps with a setting, planned.
 
     Args:
-        config: of the pipeline's scheduler.
+        config: of the pipeline's scheduler, as ours reads it.
         calls: S.
         setting: what is chosen.
+
+    Raises:
+        ValueError: if a stored table does not fit the config.
     """
-    scheduler = GeneralizedDDIMScheduler.from_config(config, **{**NEUTRAL, **setting.config()})
+    stored = {"solver": {str(calls): entry_of(config, calls, setting)}}
+    scheduler = GeneralizedDDIMScheduler.from_config(
+        config, **{**NEUTRAL, **CALIBRATED, "calibration": stored}
+    )
+    process = scheduler.alpha_bar, scheduler.alpha_bar_end
+    table = solver_table_of(stored, calls, len(scheduler))
+    assert table is not None
+    if why := misfit(table, scheduler.config, *process):
+        raise ValueError(
+            f"`calibration['solver']['{calls}']` does not fit the scheduler's config: {why}. "
+            "Calibrate it again with `--objective solver`, or remove it."
+        )
     scheduler.set_timesteps(calls)
     return scheduler
-
-
-def current_setting(config: dict[str, Any], calls: int) -> Setting:
-    """Return the setting that is there now for a number of calls."""
-    return Setting()
 
 
 class MeasurementFiles(Workdir[str, Tensors]):
@@ -267,6 +315,11 @@ def calibrate_samples(
     """
     team = Team() if team is None else team
     job.check(len(model.alpha_bar))
+    if model.config.get("thresholding"):
+        raise ValueError(
+            "`thresholding` is True in the scheduler's config; a stored table goes with clipping "
+            "or with none"
+        )
     if len(spaces) < 2:
         raise ValueError(f"`features` is {[*spaces]}; one decides and another guards: name two")
     begun = time.perf_counter()

@@ -39,6 +39,12 @@ class Setting:
         found = asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Setting":
+        """Return the setting that a config, or an entry of a calibration, holds."""
+        found = {key: config[key] for key in asdict(cls()) if key in config}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
     @property
     def base(self) -> "Setting":
         """Return the setting without what is done to finished samples."""
