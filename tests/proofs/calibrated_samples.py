@@ -15,7 +15,6 @@ in pixels not above that same row's.
 
 import argparse
 import json
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +30,7 @@ from ddim_schedulers.training.calibration.samples_run import (
     sampler_of,
 )
 from ddim_schedulers.training.calibration.samples_search import Space
+from ddim_schedulers.training.evaluation.references import as_uint8_sees
 from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 from ddim_schedulers.training.metrics import features as spaces
 
@@ -64,6 +64,7 @@ class Images:
 def search(args, images, labels):
     """Returns what was found for each number of calls, and the model."""
     model = load_measured_model(args.pipeline, args.device)
+    model.unet.to(memory_format=torch.channels_last)
     if args.bf16:
         kind = torch.device(args.device).type
         model.unet.forward = torch.autocast(kind, torch.bfloat16)(model.unet.forward)
@@ -89,6 +90,26 @@ def search(args, images, labels):
     (args.output / "search.txt").write_text(f"{text}\n{json.dumps(cost)}\n")
     presets.say(f"{text}\n{cost}")
     return found, model
+
+
+def measure(args, network, distances, cells, keep, calls, name, config):
+    """Fills in the cells of one number of calls that are missing."""
+    for row in [name, "FEW_STEPS", *STOCK]:
+        for seed in range(args.seeds):
+            key = f"{row}|{calls}|{seed}"
+            if key in cells:
+                continue
+            scheduler, settings, noisy = presets.build(network, row, {name: config})
+            presets.plan(scheduler, settings, calls, args.device)
+            drawn = torch.Generator(args.device).manual_seed(10_000 + seed)
+            # a chosen table may add noise, which its config does not tell
+            noisy = noisy or row == name
+            x, made = network.run(scheduler, network.noises(seed, args.n), drawn if noisy else None)
+            shown = as_uint8_sees(x.clamp(-1, 1).cpu())
+            cells[key] = {"calls": made, "noisy": noisy}
+            cells[key] |= {space: distance.to(shown) for space, distance in distances.items()}
+        keep()
+        presets.say(f"{calls:>3} {row}: {presets.summary(cells, row, calls, FIRST)}")
 
 
 def report(cells, chosen):
@@ -143,20 +164,25 @@ def main():
     if target.is_file():
         results = json.loads(target.read_text())
     chosen = {}
-    args.features, args.held_out, args.compile, args.seconds = [], None, False, math.inf
+    args.compile = False
+
+    def keep():
+        target.write_text(json.dumps(results, indent=1))
+
     with torch.inference_mode():
         network = presets.Model(args)
+        nets = {
+            FIRST: spaces.load_classifier(args.classifier),
+            SECOND: spaces.make_feature_space("pixels", network.shape),
+        }
+        distances = {k: presets.Distance(net, images, args.device) for k, net in nets.items()}
         for outcome in found:
             calls, setting = outcome.calls, outcome.setting
             name = f"chosen, {setting}"
             config = args.output / f"chosen-{calls}.json"
             config.write_text(sampler_of(dict(model.saved), calls, setting).to_json_string())
             chosen[calls] = (name, setting)
-            args.calls, args.row = [calls], [(name, config)]
-            args.rows = [name, "FEW_STEPS", *STOCK]
-            presets.measure(
-                network, args, results, lambda: target.write_text(json.dumps(results, indent=1))
-            )
+            measure(args, network, distances, results["cells"], keep, calls, name, config)
     told = {calls: asdict(setting) for calls, (_, setting) in chosen.items()}
     (args.output / "chosen.json").write_text(json.dumps(told, indent=1))
     text = report(results["cells"], chosen)

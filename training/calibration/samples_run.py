@@ -55,7 +55,9 @@ logger = logging.get_logger(__name__)
 
 METHOD = 1  # changes with everything that changes the numbers of a part
 CLAIM = "samples.json"
+CLASSIFIER_FILE = "classifier.safetensors"
 READ_BATCH = 2000
+HELD_OUT = "held-out"
 NEIGHBOURS = 5
 # How many settings, the best of the search first, are compared with the one that is there now.
 TRIES = 6
@@ -100,6 +102,11 @@ class SamplesJob:
     def block(self) -> int:
         """Return how many samples a block has."""
         return -(-self.num_images // BLOCKS)
+
+    @property
+    def held_out(self) -> int:
+        """Return how many samples a verdict is made of."""
+        return self.block * BLOCKS
 
 
 @dataclass(frozen=True)
@@ -337,7 +344,7 @@ def calibrate_samples(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a run that is done, and the folder unless it holds anything else."""
-    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
+    for pattern in (CLAIM, CLASSIFIER_FILE, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
         for path in work_dir.glob(pattern):
             path.unlink(missing_ok=True)
     if work_dir.is_dir() and not any(work_dir.iterdir()):
@@ -458,7 +465,7 @@ class _Run:
 
         searched = samples("search")
         ranked = search(searched, self.job.space, first, current, say)
-        held_out = samples("held-out")
+        held_out = samples(HELD_OUT)
         more = [replace(ranked[0], end_scale=scale) for scale in ends]
         more.sort(key=lambda setting: searched.distance(setting, first))
         tries = [s for s in dict.fromkeys([*ranked, *more]) if s != current][:TRIES]
@@ -490,7 +497,7 @@ class _Run:
             finished = self._sample(kind, calls, bases[place], start, stop)
             blocks = finished.split(self.job.block)
             each = [
-                [self._measured((block * end).cpu(), start + i) for end in ends]
+                [self._measured((block * end).cpu(), start + i, kind == HELD_OUT) for end in ends]
                 for i, block in enumerate(blocks)
             ]
             return {
@@ -500,14 +507,18 @@ class _Run:
 
         return self._shared(names, make)
 
-    def _measured(self, finished: torch.Tensor, block: int) -> Tensors:
+    def _measured(self, finished: torch.Tensor, block: int, guarded: bool) -> Tensors:
         images = to_uint8(finished)
+        features = {
+            name: extract(network, from_uint8(images)) for name, network in self.spaces.items()
+        }
         found: Tensors = {}
-        for number, (name, network) in enumerate(self.spaces.items()):
-            features = extract(network, from_uint8(images))
-            found |= _feature_sums(name, features)
-            if number == 0:
-                near = neighbour_metrics(self.real_rows[block], features, NEIGHBOURS)
+        for name, rows in features.items():
+            found |= _feature_sums(name, rows)
+        if not guarded:
+            return found
+        first = features[next(iter(self.spaces))]
+        near = neighbour_metrics(self.real_rows[block], first, NEIGHBOURS)
         pixels = _pixel_moments(_pixel_sums(images))
         apart = [abs(a - b) for a, b in zip(pixels, self.pixels, strict=True)]
         both = (near["precision"] + near["recall"]) / 2

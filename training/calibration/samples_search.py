@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddim_schedulers.training.metrics.distances import Gaussian, frechet_of_gaussians
+from ddim_schedulers.training.metrics.distances import Gaussian, frechet_of_gaussians, root_of
 
 BLOCKS = 8
 # Blocks that are measured before the slower half of a race is left out.
@@ -133,7 +133,7 @@ class Samples:
         measure: measures settings without `end_scale` on blocks first .. last - 1 and returns, for
             each, tensors whose first dimension is the block and whose second is the place in
             `end_scales`: `SPACE.count`, `SPACE.total` and `SPACE.outer`, sums of the features and
-            of their products, and `guards`, the values of `FLOORS`.
+            of their products, and, where `guards` are asked for, the values of `FLOORS`.
         end_scales: what finished samples were multiplied by.
     """
 
@@ -144,6 +144,7 @@ class Samples:
         end_scales: Sequence[float],
     ) -> None:
         self.real, self.end_scales, self._measure = real, list(end_scales), measure
+        self._roots = {name: root_of(each.covariance) for name, each in real.items()}
         self._parts: dict[Setting, Tensors] = {}
         self._known: dict[tuple[Setting, str, int, int | None], float] = {}
 
@@ -177,9 +178,8 @@ class Samples:
             count, total, outer = (
                 part[f"{space}.{name}"][rows, end].sum(0) for name in ("count", "total", "outer")
             )
-            self._known[key] = frechet_of_gaussians(
-                self.real[space], Gaussian.of_sums(count, total, outer)
-            )
+            fake = Gaussian.of_sums(count, total, outer)
+            self._known[key] = frechet_of_gaussians(self.real[space], fake, self._roots[space])
         return self._known[key]
 
     def guards(self, setting: Setting) -> torch.Tensor:

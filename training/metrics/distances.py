@@ -245,14 +245,24 @@ class Gaussian(NamedTuple):
         return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
 
 
-def frechet_of_gaussians(real: Gaussian, fake: Gaussian) -> float:
+def frechet_of_gaussians(real: Gaussian, fake: Gaussian, root: Tensor | None = None) -> float:
     """Return the Frechet distance of two Gaussians (FID, arXiv:1706.08500).
 
     `frechet_distance` fits them to features; from sums it costs no second pass over the samples.
+
+    Args:
+        real: one of them.
+        fake: the other.
+        root: of the first covariance, from `root_of`; None computes it.
     """
-    values, vectors = torch.linalg.eigh(real.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = root_of(real.covariance) if root is None else root
     between = torch.linalg.eigvalsh(root @ fake.covariance @ root).clamp(min=0).sqrt().sum()
     apart = (real.mean - fake.mean).square().sum()
     traces = real.covariance.trace() + fake.covariance.trace()
     return float(apart + traces - 2 * between)
+
+
+def root_of(covariance: Tensor) -> Tensor:
+    """Return the symmetric root of a covariance, (F, F)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -7,6 +7,7 @@ computed from it as well.
 | name | network |
 |---|---|
 | `pixels` | none: images averaged down to at most 8x8 |
+| `details` | none: differences of pixels that lie side by side, averaged down to at most 4x4 |
 | `FILE.safetensors` | a classifier that `train_classifier` made and `save_classifier` wrote |
 | `package.module:Name` | what calling `Name` without arguments returns |
 | `inception` | the InceptionV3 of the published FIDs, through torch-fidelity |
@@ -52,6 +53,26 @@ class PooledPixels(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to features (B, num_features)."""
         return F.adaptive_avg_pool2d(images.double(), self.size).flatten(1)
+
+
+class PooledDetails(torch.nn.Module):
+    """The feature space `details`: grain and edges, which `pixels` averages away.
+
+    Absolute differences to the pixel on the right and to the one below, averaged down to at most
+    4x4 and flattened, float64.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.size = (min(4, shape[1]), min(4, shape[2]))
+        self.num_features = 2 * shape[0] * self.size[0] * self.size[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to features (B, num_features)."""
+        rows = images.double()
+        aside, below = rows.diff(dim=3).abs(), rows.diff(dim=2).abs()
+        pooled = [F.adaptive_avg_pool2d(part, self.size).flatten(1) for part in (aside, below)]
+        return torch.cat(pooled, dim=1)
 
 
 class SmallClassifier(torch.nn.Module):
@@ -170,6 +191,8 @@ def make_feature_space(name: str, shape: tuple[int, int, int]) -> torch.nn.Modul
     """
     if name == "pixels":
         return PooledPixels(shape)
+    if name == "details":
+        return PooledDetails(shape)
     if name == "inception":
         return _inception()
     if name == "dinov2" or name.startswith("dinov2:"):
@@ -196,8 +219,9 @@ def _imported(name: str) -> torch.nn.Module:
         made = found()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"`feature_space` is {name!r}; it must be 'pixels', 'inception', 'dinov2', a "
-            f"classifier's .safetensors file, or module:Name of a torch.nn.Module class: {error}"
+            f"`feature_space` is {name!r}; it must be 'pixels', 'details', 'inception', 'dinov2', "
+            "a classifier's .safetensors file, or module:Name of a torch.nn.Module class: "
+            f"{error}"
         ) from error
     return made.eval()
 
