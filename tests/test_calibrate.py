@@ -67,6 +67,15 @@ class _Part(Team):
         self.index, self.count = index, count
 
 
+def test_the_fingerprint_does_not_depend_on_the_memory_format():
+    plain = measured_model_of(_unet(), dict(_stock().config))
+    last = measured_model_of(_unet().to(memory_format=torch.channels_last), dict(_stock().config))
+    assert last.fingerprint() == plain.fingerprint()
+    with torch.no_grad():
+        last.unet.conv_in.weight[0, 0, 0, 0] += 1
+    assert last.fingerprint() != plain.fingerprint()
+
+
 def test_statistics_are_what_they_say(tmp_path):
     model = measured_model_of(_unet(), dict(_stock().config))
     got, cost = calibrate(model, _images(), clip=1.0, batch_size=6, work_dir=tmp_path / "w")

@@ -26,7 +26,6 @@ from ddim_schedulers.training.calibration.samples_run import (
     sampler_of,
 )
 from ddim_schedulers.training.calibration.samples_search import (
-    BLOCKS,
     FLOORS,
     STUDENT,
     Estimate,
@@ -76,14 +75,15 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
 
 
 def _sums(rows):
-    return {
-        "first.count": torch.tensor(float(len(rows))),
-        "first.total": rows.sum(0),
-        "first.outer": rows.T @ rows,
-    }
+    sums = {"count": torch.tensor(float(len(rows))), "total": rows.sum(0), "outer": rows.T @ rows}
+    return {f"{space}.{name}": value for space in REAL for name, value in sums.items()}
 
 
-REAL = {"first": Gaussian(torch.zeros(2).double(), torch.eye(2).double())}
+# what is nearer in the first space is further away in the second
+REAL = {
+    "first": Gaussian(torch.zeros(2).double(), torch.eye(2).double()),
+    "second": Gaussian(torch.full((2,), 5.0).double(), torch.eye(2).double()),
+}
 
 
 def _synthetic(place, guards=lambda setting: 0.0, common=True, seed=0, n=100):
@@ -170,13 +170,8 @@ def test_each_guard_vetoes_what_wins_by_a_trick(place):
 
 
 def test_the_other_feature_spaces_guard():
-    samples = _synthetic(_away)
-    samples.real = {**REAL, "second": Gaussian(torch.ones(2).double() * 5, torch.eye(2).double())}
-    for part in (Setting(), Setting(0.6, (0.2, 0.8), 1.012)):
-        samples.extend([part], BLOCKS)
-        for name in ("count", "total", "outer"):
-            samples._parts[part][f"second.{name}"] = samples._parts[part][f"first.{name}"]
-    verdict = compare(Setting(0.6, (0.2, 0.8), 1.012), Setting(), samples, ["first", "second"])
+    new = Setting(0.6, (0.2, 0.8), 1.012)
+    verdict = compare(new, Setting(), _synthetic(_away), ["first", "second"])
     assert verdict.is_beyond_scatter and "Frechet in second" in verdict.why_not
 
 

@@ -121,9 +121,9 @@ class MeasuredModel:
     def _hash_weights(self, digest: "hashlib._Hash") -> None:
         for name, value in sorted(self.unet.state_dict().items()):
             digest.update(name.encode())
-            digest.update(
-                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
+            # flat first: a 1x1 kernel in channels_last counts as contiguous with any strides
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
 
 
 def measured_model_of(unet: Any, config: dict[str, Any]) -> MeasuredModel:
