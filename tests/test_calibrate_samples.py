@@ -8,16 +8,19 @@ import json
 import math
 import threading
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.training.calibration import samples_run, samples_search
 from ddim_schedulers.training.calibration.samples_run import (
+    Outcome,
     SamplesJob,
     calibrate_samples,
     current_setting,
@@ -33,14 +36,20 @@ from ddim_schedulers.training.calibration.samples_search import (
     Samples,
     Setting,
     Space,
+    Verdict,
     choose,
     compare,
     jackknife,
     neighbours,
     search,
 )
+from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common.processes import Team
-from ddim_schedulers.training.likelihood.measured_model import measured_model_of
+from ddim_schedulers.training.likelihood.calibration import add_to_calibration
+from ddim_schedulers.training.likelihood.measured_model import (
+    load_measured_model,
+    measured_model_of,
+)
 from ddim_schedulers.training.metrics.distances import (
     Gaussian,
     frechet_distance,
@@ -440,3 +449,64 @@ def test_one_feature_space_alone_is_refused(tmp_path):
             SamplesJob(),
             work_dir=tmp_path,
         )
+
+
+# -- the command
+
+
+def test_the_command_stores_what_wins_and_the_preset_uses_it(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pipeline"
+    config = {"num_train_timesteps": 12, "beta_end": 0.5, "clip_sample": True}
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler(**config)).save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    before = file.read_text()
+    small = Space(((0.0, None), (1.0, (0.2, 0.8))), (1.0, 1.5), (1.0,), rounds=0)
+    monkeypatch.setattr(samples_run, "SamplesJob", partial(SamplesJob, space=small))
+    words = ["calibrate", "--pipeline", str(folder), "--objective", "samples", "--cpu"]
+    words += ["--data", "digits", "--calls", "3", "--num_images", "64", "--features"]
+    assert main([*words, "pixels"]) == 2 and "name two" in capsys.readouterr().err
+    assert main([*words, "pixels", "details"]) == 0
+    out = capsys.readouterr().out
+    assert "3 calls: " in out and "Frechet in pixels" in out
+    # an untrained network's pictures are noise: whether something wins is the search's to say
+    if "nothing is written" in out:
+        assert file.read_text() == before
+        verdict = Verdict(Setting(1.0, (0.2, 0.8), 1.5), 1.0, 2.0, Estimate(1.0, 0.1), ())
+        outcome = Outcome(3, Setting(), verdict, (verdict,), 0)
+        entry = outcome.entry(_scheduler_config(folder), ["pixels", "details"], 64)
+        add_to_calibration({"solver": {"3": entry}}, file)
+    scheduler = GeneralizedDDIMScheduler.from_config(json.loads(file.read_text()), **CALIBRATED)
+    entry = scheduler.config.calibration["solver"]["3"]
+    assert {"eta", "eta_interval", "eps_scale", "end_scale", "samples"} <= entry.keys()
+    assert len(json.dumps(entry["samples"])) < 1000
+    scheduler.set_timesteps(3)
+    assert (
+        scheduler._stored is not None and not (folder / "scheduler" / "calibration-parts").exists()
+    )
+    assert main([*words[:-1], "--held_out", "8"]) == 2
+    assert "`--held_out` is 8; it does nothing" in capsys.readouterr().err
+    assert main(["calibrate", "--pipeline", str(folder), "--features", "pixels"]) == 2
+    assert "does nothing with --objective likelihood" in capsys.readouterr().err
+
+
+def _scheduler_config(folder):
+    return load_measured_model(folder).config
+
+
+def test_details_are_the_differences_of_neighbours():
+    images = torch.arange(16.0).reshape(1, 1, 4, 4) / 8 - 1
+    flat = make_feature_space("details", (1, 4, 4))(images)
+    assert flat.shape == (1, 32) and flat.dtype == torch.float64
+    torch.testing.assert_close(flat[0, :16], torch.full((16,), 1 / 8).double())
+    torch.testing.assert_close(flat[0, 16:], torch.full((16,), 4 / 8).double())

@@ -21,9 +21,6 @@ WITH_CLASSES, WITHOUT_CLASSES = (CLASSIFIER, "pixels"), ("pixels", "details")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that no other objective has."""
-    from ddim_schedulers.training.likelihood.measured_data import add_label_arguments
-
-    add_label_arguments(parser)
     parser.add_argument(
         "--features",
         nargs="+",
@@ -46,6 +43,11 @@ def run(
 
     model = load_measured_model(args.pipeline, team.state.device, allow_pickle=args.allow_pickle)
     has_classes = bool(args.label_column or args.class_names or args.data == "digits")
+    if model.classes is not None:
+        raise ValueError(
+            f"`--pipeline` is {args.pipeline!r}, whose network has classes; it must have none for "
+            "--objective samples"
+        )
     names = args.features or [*(WITH_CLASSES if has_classes else WITHOUT_CLASSES)]
     data = load_measured_data(args, model, class_conditional=CLASSIFIER in names)
     job = samples_run.SamplesJob(

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddim_schedulers.training.commands import _calibrate_samples
+
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.pipelines.ownership import Owner
     from ddim_schedulers.training.common.processes import AccelerateTeam
@@ -16,6 +18,8 @@ HELP = "Measure a pipeline for the optimal noise and trajectory, or fit a sample
 _WHERE = {"pipeline", "revision", "allow_pickle", "output"}
 _RUN = {"objective", "num_images", "batch_size", "seed", "cpu"}
 _OF_SOLVER = {"calls", "held_out"}
+_OF_SAMPLES = {"calls", "features"}
+_IDLE_IN_SAMPLES = {"clip", "held_out", "labels", "trajectory_steps", "undo"}
 _ACTS = {
     "--undo": _WHERE | {"undo", "cpu"},
     "--objective trajectory": _WHERE | _RUN | {"trajectory_steps", "labels"},
@@ -35,28 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_repository_arguments(parser)
     parser.add_argument(
         "--objective",
-        choices=("likelihood", "trajectory", "solver"),
+        choices=("likelihood", "trajectory", "solver", "samples"),
         default="likelihood",
         help="likelihood: statistics of all timesteps, for the 'optimal' noise and spacing, which "
         "need --data; trajectory: fine trajectories from noise, for the 'calibrated' spacing; "
         "solver: a table of weights and timesteps for each number of --calls, fitted to fine "
-        "trajectories from noise, for --preset calibrated (likelihood)",
+        "trajectories from noise, for --preset calibrated; samples: eta, its interval and two "
+        "amplitudes for each number of --calls, by the distance of pictures to --data, on top of "
+        "the stored table or of the formulas (likelihood)",
     )
     add_data_arguments(parser, required=False)
     add_condition_arguments(parser)
+    _calibrate_samples.add_arguments(parser)
     parser.add_argument(
         "--num_images",
         type=int,
         help="likelihood: images M, each costs T network calls (100); trajectory: samples, each "
         "costs --trajectory_steps network calls (48); solver: samples that tables are fitted to "
-        "(128)",
+        "(128); samples: pictures of a setting that comes to the end of the search (2000)",
     )
     parser.add_argument(
         "--calls",
         type=int,
         nargs="+",
-        default=[5, 7, 10, 15, 20],
-        help="solver: numbers of network calls, each gets a table (5 7 10 15 20)",
+        help="solver: numbers of network calls, each gets a table (5 7 10 15 20); samples: each "
+        "gets settings of its own (5 10 20)",
     )
     parser.add_argument(
         "--held_out",
@@ -113,9 +120,10 @@ def run(args: argparse.Namespace) -> int:
         return _undo(args)
     if args.objective == "trajectory":
         return _run_trajectory(args)
-    if args.objective == "likelihood" and args.data is None:
+    if args.objective in ("likelihood", "samples") and args.data is None:
         raise ValueError(
-            "`--data` is missing; it must name the images that --objective likelihood measures"
+            "`--data` is missing; it must name the images that --objective "
+            f"{args.objective} measures"
         )
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 
@@ -128,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if args.objective == "solver":
             return _fit_solver(args, target, team, work_dir, owner)
+        if args.objective == "samples":
+            return _calibrate_samples.run(args, target, team, work_dir, owner)
         return _run_pass(args, target, team, work_dir, owner)
 
 
@@ -136,7 +146,8 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     add_arguments(parser)
     every = {action.dest for action in parser._actions}
     kind = "--undo" if args.undo else f"--objective {args.objective}"
-    acts = _ACTS.get(kind, every - {"trajectory_steps", *_OF_SOLVER})
+    idle = {"trajectory_steps", *_OF_SOLVER, *_OF_SAMPLES}
+    acts = _ACTS.get(kind, every - (_IDLE_IN_SAMPLES if "samples" in kind else idle))
     for name, value in vars(args).items():
         if name in every - acts and value != parser.get_default(name):
             raise ValueError(f"`--{name}` is {value!r}; it does nothing with {kind}, leave it out")
@@ -191,7 +202,7 @@ def _fit_solver(
         args.pipeline, team.state.device, allow_pickle=args.allow_pickle
     )
     job = solver_run.SolverJob(
-        calls=tuple(args.calls),
+        calls=solver_run.SolverJob.calls if args.calls is None else tuple(args.calls),
         num_samples=128 if args.num_images is None else args.num_images,
         held_out=args.held_out,
         steps=args.trajectory_steps,
