@@ -27,7 +27,13 @@ from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.pipelines.sampling import predict
 from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError
-from ddim_schedulers.solver_tables import SolverTable, misfit, solver_record, solver_table_of
+from ddim_schedulers.solver_tables import (
+    SOLVER_BASE,
+    SolverTable,
+    misfit,
+    pack_solver_table,
+    solver_table_of,
+)
 from ddim_schedulers.training.calibration.samples_search import (
     BLOCKS,
     FLOORS,
@@ -174,7 +180,9 @@ def stored_entry(config: Mapping[str, Any], calls: int) -> dict[str, Any]:
     found = ((config.get("calibration") or {}).get("solver") or {}).get(str(calls))
     if found is not None:
         return dict(found)
-    analytic = GeneralizedDDIMScheduler.from_config(config, **{**NEUTRAL, **FEW_STEPS})
+    analytic = GeneralizedDDIMScheduler.from_config(
+        config, **{**NEUTRAL, **SOLVER_BASE, **FEW_STEPS}
+    )
     analytic.set_timesteps(calls)
     timesteps = [t for t, _ in analytic.planned_pairs()]
     clip = float(analytic.config.clip_sample_range) if analytic.config.clip_sample else None
@@ -186,7 +194,7 @@ def stored_entry(config: Mapping[str, Any], calls: int) -> dict[str, Any]:
         clip,
         [*analytic.alpha_bar[timesteps].tolist(), analytic.alpha_bar_end],
     )
-    return solver_record(table)
+    return pack_solver_table(table)
 
 
 def entry_of(config: Mapping[str, Any], calls: int, setting: Setting) -> dict[str, Any]:
@@ -213,7 +221,7 @@ def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> Gener
     """
     stored = {"solver": {str(calls): entry_of(config, calls, setting)}}
     scheduler = GeneralizedDDIMScheduler.from_config(
-        config, **{**NEUTRAL, **CALIBRATED, "calibration": stored}
+        config, **{**NEUTRAL, **SOLVER_BASE, **CALIBRATED, "calibration": stored}
     )
     process = scheduler.alpha_bar, scheduler.alpha_bar_end
     table = solver_table_of(stored, calls, len(scheduler))

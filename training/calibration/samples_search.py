@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ddim_schedulers.training.common.scatter import student
 from ddim_schedulers.training.metrics.distances import Gaussian, frechet_of_gaussians, root_of
 
 BLOCKS = 8
 # Blocks that are measured before the slower half of a race is left out.
 RUNGS = (2, 4, BLOCKS)
-# Student's t of 7 degrees of freedom, 97.5 percent: eight blocks.
-STUDENT = 2.365
+STUDENT = student(BLOCKS - 1)
 
 Tensors = dict[str, torch.Tensor]
 

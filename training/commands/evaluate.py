@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import sys
 
+from ddim_schedulers.training.commands import _recommend
+
 HELP = "Measure samples of any scheduler, eta and number of steps against real images; resumable."
 
 
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="sample nothing: tables of the cells that are there"
     )
+    _recommend.add_arguments(parser)
     parser.add_argument("--cpu", action="store_true", help="do not use an accelerator")
     parser.add_argument(
         "--trust_code",
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.common.repositories import pinned
     from ddim_schedulers.training.evaluation.config import load_evaluation
 
+    recommends = _recommend.check(args)
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
     overrides = {name: getattr(args, name) for name in names.split()}
     config = load_evaluation(args.config, args.trust_code, **overrides)
@@ -58,4 +62,6 @@ def run(args: argparse.Namespace) -> int:
     if team.index == 0:
         print(short(results))
         print("Written:", *written)
+        if recommends:
+            _recommend.run(args, config, results)
     return 0

@@ -226,7 +226,8 @@ def check_cell(content: dict[str, Any], cell: Cell, path: Path) -> dict[str, Any
             metric.of_classes and name in measured for name, metric in METRICS.items()
         )
         for name, metric in sorted(METRICS.items()):
-            needed = not metric.of_labels and (has_classes or not metric.of_classes)
+            sometimes = metric.of_labels or metric.of_ode
+            needed = not sometimes and (has_classes or not metric.of_classes)
             if needed or name in measured:
                 found = measured.get(name)
                 require(_is_number(found, metric.low, metric.high), f"{name} of {space}", found)

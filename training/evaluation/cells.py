@@ -4,6 +4,7 @@
     OUTPUT/cells/LABEL.json    its measurements, written when they are all there
     OUTPUT/cells/LABEL.npz     its first images
     OUTPUT/reference-*.safetensors   features of the real images, by fingerprint (or in cache_dir)
+    OUTPUT/fine/               while it runs: end points of the ODE, for `endpoint`
     OUTPUT/metrics.json        everything; report.md and the pictures are made of it
 
 Both sides are uint8. Processes share the samples of a cell and their features; the features are
@@ -11,17 +12,22 @@ then put in the order of the samples, so the measurements do not depend on the n
 """
 
 import copy
+import hashlib
+import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.config_reading import PROCESS_KEYS
 from ddim_schedulers.pipelines import GenerationPipeline
+from ddim_schedulers.pipelines.compatibility import is_deterministic
 from ddim_schedulers.pipelines.conditions import (
     BoundConditions,
     Conditions,
@@ -29,7 +35,7 @@ from ddim_schedulers.pipelines.conditions import (
 )
 from ddim_schedulers.pipelines.files import check_folders
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
-from ddim_schedulers.pipelines.sampling_files import SamplingFiles
+from ddim_schedulers.pipelines.sampling_files import Piece, SamplingFiles
 from ddim_schedulers.pipelines.sampling_job import (
     Guides,
     SamplingJob,
@@ -51,7 +57,10 @@ from ddim_schedulers.training.evaluation.cell_files import (
 from ddim_schedulers.training.evaluation.config import EvaluationConfig
 from ddim_schedulers.training.evaluation.grid import GUIDES, Cell, defaults_of, scheduler_class
 from ddim_schedulers.training.evaluation.references import Progress, RealImages, from_uint8
+from ddim_schedulers.training.metrics.distances import endpoint_errors
 from ddim_schedulers.training.networks.places import pipeline_folder
+
+FINE, FINE_STEPS = "fine", 100
 
 
 class Evaluation:
@@ -192,7 +201,41 @@ class Evaluation:
             for name in self.config.features
             if have.get(name, {}).get("reference") != self.real.note(name)
             or have[name].get("k") != self.config.neighbours
+            or ("endpoint" not in have[name] and self._has_endpoint(cell))
         ]
+
+    def _has_endpoint(self, cell: Cell) -> bool:
+        """Tell whether the end-point error of a cell is asked for and exists."""
+        return self.config.endpoint and is_deterministic(self._pipe_of(cell).scheduler)
+
+    def discard_fine(self) -> None:
+        """Delete the end points of the ODE, which no further cell needs."""
+        self.team.wait()
+        if self.team.index == 0:
+            shutil.rmtree(self.folder / FINE, ignore_errors=True)
+
+    def _endpoint(
+        self, cell: Cell, pieces: list[Piece], samples: SamplingFiles, guides: Guides
+    ) -> float:
+        """Return the end-point error of a cell, whose samples are there."""
+        pipe = self.pipe.sibling(GenerationPipeline, scheduler=fine_scheduler(self.pipe.scheduler))
+        steps = min(FINE_STEPS, len(pipe.scheduler))
+        job = replace(
+            with_classes(pipe, self._job(cell), guides),
+            num_inference_steps=steps,
+            use_clipped_model_output=None,
+        )
+        told = json.dumps(as_told(settings_of(pipe, job, guides)), sort_keys=True)
+        folder = self.folder / FINE / hashlib.sha256(told.encode()).hexdigest()[:16]
+        share = {"rank": self.team.index, "world_size": self.team.count}
+        sample_to_directory(pipe, folder, job, guides=guides, **share)
+        self.team.wait()
+        fine = SamplingFiles(folder, job, self.team.index, pipe.image_shape)
+        mine = [
+            float(endpoint_errors(*(from_uint8(f.read(piece)) for f in (samples, fine))).sum())
+            for piece in pieces[self.team.index :: self.team.count]
+        ]
+        return sum(sorted(self.team.gather(mine))) / cell.n
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return the measurements of a cell: from its file, or by sampling what is missing.
@@ -219,6 +262,8 @@ class Evaluation:
         samples = SamplingFiles(images, job, self.team.index, pipe.image_shape)
         pieces = samples.all_pieces()
         found = {k: value for k, value in kept.get("metrics", {}).items() if k not in missing}
+        asked = self._has_endpoint(cell)
+        endpoint = {"endpoint": self._endpoint(cell, pieces, samples, guides)} if asked else {}
         for name in missing:
             mine = [
                 (piece.start, self.real.features_of(name, samples.read(piece)))
@@ -228,6 +273,7 @@ class Evaluation:
             if self.team.index == 0:
                 labels: Any = job.labels(0, cell.n)
                 found[name] = self.real.measure(name, fake, labels, class_labels_of(pipe))
+                found[name] |= endpoint
         result = {
             "row": cell.sampler.name,
             "steps": cell.steps,
@@ -314,3 +360,32 @@ class Evaluation:
             "held_out_min": float(rms[count:].min()),
             "nearest": [int(i) for i in nearest[:count]],
         }
+
+
+def fine_scheduler(scheduler: Any) -> GeneralizedDDIMScheduler:  # noqa: ANN401
+    """Return a scheduler for fine solutions of the ODE, of order 3 with corrector, unclipped.
+
+    Args:
+        scheduler: of the pipeline.
+    """
+    neutral = {"eta_interval": None, "eps_scale": 1.0, "end_scale": 1.0, "sigma": None}
+    return GeneralizedDDIMScheduler.from_config(
+        scheduler.config,
+        **neutral,
+        calibration=None,
+        clip_sample=False,
+        eta=0.0,
+        lower_order_final=False,
+        original_inference_steps=None,
+        reverse_variance="sigma",
+        solver_calibrated=False,
+        solver_corrector=True,
+        solver_corrector_order=None,
+        solver_form="sample",
+        solver_order=3,
+        solver_variable=None,
+        solver_weights="exact",
+        thresholding=False,
+        timestep_spacing="trailing",
+        timesteps=None,
+    )

@@ -80,6 +80,8 @@ class EvaluationConfig:
         pictured: names of the rows that the pictures of samples show; None: the first eight.
         expected: measurements of others to compare with: `row`, `steps`, `features`, `metric`,
             `value`, `tolerance`, `source`.
+        endpoint: measure the end-point error of deterministic rows, too: against fine solutions of
+            the ODE from the same noises, 100 network calls for each image of a seed.
         not_run: a sentence that marks a recipe whose measurements nobody here has reproduced.
         card: texts of a model card, see `card.py`.
     """
@@ -104,6 +106,7 @@ class EvaluationConfig:
     cache_dir: str | None = None
     pictured: list[str] | None = None
     expected: list[dict[str, Any]] = field(default_factory=list)
+    endpoint: bool = False
     not_run: str | None = None
     card: dict[str, Any] | None = None
 
@@ -121,7 +124,7 @@ class EvaluationConfig:
                 raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"`seed` is {self.seed!r}; it must be an integer >= 0")
-        for name in ("compile", "channels_last", "keep_images"):
+        for name in ("compile", "channels_last", "keep_images", "endpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be true or false")
         names = list_of(self.features, "features")

@@ -38,6 +38,7 @@ def _run(evaluation: Evaluation, sample: bool, owner: Owner) -> dict[str, Any]:
         if sample or not evaluation.missing(cell):
             evaluation.progress(f"cell {number + 1} of {len(config.cells)}: {cell.label}")
             done[cell.label] = evaluation.measure(cell)
+    evaluation.discard_fine()
     tables = []
     for table in config.tables:
         cells = [cell for cell in table.cells if cell.label in done]

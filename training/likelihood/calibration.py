@@ -256,6 +256,11 @@ def add_to_calibration(
     tables = (before or {}).get("solver")
     if "solver" in values and isinstance(tables, dict):  # of other numbers of calls
         settings["calibration"]["solver"] = {**tables, **values["solver"]}
+    replace_config(config, config_file)
+
+
+def replace_config(config: dict[str, Any], config_file: Path) -> None:
+    """Write a scheduler's config, atomically; the former one is kept next to it, see `undo`."""
     written = to_json(config)
     if not config_file.exists():
         config_file.parent.mkdir(parents=True, exist_ok=True)

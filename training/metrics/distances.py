@@ -24,6 +24,7 @@ class Metric(NamedTuple):
         scale: the factor of the values in a table.
         of_classes: whether it is measured only where a feature space has a classifier.
         of_labels: whether it is measured only where the samples were asked for by class, too.
+        of_ode: whether it is measured only for deterministic rows, and where it is asked for.
         distance: whether it is a distance, of which less is better; of any other more is better.
         form: how a table writes it, as `format` takes it.
     """
@@ -34,6 +35,7 @@ class Metric(NamedTuple):
     scale: float = 1.0
     of_classes: bool = False
     of_labels: bool = False
+    of_ode: bool = False
     distance: bool = False
     form: str = ".3f"
 
@@ -55,6 +57,7 @@ METRICS = {
     "coverage": Metric("coverage", 0, 1),
     "inception_score": Metric("Inception score", 1 - 1e-6, math.inf, of_classes=True),
     "recognised": Metric("recognised", 0, 1, of_labels=True),
+    "endpoint": Metric("end-point error", 0, 4, scale=1000.0, distance=True, of_ode=True),
 }
 
 
@@ -266,3 +269,14 @@ def root_of(covariance: Tensor) -> Tensor:
     """Return the symmetric root of a covariance, (F, F)."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def endpoint_errors(samples: Tensor, fine: Tensor) -> Tensor:
+    """Return the mean squared difference of samples to the end points of the ODE, float64 (n,).
+
+    Args:
+        samples: (n, C, H, W) in [-1, 1], of a deterministic sampler.
+        fine: of a fine solution of the probability-flow ODE from the same noises, in the same
+            order.
+    """
+    return (samples.double() - fine.double()).square().flatten(1).mean(1)
