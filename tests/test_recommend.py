@@ -13,8 +13,10 @@ from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.commands import _recommend
 from ddim_schedulers.training.common.scatter import student
 from ddim_schedulers.training.evaluation.cells import fine_scheduler
+from ddim_schedulers.training.evaluation.config import load_evaluation
 from ddim_schedulers.training.evaluation.recommend import recommend
 from ddim_schedulers.training.evaluation.references import from_uint8
 from ddim_schedulers.training.metrics.distances import endpoint_errors
@@ -22,9 +24,9 @@ from ddim_schedulers.training.metrics.distances import endpoint_errors
 
 def test_students_quantile():
     """The table of Student's t, 97.5 percent."""
-    for freedom, value in ((3, 3.182), (4, 2.776), (7, 2.365), (10, 2.228), (30, 2.042)):
-        assert student(freedom) == pytest.approx(value, abs=0.012)
-    assert student(2) > 4 and student(1) > 8
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042}
+    for freedom, value in table.items():
+        assert student(freedom) == pytest.approx(value, abs=0.01)
 
 
 def _cell(row, steps, mean, std, repeats=3, seconds=1.0, metric="frechet"):
@@ -104,7 +106,8 @@ STEPS, N, SEED = 12, 8, 3
 def evaluated(tiny_ddpm, tmp_path_factory):
     """An evaluation of a tiny pipeline with the end-point error; its settings and results."""
     root = tmp_path_factory.mktemp("evaluated")
-    scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_end=0.5)
+    # an untrained network without clipping: its ODE is smooth, and more steps come nearer to it
+    scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_end=0.2, clip_sample=False)
     tiny_ddpm(scheduler).save_pretrained(root / "pipeline")
     settings = {
         "pipeline": str(root / "pipeline"),
@@ -186,28 +189,24 @@ def test_the_best_row_is_printed_and_written_with_evidence_alone(evaluated, caps
 
     assert "Best under" not in said()
     best = recommend(results, calls=6, metric="endpoint")
-    assert best.best.row == "eta 0, trailing" and best.best.steps == 6
     out = said("--best_under_calls", "6", "--best_by", "endpoint")
-    assert "Best under 6 calls by end-point error in pixels, n = 8: eta 0, trailing, S = 6" in out
-    assert "needs --best_under" in said("--write_best", "clear", code=2)
-    assert "needs --best_under" in said("--best_by", "kernel", code=2)
+    first = f"n = 8: {best.best.row}, S = {best.best.steps}"
+    assert f"Best under 6 calls by end-point error in pixels, {first}" in out
+    for option, value in (("--write_best", "clear"), ("--best_by", "kernel")):
+        assert "goes with --best_under_calls" in said(option, value, code=2)
     two = ["--best_under_calls", "2", "--best_by", "endpoint", "--write_best", "lowest"]
-    assert "needs 3 repetitions; 'DDIM' has 1" in said(*two, code=2)
+    assert "needs 3 repetitions of a row, 'DDIM' has 1" in said(*two, code=2)
     assert file.read_text() == before
-    six = ["--best_under_calls", "6", "--best_by", "frechet", "--write_best", "clear"]
-    chosen = recommend(results, calls=6)
-    if chosen.rivals:
-        assert "within the scatter" in said(*six, code=2) or file.read_text() == before
     tables = results["tables"][0]
     only = {**results, "tables": [{**tables, "missing": ["a cell"]}]}
-    from ddim_schedulers.training.commands import _recommend
-
-    with pytest.raises(ValueError, match="needs all cells; 1 are not measured"):
+    near = recommend(_results(_cell("a", 5, 1.0, 0.1), _cell("b", 5, 1.1, 0.1)), calls=5)
+    _recommend.check_evidence(near, _results(), "lowest")
+    with pytest.raises(ValueError, match="`write_best` is 'clear'; .*'b', S = 5, is within"):
+        _recommend.check_evidence(near, _results(), "clear")
+    with pytest.raises(ValueError, match="`write_best` is 'lowest'; .* all cells, 1 are not"):
         _recommend.check_evidence(best, only, "lowest")
     cells = [c for c in tables["cells"] if c["repeats"] == 3]
     enough = recommend({**results, "tables": [{**tables, "cells": cells}]}, calls=6)
-    from ddim_schedulers.training.evaluation.config import load_evaluation
-
     _recommend.check_evidence(enough, results, "lowest")
     target = _recommend.write(enough, load_evaluation(root / "e.yaml"))
     assert target == file and file.with_name(f"{file.name}.1.bak").read_text() == before

@@ -228,8 +228,8 @@ def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> Gener
     assert table is not None
     if why := misfit(table, scheduler.config, *process):
         raise ValueError(
-            f"`calibration['solver']['{calls}']` does not fit the scheduler's config: {why}. "
-            "Calibrate it again with `--objective solver`, or remove it."
+            f"`calibration['solver']['{calls}']` does not fit the scheduler's config: {why}; it "
+            "must be calibrated again by `--objective solver`, or removed"
         )
     scheduler.set_timesteps(calls)
     return scheduler

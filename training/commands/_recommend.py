@@ -48,8 +48,8 @@ def check(args: argparse.Namespace) -> bool:
     for name in ("write_best", "best_by"):
         if not asked and getattr(args, name) not in (None, "frechet"):
             raise ValueError(
-                f"`--{name}` is {getattr(args, name)!r}; it needs --best_under_calls or "
-                "--best_under_seconds"
+                f"`--{name}` is {getattr(args, name)!r}; it must be left out, as it goes with "
+                "--best_under_calls and --best_under_seconds alone"
             )
     return asked
 
@@ -82,16 +82,21 @@ def check_evidence(found: Recommendation, results: dict[str, Any], asked: str) -
         ValueError: naming what is missing.
     """
     if left := [label for table in results["tables"] for label in table["missing"]]:
-        raise ValueError(f"`--write_best` needs all cells; {len(left)} are not measured")
+        raise ValueError(
+            f"`write_best` is {asked!r}; it must be left out, as it needs all cells, {len(left)} "
+            "are not measured"
+        )
     few = [each for each in (found.best, *found.rivals) if each.repeats < LEAST_REPEATS]
     if few:
         raise ValueError(
-            f"`--write_best` needs {LEAST_REPEATS} repetitions; {few[0].row!r} has {few[0].repeats}"
+            f"`write_best` is {asked!r}; it must be left out, as it needs {LEAST_REPEATS} "
+            f"repetitions of a row, {few[0].row!r} has {few[0].repeats}"
         )
     if asked == "clear" and found.rivals:
         raise ValueError(
-            f"`--write_best` is 'clear', but {found.rivals[0].row!r}, S = {found.rivals[0].steps} "
-            f"is within the scatter of {found.best.row!r}"
+            f"`write_best` is {asked!r}; it must be 'lowest' or left out, as "
+            f"{found.rivals[0].row!r}, S = {found.rivals[0].steps}, is within the scatter of "
+            f"{found.best.row!r}"
         )
 
 
@@ -126,8 +131,9 @@ def write(found: Recommendation, config: EvaluationConfig) -> Path:
         content[SETTINGS_KEY] = {**private, "class": sampler.scheduler, "settings": settings}
     else:
         raise ValueError(
-            f"`--write_best`: the best row is a {sampler.scheduler}, the pipeline's scheduler a "
-            f"{saved}; save the pipeline with {sampler.scheduler}.from_config(...) instead"
+            f"`class` of the best row is {sampler.scheduler!r}; it must be that of the pipeline's "
+            f"scheduler, {saved!r}, or one of this package: save the pipeline with "
+            f"{sampler.scheduler}.from_config(...)"
         )
     cls: Any = scheduler_class(sampler.scheduler)
     cls.from_config(content).set_timesteps(found.best.steps)  # what it refuses is not written
