@@ -111,7 +111,7 @@ def write(found: Recommendation, config: EvaluationConfig) -> Path:
     from ddim_schedulers.reading import read_json
     from ddim_schedulers.settings import SETTINGS_KEY
     from ddim_schedulers.training.commands.calibrate import config_file, owned_folder
-    from ddim_schedulers.training.evaluation.config import scheduler_class
+    from ddim_schedulers.training.evaluation.grid import scheduler_class
     from ddim_schedulers.training.likelihood.calibration import replace_config
 
     (sampler,) = {
