@@ -3,7 +3,6 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -213,6 +212,5 @@ def test_the_best_row_is_printed_and_written_with_evidence_alone(evaluated, caps
     written = GeneralizedDDIMScheduler.from_config(json.loads(file.read_text()))
     expected = 0.0 if enough.best.row.startswith("eta 0") else 1.0
     assert written.config.eta == expected and written.config.timestep_spacing == "trailing"
-    assert np.isfinite(written.alpha_bar).all()
     assert main(["calibrate", "--pipeline", str(root / "pipeline"), "--undo", "--cpu"]) == 0
     assert file.read_text() == before
