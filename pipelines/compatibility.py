@@ -76,10 +76,11 @@ def check_network(unet: Network, name: str = "unet") -> None:
         raise ValueError(f"`{name}` is {type(unet).__name__}; it must be a UNet2DModel.")
     config = unet.config
     try:
-        labels_in(config)
+        classes = labels_in(config)
     except ValueError as error:
         raise ValueError(f"`{name}` does not fit: {error}.") from error
-    extra = _required_arguments(unet)[2:]
+    known = () if classes is None else ("class_labels",)
+    extra = [name for name in _required_arguments(unet)[2:] if name not in known]
     if extra:
         raise ValueError(
             f"`{name}` is a {type(unet).__name__} whose forward needs {extra}; a UNet2DModel takes "

@@ -539,6 +539,21 @@ def test_an_image_depends_on_its_seed_and_its_label_alone():
     assert pipe(num_inference_steps=2, class_labels="emu").class_labels == [2]
 
 
+def test_a_network_may_require_its_labels():
+    class Requires(Exact):
+        def forward(self, sample, timestep, class_labels):
+            return super().forward(sample, timestep, class_labels)
+
+    network = Requires().eval()
+    note_class_labels(network, NULL)
+    got = sample(pipeline(network), class_labels=LABELS, guidance_scale=2.0)
+    same = sample(pipeline(conditional()), class_labels=LABELS, guidance_scale=2.0)
+    assert torch.equal(got, same)
+    network = Requires(num_class_embeds=None)
+    with pytest.raises(ValueError, match=r"forward needs \['class_labels'\]"):
+        pipeline(network)
+
+
 def test_names_numbers_arrays_and_tensors_say_the_same():
     pipe = pipeline(conditional())
     expected = sample(pipe, class_labels=LABELS)
