@@ -59,9 +59,7 @@ for verb in cli.VERBS:
     told = code == 2 and err.startswith(f"`ddim-schedulers {verb}` needs the extra")
     assert helped or told, f"{verb} --help: {code}\n{out}{err}"
 
-sentence = (
-    "`ddim-schedulers demo` needs the extra 'train': pip install \"ddim-schedulers[train]\"\n"
-)
+sentence = "`ddim-schedulers demo` needs the extra 'demo': pip install \"ddim-schedulers[demo]\"\n"
 assert call("demo", "--quick") == (2, "", sentence), call("demo", "--quick")
 
 print("the wheel works without extras")

@@ -802,3 +802,16 @@ def test_a_failed_push_does_not_lose_the_run(settings, monkeypatch):
     ((place, name), how), *rest = asked
     assert (place, name, rest) == (result.pipeline_dir, "me/model", [])
     assert how == {"form": "portable", "private": True, "revision": None}
+
+
+def test_without_matplotlib_training_says_so_once_and_draws_nothing(tmp_path, monkeypatch, caplog):
+    from ddim_schedulers.training.common import figures
+    from ddim_schedulers.training.trainer import validation
+
+    figures.can_plot.cache_clear()
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    for _ in range(2):
+        validation.plot_losses([1, 2], [1.0, 0.5], tmp_path / "loss.png")
+    figures.can_plot.cache_clear()
+    assert not (tmp_path / "loss.png").exists()
+    assert caplog.text.count("ddim-schedulers[plots]") == 1

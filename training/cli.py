@@ -51,16 +51,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "accelerate",
         "datasets",
-        "matplotlib",
         "PIL",
-        "scipy",
-        "sklearn",
-        "tensorboard",
         "torchmetrics",
         "tqdm",
         "transformers",
         "yaml",
     ),
+    "plots": ("matplotlib",),
+    "tensorboard": ("tensorboard",),
+    "demo": ("scipy", "sklearn"),
     "inception": ("torch_fidelity",),
 }
 
@@ -208,6 +207,7 @@ def _message(verb: str, error: Exception) -> str | None:
     root = (error.name or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if root in modules:
+            extra = "demo" if verb == "demo" else extra  # it brings the others
             return f"`{PROG} {verb}` needs the extra '{extra}': pip install \"{PROG}[{extra}]\""
     return None
 

@@ -88,6 +88,7 @@ def _evaluate(
     args: argparse.Namespace, team: "AccelerateTeam", output: Path, work_dir: Path, owner: "Owner"
 ) -> int:
     from ddim_schedulers.pipelines.files import write_bytes
+    from ddim_schedulers.training.common.figures import can_plot
     from ddim_schedulers.training.common.repositories import pinned
     from ddim_schedulers.training.common.storage import to_json
     from ddim_schedulers.training.common.versions import versions
@@ -149,7 +150,7 @@ def _evaluate(
             ("likelihood.md", ("\n".join(lines) + "\n").encode()),
         ):
             write_bytes(output / name, content)
-        if args.estimator == "all":
+        if args.estimator == "all" and can_plot():
             table.plot(report, output / "likelihood.png")
         discard(work_dir)
         print(*lines, sep="\n")

@@ -1,5 +1,7 @@
 """Figures of images and lines, without a display: what the demo and the evaluation draw with."""
 
+import functools
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.pictures import tiled
+
+logger = logging.get_logger(__name__)
+
+
+@functools.cache
+def can_plot() -> bool:
+    """Tell whether matplotlib is installed; if it is not, say once how to get it."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    logger.warning('No curves are drawn: pip install "ddim-schedulers[plots]" brings matplotlib.')
+    return False
 
 
 def panels_figure(panels: Sequence[tuple[str, Image.Image]], columns: int, width: float) -> Any:

@@ -72,6 +72,8 @@ def evaluate(
     Returns:
         The evaluation, what is in metrics.json, and the files that this process wrote.
     """
+    import matplotlib  # noqa: F401  # the pictures come last: miss it before the work
+
     team = team or Team()
     check_folders(Path(config.output_dir), "cells", "output_dir")
     with own_together(Path(config.output_dir), "evaluate", team) as owner:

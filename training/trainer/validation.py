@@ -21,6 +21,7 @@ from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.files import write_atomically, write_png
 from ddim_schedulers.pipelines.pictures import tiled
+from ddim_schedulers.training.common.figures import can_plot
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.images import ImageData
@@ -239,7 +240,12 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
 
 
 def plot_over_t(t: Tensor, error: Tensor, path: Path) -> None:
-    """Save a PNG of the squared error of the prediction over t, with its mean in 20 intervals."""
+    """Save a PNG of the squared error of the prediction over t, with its mean in 20 intervals.
+
+    Without matplotlib nothing is drawn; `can_plot` says so once.
+    """
+    if not can_plot():
+        return
     figure, axes = _figure()
     axes.plot(t, error, ".", markersize=2, color="0.7")
     groups = np.array_split(np.arange(len(t)), min(20, len(t)))
@@ -250,7 +256,12 @@ def plot_over_t(t: Tensor, error: Tensor, path: Path) -> None:
 
 
 def plot_losses(steps: list[int], losses: list[float], path: Path) -> None:
-    """Save a PNG of the training loss; each point is the mean since the point before."""
+    """Save a PNG of the training loss; each point is the mean since the point before.
+
+    Without matplotlib nothing is drawn, as in `plot_over_t`.
+    """
+    if not can_plot():
+        return
     figure, axes = _figure()
     axes.plot(steps, losses, linewidth=0.8)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
