@@ -11,6 +11,7 @@ from there, whose fixed point is the exact inverse of the decoding step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,15 @@ from ddim_schedulers.pipelines.images import (
     check_finite,
     to_model_space,
 )
-from ddim_schedulers.pipelines.refinement import Refinement
-from ddim_schedulers.pipelines.sampling import denoise, plan
+from ddim_schedulers.pipelines.refinement import (
+    DEFAULT_TOLERANCE,
+    encode_and_refine,
+    network_calls,
+    warn_of_residual,
+)
+from ddim_schedulers.pipelines.sampling import plan, predict
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -159,22 +163,26 @@ class InversionPipeline(UnconditionalPipeline):
         tau = plan(inverse, num_inference_steps, timesteps, device)
         parts = chunks(len(x0), check_batch_size(batch_size))
         largest = parts[0][1] - parts[0][0]
-        refinement = Refinement(self.unet, inverse, refinements, tolerance, largest)
         conditions = BoundConditions(Conditions(class_labels), self.unet, inverse, len(x0), device)
-        latents = torch.empty(x0.shape, dtype=x0.dtype)
+        latents, residuals = torch.empty(x0.shape, dtype=x0.dtype), []
         with self.progress_bar(total=len(parts) * len(tau)) as bar:
             for start, stop in parts:
+                call = partial(predict, conditions.of(start, stop), batch_size=largest)
                 x = x0[start:stop].to(device)
-                refinement.network = network = conditions.of(start, stop)
-                after = refinement.following(bar.update)
-                x_t = denoise(network, inverse, x, tau, {}, after, largest)
-                check_finite(x_t, start)
-                latents[start:stop] = x_t.cpu()
+                encoding = encode_and_refine(
+                    call, x, inverse, refinements, tolerance, after_step=bar.update
+                )
+                check_finite(encoding.latents, start)
+                latents[start:stop] = encoding.latents.cpu()
+                residuals += [] if encoding.residual is None else [encoding.residual]
         self.maybe_free_model_hooks()
-        residual = refinement.residual()
-        converged = None if residual is None else refinement.report(residual)
+        residual = torch.cat(residuals, dim=1) if residuals else None
+        converged = None
+        if residual is not None:
+            converged = warn_of_residual(residual, refinements, tolerance)
         steps = [int(t) for t in tau.tolist()]
-        return InversionOutput(latents, steps, refinement.calls(len(steps)), residual, converged)
+        calls = network_calls(len(steps), refinements)
+        return InversionOutput(latents, steps, calls, residual, converged)
 
     def decode(
         self,

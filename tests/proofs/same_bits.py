@@ -2,10 +2,11 @@
 
     python tests/proofs/same_bits.py --before REVISION
 
-Takes `ddim_schedulers/` of that revision out of git and runs the same steps through it and through
-the one that is installed, each in a process of its own: beta schedules x predictions x clipping x
-trajectories x eta x `use_clipped_model_output`, and the Markovian and inverse classes beside them;
-then every noise by its name, in float32 and float64, planned trajectories, and the bound.
+Takes `ddim_schedulers/` and `pipelines/` of that revision out of git and runs the same steps
+through it and through the one that is installed, each in a process of its own: beta schedules x
+predictions x clipping x trajectories x eta x `use_clipped_model_output`, and the Markovian and
+inverse classes beside them; then every noise by its name, in float32 and float64, planned
+trajectories, and the bound; and what `InversionPipeline` encodes and decodes.
 The first release is 6a8ee76; order 1 of the multistep solver must be equal to it.
 """
 
@@ -64,7 +65,7 @@ def digests():
                 hashed.update(output.pred_original_sample.numpy().tobytes())
             told = {k: v for k, v in arguments.items() if k != "variance_noise"}
             found[f"{cls.__name__} {settings} {more} {n} {told}"] = hashed.hexdigest()
-    return {**found, **noises(x, m, z), **plans(x, m, z), **bounds(x, m, z)}
+    return {**found, **noises(x, m, z), **plans(x, m, z), **bounds(x, m, z), **encodings(x)}
 
 
 def hash_of(*tensors):
@@ -177,6 +178,46 @@ def bounds(x, m, z):
     return found
 
 
+def encodings(x):
+    """Returns a hash of what inversion finds, and of what its latents decode to."""
+    import torch
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
+    from ddim_schedulers import GeneralizedDDIMScheduler
+    from ddim_schedulers.pipelines import InversionPipeline
+
+    class Bent(ModelMixin, ConfigMixin):
+        """Steeper than what refinement can follow at ten steps."""
+
+        @register_to_config
+        def __init__(self, sample_size=8, in_channels=3, out_channels=3):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, timestep):
+            return UNet2DOutput(sample=0.6 * x + torch.sin(2 * x.roll(1, dims=-1)) / 2)
+
+    found = {}
+    for kind, spacing, end in itertools.product(
+        PREDICTIONS, ("leading", "trailing"), (True, False)
+    ):
+        scheduler = GeneralizedDDIMScheduler(
+            prediction_type=kind, timestep_spacing=spacing, set_alpha_to_one=end
+        )
+        pipe = InversionPipeline(unet=Bent(), scheduler=scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        for n, refinements, size in ((10, 0, 4), (10, 5, 3), (50, 3, 4), (7, 30, 1)):
+            plan = {"num_inference_steps": n, "batch_size": size}
+            made = pipe.encode(x / 3, refinements=refinements, tolerance=1e-3, **plan)
+            outputs = [made.latents, pipe.decode(made.latents, output_type="latent", **plan)]
+            outputs += [] if made.residual is None else [made.residual]
+            name = f"encoding {kind} {spacing} {end} {n} {refinements} {made.converged}"
+            found[name] = hash_of(*outputs)
+    return found
+
+
 def options(noise):
     """Returns the arguments of `step` that are tried for each setting."""
     for eta, rederive in itertools.product((0.0, 0.5, 1.0), (False, True)):
@@ -210,10 +251,12 @@ def main():
         print(json.dumps({"from": sys.modules["ddim_schedulers"].__file__, **found}))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        command = ["git", "-C", str(ROOT), "archive", args.before, "ddim_schedulers"]
+        command = ["git", "-C", str(ROOT), "archive", args.before, "ddim_schedulers", "pipelines"]
         archive = subprocess.run(command, check=True, capture_output=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(folder, filter="data")
+        # where no mapping of the installed package stands in between
+        (Path(folder) / "pipelines").rename(Path(folder) / "ddim_schedulers" / "pipelines")
         before, now = run(folder), run(None)
     places = before.pop("from"), now.pop("from")
     assert places[0] != places[1], places
