@@ -19,16 +19,19 @@ from ddim_schedulers.pipelines.langevin import (
 )
 from ddim_schedulers.pipelines.observers import SamplingPath
 from ddim_schedulers.pipelines.pictures import make_grid, path_grid
+from ddim_schedulers.pipelines.refinement import Encoding, encode_and_refine
 from ddim_schedulers.pipelines.restoration.pipeline import (
     RestorationOutput,
     RestorationPipeline,
 )
 from ddim_schedulers.pipelines.slerp import slerp
+from ddim_schedulers.pipelines.text_inversion import TextInversionOutput, invert
 
 __all__ = [
     "AnnealedLangevinPipeline",
     "ClassMixture",
     "Conditions",
+    "Encoding",
     "GenerationOutput",
     "GenerationPipeline",
     "InterpolationOutput",
@@ -40,8 +43,11 @@ __all__ = [
     "RestorationOutput",
     "RestorationPipeline",
     "SamplingPath",
+    "TextInversionOutput",
     "VariationsOutput",
+    "encode_and_refine",
     "geometric_timesteps",
+    "invert",
     "make_grid",
     "path_grid",
     "slerp",

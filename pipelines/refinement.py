@@ -53,7 +53,8 @@ def encode_and_refine(
             of x_t; with guidance, ControlNet or whatever else the decoding uses. x_t is (N, C, H,
             W), t an integer or a tensor () of one. Channels after C, of a learned variance, are
             left out.
-        x_0: (N, C, H, W), in the space of the network: latents for a latent network.
+        x_0: (N, C, H, W), in the space of the network: latents for a latent network. x_t is kept
+            in its dtype, in which the decoding keeps it; half precision is rounded at each step.
         scheduler: the inverse of the decoding scheduler, without clipping, and with its trajectory
             set by `set_timesteps`.
         refinements: fixed-point iterations of each step, >= 0; 0 is plain inversion.
@@ -140,20 +141,23 @@ class Refinement:
         """
         a, b, in_v = self._coefficients(t, s)
 
+        wide = torch.promote_types(x_s.dtype, torch.float32)
+
         def change(x: torch.Tensor) -> torch.Tensor:
-            m = self.denoise(x, t)
-            m = m[:, : x.shape[1]] if in_v else self.levels.eps(m, x, t)
-            return a * x_s + b * m - x
+            m = self.denoise(x, t).to(wide)
+            m = m[:, : x.shape[1]] if in_v else self.levels.eps(m, x.to(wide), t)
+            return a * x_s.to(wide) + b * m - x
 
         if self.mixing:
             return self._mixed(x_t, change)
-        residual = torch.full((len(x_t),), torch.inf, dtype=x_t.dtype, device=x_t.device)
+        residual = torch.full((len(x_t),), torch.inf, dtype=wide, device=x_t.device)
         for _ in range(self.refinements):
             difference = change(x_t)
             # ~(<=) rather than >: a NaN stays active, and is reported
             active = ~(residual <= self.tolerance)
             residual = torch.where(active, root_mean_square(difference), residual)
-            x_t = torch.where(active.view(-1, 1, 1, 1), x_t + difference, x_t)
+            moved = (x_t + difference).to(x_t.dtype)
+            x_t = torch.where(active.view(-1, 1, 1, 1), moved, x_t)
             if bool((residual <= self.tolerance).all()):
                 break
         return x_t, residual
@@ -172,12 +176,12 @@ class Refinement:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         mixing = AndersonMixing(self.mixing)
         best = x_t
-        residual = torch.full((len(x_t),), torch.inf, dtype=x_t.dtype, device=x_t.device)
+        residual = torch.full((len(x_t),), torch.inf, device=x_t.device)
         for _ in range(self.refinements):
             difference = change(x_t)
             measured = root_mean_square(difference)
             better = ~(residual <= self.tolerance) & (measured < residual)
-            residual = torch.where(better, measured, residual)
+            residual = torch.where(better, measured, residual.to(measured))
             best = torch.where(better.view(-1, 1, 1, 1), x_t, best)
             if bool((residual <= self.tolerance).all()):
                 break
@@ -215,7 +219,7 @@ class AndersonMixing:
         ridge = 1e-10 * scale[:, None, None] * torch.eye(gram.shape[1]).to(gram)
         right = df.mT @ f.flatten(1).double()[..., None]
         gamma = torch.linalg.solve_ex(gram + ridge, right).result
-        return x + f - ((dx + df) @ gamma).view_as(x).to(x)
+        return (x + f - ((dx + df) @ gamma).view_as(f).to(f)).to(x.dtype)
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:
@@ -240,11 +244,12 @@ def warn_of_residual(residual: torch.Tensor, refinements: int, tolerance: float)
     if not bool(late.any()):
         return True
     worst = float(residual.nan_to_num(nan=torch.inf).max())
+    images = late.any(dim=0).nonzero().flatten().tolist()
+    named = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
     logger.warning(
         f"Refinement has not converged: after {refinements} iteration(s) "
-        f"{int(late.sum())} of {late.numel()} steps (of {int(late.any(dim=0).sum())} of "
-        f"{late.shape[1]} images) still change by more than tolerance={tolerance:g}, the "
-        f"worst by {worst:.3g}. Use more refinements or more inference steps, or read "
-        "`residual`."
+        f"{int(late.sum())} of {late.numel()} steps (of {len(images)} of {late.shape[1]} images: "
+        f"{named}, counted from 0) still change by more than tolerance={tolerance:g}, the worst by "
+        f"{worst:.3g}. Use more refinements or more inference steps, or read `residual`."
     )
     return False
