@@ -1,5 +1,6 @@
 """What belongs to a release: one version, workflows that GitHub would take."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,23 @@ def test_the_tests_run_on_every_python_that_is_declared():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     ours = [c.rsplit(" ", 1)[1] for c in project()["classifiers"] if "Python :: 3." in c]
     assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python-version"] == ours
+
+
+def test_the_address_of_the_repository_is_one():
+    address = project()["urls"]["Repository"]
+    assert f"repo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text()
+    readme = (ROOT / "README.md").read_text()
+    raw = address.replace("https://github.com", "https://raw.githubusercontent.com")
+    ours = (f"{address}/blob/main/", f"{raw}/main/")
+    links = [link for link in re.findall(r"\]\((\S+?)\)", readme) if "/ddim-schedulers/" in link]
+    assert links
+    for link in links:
+        (start,) = [start for start in ours if link.startswith(start)]
+        assert (ROOT / link.removeprefix(start).partition("#")[0]).exists(), link
+    assert not re.search(r"\]\((?!https://)", readme)  # PyPI shows the page without the repository
+
+
+def test_the_sdist_holds_what_its_tests_need():
+    manifest = (ROOT / "MANIFEST.in").read_text().split("\n")
+    for folder in ("tests", "docs", ".ci", ".github"):
+        assert f"graft {folder}" in manifest
