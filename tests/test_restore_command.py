@@ -312,7 +312,7 @@ def test_a_mask_from_a_file(model, pictures, tmp_path, capsys):
     assert np.array_equal(image[3:9], pixels(3)[1][3:9])
     for name, array, message in (
         ("grey", mask // 2, "has grey pixels; each must be black or white"),
-        ("colour", pixels(1)[0], "has mode RGB; it must be a grey image"),
+        ("colour", pixels(1)[0], "of mode RGB; it must be a grey image"),
         ("small", mask[:8], "`mask` has shape (8, 16)"),
     ):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
@@ -332,7 +332,7 @@ REFUSED = {
     ),
     "another method's option": (
         ("--task", "colorize", "--zeta", 1),
-        "--zeta does not belong to --method ddnm",
+        "`--zeta` is 1.0; it must be left out with --method ddnm, for it belongs to dps",
     ),
     "an option out of range": (
         ("--task", "colorize", "--method", "dps", "--zeta", -1),
@@ -345,9 +345,15 @@ REFUSED = {
         "'repaint' takes the measurement as exact",
     ),
     "samples": (("--task", "inpaint", "--num_samples", 0), "`num_images` is 0"),
-    "measured numbers": (("--task", "sense", "--measured"), "it measures no image"),
+    "measured numbers": (
+        ("--task", "sense", "--measured"),
+        "`--task` is 'sense', which measures no image",
+    ),
     "measured size": (("--task", "superres4", "--measured"), "`images"),
-    "eta of ddpm": (("--task", "inpaint", "--eta", 0.5), "--eta 0.5 does not fit DDPMScheduler"),
+    "eta of ddpm": (
+        ("--task", "inpaint", "--eta", 0.5),
+        "`--eta` is 0.5, which does not fit DDPMScheduler",
+    ),
     "order": (
         ("--task", "inpaint", "--scheduler", "ddim", "--solver_order", 2),
         "`scheduler` has solver_order=2",

@@ -161,7 +161,10 @@ def _method(args: argparse.Namespace) -> "Method":
     given = {key: v for key in METHOD_OPTIONS if (v := getattr(args, key)) is not None}
     for key in given:
         if METHOD_OPTIONS[key] != args.method:
-            raise ValueError(f"--{key} does not belong to --method {args.method}.")
+            raise ValueError(
+                f"`--{key}` is {given[key]!r}; it must be left out with --method {args.method}, "
+                f"for it belongs to {METHOD_OPTIONS[key]}."
+            )
     return methods.METHODS[args.method](**given)
 
 
@@ -178,12 +181,14 @@ def _task(args: argparse.Namespace, pipe: "RestorationPipeline") -> "Task":
         image = read_image(args.mask, "--mask")
         if image.mode not in ("1", "L"):
             raise ValueError(
-                f"--mask {args.mask!r} has mode {image.mode}; it must be a grey image of black and "
-                "white."
+                f"`--mask` is {args.mask!r}, of mode {image.mode}; it must be a grey image of black "
+                "and white."
             )
         pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8)
         if not bool(((pixels == 0) | (pixels == 255)).all()):
-            raise ValueError(f"--mask {args.mask!r} has grey pixels; each must be black or white.")
+            raise ValueError(
+                f"`--mask` is {args.mask!r}, which has grey pixels; each must be black or white."
+            )
         given["mask"] = pixels.view(image.height, image.width) == 255
     return task_named(args.task, pipe.image_shape, **given)
 
@@ -202,7 +207,10 @@ def _measurement(
     if args.measured:
         shape = task.operator.measured_shape
         if len(shape) != 3:
-            raise ValueError(f"--measured does not fit --task {args.task}: it measures no image.")
+            raise ValueError(
+                f"`--task` is {args.task!r}, which measures no image; it must be another one with "
+                "--measured."
+            )
         pictures = to_model_space(images, shape, pipe.state_dtype)
         # of images in [0, 1]: y becomes 2 y - A(1)
         ones = task.operator.A(torch.ones(1, *pipe.image_shape, dtype=pipe.state_dtype))
