@@ -181,8 +181,8 @@ def _task(args: argparse.Namespace, pipe: "RestorationPipeline") -> "Task":
         image = read_image(args.mask, "--mask")
         if image.mode not in ("1", "L"):
             raise ValueError(
-                f"`--mask` is {args.mask!r}, of mode {image.mode}; it must be a grey image of black "
-                "and white."
+                f"`--mask` is {args.mask!r}, of mode {image.mode}; it must be a grey image of "
+                "black and white."
             )
         pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8)
         if not bool(((pixels == 0) | (pixels == 255)).all()):
