@@ -42,8 +42,11 @@ class Setting:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Setting":
         """Return the setting that a config, or an entry of a calibration, holds."""
-        found = {key: config[key] for key in asdict(cls()) if key in config}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+        given = {key: config[key] for key in asdict(cls()) if key in config}
+        found: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+        }
+        return cls(**found)
 
     @property
     def base(self) -> "Setting":
