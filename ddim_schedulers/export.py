@@ -81,7 +81,7 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         if isinstance(entry, list) and entry[0] is not None and name != "_class_name"
     ]
     files, left_out = _pipeline_files(root, components)
-    own = index.get("_class_name")
+    own: Any = index.get("_class_name")
     if is_class_pipeline(own):
         left_out.remove(f"{own[0]}.py")
         index["_class_name"] = own = "DDPMPipeline"

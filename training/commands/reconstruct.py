@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Reconstruct; return 0, even if the refinement has not converged (a warning says so)."""
     from ddim_schedulers.pipelines import InversionPipeline, make_grid
     from ddim_schedulers.pipelines.files import write_json
-    from ddim_schedulers.pipelines.inversion import DEFAULT_TOLERANCE
     from ddim_schedulers.pipelines.ownership import own
+    from ddim_schedulers.pipelines.refinement import DEFAULT_TOLERANCE
     from ddim_schedulers.training.commands import _picture_files
 
     _model_options.refuse_solver(args, "reconstruction is plain DDIM of order 1 both ways")

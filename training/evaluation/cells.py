@@ -219,7 +219,7 @@ class Evaluation:
     ) -> float:
         """Return the end-point error of a cell, whose samples are there."""
         pipe = self.pipe.sibling(GenerationPipeline, scheduler=fine_scheduler(self.pipe.scheduler))
-        steps = min(FINE_STEPS, len(pipe.scheduler))
+        steps = min(FINE_STEPS, pipe.scheduler.config.num_train_timesteps)
         job = replace(
             with_classes(pipe, self._job(cell), guides),
             num_inference_steps=steps,

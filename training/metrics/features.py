@@ -445,7 +445,7 @@ def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]
     return network.eval().requires_grad_(False), facts
 
 
-def class_names(labels: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+def class_names(labels: Sequence[Any] | np.ndarray) -> tuple[list[Any], np.ndarray]:
     """Return distinct labels in order, and for each label its number 0 .. K - 1, (n,) int64."""
     names, numbers = np.unique(np.asarray(labels), return_inverse=True)
     return names.tolist(), numbers.reshape(-1).astype(np.int64)
