@@ -544,10 +544,8 @@ class _Run:
             output = torch.cat(parts)[:, : self.model.channels]
             self.evaluations += len(x)
             z = self._noise(kind, start, stop, i) if base.eta else None
-            if z is None:
-                x = scheduler.step(output, t, x).prev_sample
-            else:
-                x = scheduler.step(output, t, x, variance_noise=z).prev_sample
+            stepped: Any = scheduler.step(output, t, x, variance_noise=z)
+            x = stepped.prev_sample
         return x
 
     def _noise(self, kind: str, start: int, stop: int, what: int | str) -> torch.Tensor:

@@ -116,8 +116,6 @@ def _classifier(
     progress: Any,  # noqa: ANN401
 ) -> Path:
     """Return the file of a classifier of the data; the first process trains it where missing."""
-    import numpy as np
-
     from ddim_schedulers.training.calibration.samples_run import CLASSIFIER_FILE
     from ddim_schedulers.training.evaluation.references import as_uint8_sees
     from ddim_schedulers.training.metrics import features
@@ -128,7 +126,7 @@ def _classifier(
         assert labels is not None
         network, facts = features.train_classifier(
             lambda rows: as_uint8_sees(data.batch(rows)[0]),
-            features.class_names(np.asarray(labels))[1],
+            features.class_names(labels.tolist())[1],
             data.shape,
             seed=seed,
             progress=progress,
