@@ -55,10 +55,13 @@ class BoundNetwork(ABC):
     Attributes:
         networks: what it calls; the first tells dtype and config.
         interval: where guidance acts; None is everywhere.
+        guides: whether guidance changes a prediction at all; not at a w that says "no guidance".
     """
 
-    def __init__(self, *networks: Network, interval: Interval | None = None) -> None:
-        self.networks, self.interval = networks, interval
+    def __init__(
+        self, *networks: Network, interval: Interval | None = None, guides: bool = False
+    ) -> None:
+        self.networks, self.interval, self.guides = networks, interval, guides
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,14 +76,17 @@ class BoundNetwork(ABC):
     @property
     def changes_predictions(self) -> bool:
         """Tell whether it says something else than the network does of the same sample."""
-        return True
+        first = self.networks[0]
+        return self.guides or (isinstance(first, BoundNetwork) and first.changes_predictions)
 
     def changes_between(self, t: Timestep, s: Timestep) -> bool:
         """Tell whether guidance acts at one of the two timesteps alone.
 
         Then the predictions at t and at s belong to two different fields.
         """
-        return self.interval is not None and self.interval.holds(t) != self.interval.holds(s)
+        if self.interval is None or not self.guides:
+            return False
+        return self.interval.holds(t) != self.interval.holds(s)
 
     @abstractmethod
     def predict(self, x: torch.Tensor, t: Timestep) -> torch.Tensor:
@@ -166,7 +172,7 @@ class ClassifierFreeNetwork(BoundNetwork):
         rescale: float = 0.0,
         interval: Interval | None = None,
     ) -> None:
-        super().__init__(*conditional.networks, interval=interval)
+        super().__init__(conditional, interval=interval, guides=scale != 1)
         self.conditional, self.negative = conditional, negative[:, None]
         self.scale, self.rescale = scale, rescale
 
@@ -203,7 +209,7 @@ class AutoGuidedNetwork(BoundNetwork):
         rescale: float = 0.0,
         interval: Interval | None = None,
     ) -> None:
-        super().__init__(network, guide, interval=interval)
+        super().__init__(network, guide, interval=interval, guides=scale != 1)
         self.scale, self.rescale = scale, rescale
 
     def predict(self, x: torch.Tensor, t: Timestep) -> torch.Tensor:
@@ -212,7 +218,8 @@ class AutoGuidedNetwork(BoundNetwork):
         if self.scale == 1 or not self._acts(t):
             return network(x, t).sample
         weak = _wide(guide(x.to(guide.dtype), t).sample)
-        if self.scale == 0 and not self.rescale:
+        # the variance is the network's own: a guide may have none, or one that has no place
+        if self.scale == 0 and not self.rescale and weak.shape[1] == self.config.out_channels:
             return weak
         return guided(_wide(network(x, t).sample), weak, self.scale, self.rescale, x.shape[1])
 
@@ -242,7 +249,7 @@ class ClassifierGuidedNetwork(BoundNetwork):
         levels: Levels,
         interval: Interval | None = None,
     ) -> None:
-        super().__init__(network, interval=interval)
+        super().__init__(network, interval=interval, guides=scale != 0)
         self.classifier, self.labels, self.scale, self.levels = classifier, labels, scale, levels
 
     def predict(self, x: torch.Tensor, t: Timestep) -> torch.Tensor:

@@ -29,8 +29,14 @@ from ddim_schedulers.pipelines import (
     InversionPipeline,
 )
 from ddim_schedulers.pipelines.conditions import BoundConditions
-from ddim_schedulers.pipelines.guidance import guided
-from ddim_schedulers.pipelines.sampling import predict
+from ddim_schedulers.pipelines.guidance import (
+    AutoGuidedNetwork,
+    ClassifierFreeNetwork,
+    ClassifierGuidedNetwork,
+    LabelledNetwork,
+    guided,
+)
+from ddim_schedulers.pipelines.sampling import Levels, predict
 
 # diffusers' multistep schedulers convert a tensor in a way that numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -426,6 +432,45 @@ def test_a_history_ends_at_the_edge_of_the_interval(make):
     assert (x - x_t[20]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("plain", "kind"), [(1, "classifier-free"), (1, "guide"), (0, "classifier")]
+)
+def test_an_interval_of_no_guidance_is_the_plain_sampler(order, plain, kind):
+    # nothing changes at its edges, so that the history of a higher order goes on
+    network = conditional()
+    kinds = {"guide": unconditional(whole(network)), "classifier": Bayes(network.mixture)}
+    settings = {kind: kinds[kind]} if kind in kinds else {}
+    settings |= {"class_labels": LABELS, "guidance_interval": [0.2, 0.6]}
+
+    def make():
+        return GeneralizedDDIMScheduler(clip_sample=False, solver_order=order)
+
+    got = sample(pipeline(network, make()), guidance_scale=plain, **settings)
+    assert torch.equal(got, sample(pipeline(network, make()), class_labels=LABELS))
+    guided = sample(pipeline(network, make()), guidance_scale=plain + 1, **settings)
+    assert (guided - got).abs().max() > 1e-3
+
+
+def test_a_table_serves_a_scale_that_does_not_guide():
+    network, exact = conditional(), conditional().mixture
+    levels = Levels(GeneralizedDDIMScheduler())
+    bound = LabelledNetwork(network, torch.tensor(LABELS)[:, None])
+    null = torch.full((6,), NULL)
+    for same, other in (
+        (ClassifierFreeNetwork(bound, null, 1), ClassifierFreeNetwork(bound, null, 0)),
+        (AutoGuidedNetwork(bound, bound, 1), AutoGuidedNetwork(bound, bound, 2)),
+        (
+            ClassifierGuidedNetwork(bound, Bayes(exact), null, 0, levels),
+            ClassifierGuidedNetwork(bound, Bayes(exact), null, 1, levels),
+        ),
+    ):
+        assert not same.changes_predictions and other.changes_predictions
+    mixed = LabelledNetwork(network, torch.zeros(6, 2, dtype=int), torch.full((6, 2), 0.5))
+    for around in (ClassifierFreeNetwork(mixed, null, 1), AutoGuidedNetwork(mixed, bound, 1)):
+        assert around.changes_predictions
+
+
 def test_order_2_stays_order_2_with_an_interval():
     network = conditional()
     x = torch.randn(8, 1, SIZE, SIZE, dtype=torch.float64)
@@ -524,6 +569,20 @@ def test_a_learned_variance_is_the_conditional_one():
         free = sample(pipeline(network, scheduler()), guidance_scale=0)
         cond = sample(pipeline(network, scheduler()), class_labels=LABELS)
         assert free.isfinite().all() and (free - cond).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("w", [0, 1, 2])
+def test_a_guide_needs_no_variance_and_may_have_one(w):
+    both = {"learns_range": True, "out_channels": 2}
+    learned = MarkovianDDPMScheduler(clip_sample=False, variance_type="learned_range")
+    settings = {"class_labels": LABELS, "guidance_scale": w}
+    network = conditional(**both)
+    same = sample(pipeline(network, learned), guide=conditional(**both), **settings)
+    without = sample(pipeline(network, learned), guide=conditional(), **settings)
+    assert (without - same).abs().max() < 1e-12  # the variance is the network's
+    fixed = MarkovianDDPMScheduler(clip_sample=False)
+    got = sample(pipeline(conditional(), fixed), guide=conditional(**both), **settings)
+    assert torch.equal(got, sample(pipeline(conditional(), fixed), guide=conditional(), **settings))
 
 
 def test_an_image_depends_on_its_seed_and_its_label_alone():
