@@ -248,7 +248,7 @@ def test_paths_are_images_as_a_viewer_shows_them(tmp_path):
         with pytest.raises(ValueError, match=message):
             to_model_space(bad, shape, torch.float32)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="text.png' cannot be read: it is not an image"):
+    with pytest.raises(ValueError, match="text.png', which cannot be read: it is not an image"):
         to_model_space(tmp_path / "text.png", shape, torch.float32)
 
 
@@ -258,7 +258,7 @@ def test_paths_are_images_as_a_viewer_shows_them(tmp_path):
         (Image.new("RGB", (SIZE, SIZE)), "mode 'RGB'"),
         (Image.new("L", (SIZE, 9)), "8x9"),
         ([], "non-empty"),
-        ("picture.png", "`images`: 'picture.png' cannot be read: it does not exist"),
+        ("picture.png", "`images` has 'picture.png', which cannot be read: it does not exist"),
         ([5], "list"),
         (np.zeros((2, 1, SIZE, SIZE), np.uint8), "shape"),
         (np.zeros((SIZE, SIZE), np.uint8), "shape"),

@@ -138,7 +138,7 @@ def test_a_model_that_learnt_nothing_is_not_exported(settings, broken_from):
 
 
 def test_an_error_in_the_data_saves_what_was_done(settings, monkeypatch):
-    real = ImageData.batch
+    real = ImageData.read
     calls = []
 
     def fails(self, *args):
@@ -147,12 +147,12 @@ def test_an_error_in_the_data_saves_what_was_done(settings, monkeypatch):
             raise OSError("the disk went away")
         return real(self, *args)
 
-    monkeypatch.setattr(ImageData, "batch", fails)
+    monkeypatch.setattr(ImageData, "read", fails)
     config = settings(checkpoint_every=0)
     with pytest.raises(OSError, match="the disk went away"):
         train.train(config)
     assert good(config) == [5]
-    monkeypatch.setattr(ImageData, "batch", real)
+    monkeypatch.setattr(ImageData, "read", real)
     resumed = train.train(settings(max_train_steps=8))
     assert len(resumed.losses) == 3
     whole = train.train(settings(output_dir=config.output_dir + "-2", max_train_steps=8))

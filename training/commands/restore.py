@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eta_rule",
         choices=("family", "paper"),
         default="family",
-        help="what --eta means: DDIM's eta, or the share of the noise, as DDRM and DDNM have it",
+        help="what --eta means: DDIM's eta, or the share of the noise, as DDRM "
+        "and DDNM have it (family)",
     )
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (0)")
     parser.add_argument(

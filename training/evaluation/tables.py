@@ -13,8 +13,8 @@ def how(results: dict[str, Any]) -> list[str]:
     data, network = results["data"], results["network"]
     lines = [
         f"Reference: {data['reference_n']:,} images of {data['name']}, {shape(data['shape'])}; "
-        f"uint8 on both sides. Lower is better for the {_names_of(distances=True)} distances, "
-        f"higher for {_names_of(distances=False)}.",
+        f"uint8 on both sides. Lower is better for the {_names_of(results, distances=True)} distances, "
+        f"higher for {_names_of(results, distances=False)}.",
         "",
         f"Network: {network['parameters']:,} parameters, {network['dtype']}"
         f"{', compiled' if network['compiled'] else ''}"
@@ -36,9 +36,14 @@ def how(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _names_of(distances: bool) -> str:
-    *names, last = (m.name for m in METRICS.values() if m.distance == distances)
-    return f"{', '.join(names)} and {last}"
+def _names_of(results: dict[str, Any], distances: bool) -> str:
+    spaces = [s for t in results["tables"] for c in t["cells"] for s in c["metrics"].values()]
+    *names, last = (
+        metric.name
+        for key, metric in METRICS.items()
+        if metric.distance == distances and any(key in space for space in spaces)
+    )
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def made_with(results: dict[str, Any]) -> str:
