@@ -13,7 +13,8 @@ def how(results: dict[str, Any]) -> list[str]:
     data, network = results["data"], results["network"]
     lines = [
         f"Reference: {data['reference_n']:,} images of {data['name']}, {shape(data['shape'])}; "
-        f"uint8 on both sides. Lower is better for the {_names_of(results, distances=True)} distances, "
+        "uint8 on both sides. Lower is better for the "
+        f"{_names_of(results, distances=True)} distances, "
         f"higher for {_names_of(results, distances=False)}.",
         "",
         f"Network: {network['parameters']:,} parameters, {network['dtype']}"
