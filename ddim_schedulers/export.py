@@ -32,6 +32,9 @@ from .settings import SETTINGS_KEY
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
+VAE = "vqvae"  # the autoencoder of a network of latents, as `LDMPipeline` calls it
+# Ours that loads what `LDMPipeline` would sample wrongly; diffusers does not know it, and says so.
+LATENT_CLASS = "GenerationPipeline"
 
 # What a diffusers pipeline consists of. Checkpoints, optimiser states, pickles and code of others
 # are not part of it.
@@ -103,7 +106,7 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         notes += lost
     classes = _classes_of(root, index)
     _check_any(schedulers, form, str(root), classes is not None)
-    index["_class_name"] = _pipeline_class(index, schedulers, form)
+    index["_class_name"] = _pipeline_class(root, index, schedulers, form)
     if classes is not None and form == "self-contained":
         module, source = bundle_pipeline()
         index["_class_name"] = [module, CLASS_PIPELINE]
@@ -140,6 +143,8 @@ def save_pipeline(
     network = pipeline.components.get("unet")
     has_classes = set(pipeline.components) == _PARTS and labels_in(network.config) is not None
     _check_any(schedulers, form, f"this {type(pipeline).__name__}", has_classes)
+    if (vae := pipeline.components.get(VAE)) is not None:  # refused before anything is written
+        latent_class(vae.config, labels_in(pipeline.unet.config) is not None, form)
     pipeline.save_pretrained(directory)
     root = Path(directory)
     export = export_folder(root, form)
@@ -359,7 +364,9 @@ def _check_any(schedulers: dict[str, Any], form: str, where: str, has_classes: b
         )
 
 
-def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str) -> Any:
+def _pipeline_class(
+    root: Path, index: dict[str, Any], schedulers: dict[str, Any], form: str
+) -> Any:
     """Return the pipeline class by which everyone can load the folder.
 
     `DDIMPipeline` puts a stock scheduler in the place of any other, so a scheduler of ours needs
@@ -369,6 +376,11 @@ def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str
 
     name = index.get("_class_name")
     components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
+    if components == {*_PARTS, VAE} and "scheduler" in schedulers:
+        if isinstance(name, str) and name not in ("LDMPipeline", LATENT_CLASS):
+            return name
+        labelled = labels_in(_read_json(root / "unet" / "config.json")) is not None
+        return latent_class(_read_json(root / VAE / "config.json"), labelled, form)
     if components != _PARTS or "scheduler" not in schedulers:
         return name
     if isinstance(name, list):  # code in the repository
@@ -381,6 +393,31 @@ def _pipeline_class(index: dict[str, Any], schedulers: dict[str, Any], form: str
         return name
     ddim = ours == "GeneralizedDDIMScheduler"
     return "DDIMPipeline" if ddim and form == "portable" else "DDPMPipeline"
+
+
+def latent_class(vae_config: Mapping[str, Any], labelled: bool, form: str = "plug-in") -> str:
+    """Return the pipeline class for a network of latents with its autoencoder, `vqvae`.
+
+    Args:
+        vae_config: of the autoencoder.
+        labelled: whether the network has classes.
+        form: one of `FORMS`.
+
+    Raises:
+        ValueError: for the form `portable`, where `LDMPipeline` would lose a shift or the classes.
+    """
+    private = vae_config.get(SETTINGS_KEY)
+    own = private.get("shift_factor") if isinstance(private, Mapping) else None
+    shift = vae_config.get("shift_factor") or own
+    if not (shift or labelled):
+        return "LDMPipeline"
+    if form == "portable":
+        lost = f"the shift of the latents, {shift}" if shift else "the classes of the network"
+        raise ValueError(
+            f"`form` is 'portable', which names LDMPipeline, and that leaves out {lost}; it must "
+            "be 'plug-in' or 'self-contained'."
+        )
+    return LATENT_CLASS
 
 
 def _write(path: Path, content: bytes) -> None:

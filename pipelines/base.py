@@ -1,8 +1,13 @@
-"""What all pipelines share: construction, checks, and being made from another pipeline."""
+"""What all pipelines share: construction, checks, and being made from another pipeline.
+
+A pipeline of latents has one component more, an autoencoder. It is called `vqvae` in the folder and
+among the components, as in diffusers' `LDMPipeline`, whatever its class; `pipe.vae` is the same.
+"""
 
 import copy
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,13 +16,17 @@ from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
-from ddim_schedulers.export import with_installed_schedulers
+from ddim_schedulers.class_labels import labels_in
+from ddim_schedulers.export import latent_class, with_installed_schedulers
+from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_network, check_scheduler
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer, to_model_space
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.sampling import state_dtype
 
 DEFAULT_BATCH_SIZE = 64
+VAE = "vqvae"  # the component of an autoencoder, as `LDMPipeline` calls it
 P = TypeVar("P", bound="UnconditionalPipeline")
 
 
@@ -27,30 +36,67 @@ class UnconditionalPipeline(DiffusionPipeline):
     Args:
         unet: a `UNet2DModel`; classes are rows of its embedding (`num_class_embeds`).
         scheduler: one of the classes that the pipeline accepts; kept as it is, never replaced.
+        vae: for a network of latents: an `AutoencoderKL`, `AutoencoderTiny` or `VQModel` that makes
+            images of them. Its `enable_slicing` and `enable_tiling` bound the memory.
+        vqvae: the same by the name that `LDMPipeline` gives it.
 
     Raises:
-        ValueError: for a network or scheduler that does not fit.
+        ValueError: for a network, scheduler or autoencoder that does not fit.
     """
 
-    model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    model_cpu_offload_seq = "unet->vqvae"  # type: ignore[assignment]
+    _optional_components = [VAE]  # noqa: RUF012
     accepted_schedulers: tuple[type, ...] = SINGLE_STEP
+    _refuses_vae: str | None = None  # why a pipeline works on pixels alone
     _warns_of_clipping = True  # whoever calls many times adds the shares up and says it once
     unet: Network
     scheduler: Scheduler
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        vae: Any = None,  # noqa: ANN401
+        vqvae: Any = None,  # noqa: ANN401
+    ) -> None:
         super().__init__()
         check_network(cast(Network, unet))
         check_scheduler(cast(Scheduler, scheduler), self.accepted_schedulers, type(self).__name__)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        if vae is not None and vqvae is not None:
+            raise ValueError("`vae` and `vqvae` are both given; they name one component.")
+        self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae if vae is None else vae)
+        self._check_vae()
+
+    @property
+    def vae(self) -> Any:  # noqa: ANN401
+        """Return the autoencoder of a pipeline of latents; None for one of pixels."""
+        return getattr(self, VAE)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Return the components by name; a pipeline of pixels has no `vqvae` among them."""
+        found = super().components
+        return {name: part for name, part in found.items() if name != VAE or part is not None}
+
+    @property
+    def codec(self) -> Codec | None:
+        """Return what encodes images and decodes latents; None for a pipeline of pixels."""
+        return None if self.vae is None else Codec(self.vae)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `model_index.json` for `save_pretrained` and `push_to_hub`.
 
-        It names `DDPMPipeline`, which has the same components and which diffusers knows: any of our
-        pipelines loads the folder again, and so does `DiffusionPipeline.from_pretrained`.
+        It names `DDPMPipeline`, or `LDMPipeline` with a vae, which have the same components and
+        which diffusers knows: any of our pipelines loads the folder again, and so does
+        `DiffusionPipeline.from_pretrained`. What `LDMPipeline` would sample wrongly, with a shift
+        of the latents or with classes, has the name of our class, which diffusers refuses.
         """
         index = {**json.loads(self.to_json_string()), "_class_name": "DDPMPipeline"}
+        if self.vae is None:
+            del index[VAE]
+        else:
+            labelled = labels_in(self.unet.config) is not None
+            index["_class_name"] = latent_class(self.vae.config, labelled)
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         write_bytes(Path(json_file_path), text.encode())
 
@@ -72,6 +118,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         *,
         unet: UNet2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
+        vae: Any = None,  # noqa: ANN401
     ) -> Self:
         """Build this pipeline from another one, which stays as it is.
 
@@ -83,9 +130,10 @@ class UnconditionalPipeline(DiffusionPipeline):
             pipeline: any pipeline with a `unet` that fits and a `scheduler`.
             unet: replaces the pipeline's.
             scheduler: replaces the pipeline's; taken as it is, not copied.
+            vae: replaces the pipeline's, which is shared, too, where there is one.
 
         Raises:
-            ValueError: for a network or scheduler that does not fit, or a missing component.
+            ValueError: for a component that does not fit, or one that is missing.
         """
         parts = pipeline.components
         missing = [
@@ -99,6 +147,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         new = cls(
             unet=parts["unet"] if unet is None else unet,
             scheduler=copy.deepcopy(parts["scheduler"]) if scheduler is None else scheduler,
+            vae=(parts.get(VAE) or parts.get("vae")) if vae is None else vae,
         )
         origin = pipeline.config.get("_name_or_path")
         if origin is not None:
@@ -107,10 +156,16 @@ class UnconditionalPipeline(DiffusionPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) of the network's images."""
+        """Return the shape (C, H, W) of the network's samples: images, or latents."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (self.unet.config.in_channels, height, width)
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the images that come out, after the decoder if any."""
+        codec = self.codec
+        return self.image_shape if codec is None else codec.picture_shape(self.image_shape)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -150,10 +205,55 @@ class UnconditionalPipeline(DiffusionPipeline):
         """Check the components again, for `pipe.scheduler = ...` may have replaced one.
 
         Raises:
-            ValueError: for a network or scheduler that does not fit.
+            ValueError: for a network, scheduler or autoencoder that does not fit.
         """
         check_network(self.unet)
         check_scheduler(self.scheduler, self.accepted_schedulers, type(self).__name__)
+        self._check_vae()
+
+    def _check_vae(self) -> None:
+        if self.vae is None:
+            return
+        if self._refuses_vae is not None:
+            raise ValueError(
+                f"`vae` is {type(self.vae).__name__}; it must be left out of "
+                f"{type(self).__name__}: {self._refuses_vae}."
+            )
+        Codec(self.vae).picture_shape(self.image_shape)
+
+    def buffer(
+        self, output_type: str, num_images: int, seeds: Sequence[int] | None = None
+    ) -> OutputBuffer:
+        """Return what gathers this pipeline's samples, and decodes them where they are latents."""
+        return OutputBuffer(output_type, num_images, self.picture_shape, seeds, self.codec)
+
+    @torch.no_grad()
+    def x0_of(self, images: ImageInput, batch_size: int = DEFAULT_BATCH_SIZE) -> torch.Tensor:
+        """Return images as samples (N, C, H, W) of the network on the CPU.
+
+        Args:
+            images: see `to_model_space`; a pipeline of latents encodes them, to the mean where the
+                encoder gives a Gaussian.
+            batch_size: images that are encoded at a time.
+
+        Raises:
+            ValueError: for images that do not fit.
+        """
+        pixels = to_model_space(images, self.picture_shape, self.state_dtype)
+        return self._by_parts(None if self.codec is None else self.codec.encode, pixels, batch_size)
+
+    def pixels_of(self, x0: torch.Tensor, batch_size: int = DEFAULT_BATCH_SIZE) -> torch.Tensor:
+        """Return samples of the network as images in [-1, 1], unclamped, on the CPU."""
+        return self._by_parts(None if self.codec is None else self.codec.decode, x0, batch_size)
+
+    def _by_parts(
+        self, change: Callable[[torch.Tensor], torch.Tensor] | None, x: torch.Tensor, size: int
+    ) -> torch.Tensor:
+        if change is None:
+            return x
+        device = self._execution_device
+        parts = [change(part.to(device)).cpu() for part in x.split(check_batch_size(size))]
+        return torch.cat(parts)
 
     def check_latents(self, latents: torch.Tensor, name: str = "latents") -> torch.Tensor:
         """Return `latents` in the sample's dtype if they are a batch of the network's shape.

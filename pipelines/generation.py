@@ -217,7 +217,7 @@ class GenerationPipeline(UnconditionalPipeline):
         )
         # with latents the seeds, if there are any, do not say which image it is
         named = noise.seeds if latents is None else None
-        output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
+        output = self.buffer(output_type, noise.num_images, named)
         path, share = self._generate(
             run, chunks(noise.num_images, check_batch_size(batch_size)), output, return_path
         )

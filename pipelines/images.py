@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.pipelines.image_files import BadImageError, Reading, as_shown
 
 ImageInput = Any  # a PIL image or a list of them, an array or a tensor: see `to_model_space`
@@ -180,7 +181,8 @@ class OutputBuffer:
 
     `pil`: a list of PIL images. `np`: float32 (N, H, W, C) in [0, 1]. `pt`: (N, C, H, W) in [0, 1]
     on the CPU, in the dtype of the sample. `latent`: the same in model space, neither scaled nor
-    clamped. With `seeds` a sample that is not finite is named by its seed, too.
+    clamped. With `seeds` a sample that is not finite is named by its seed, too. With a `codec` the
+    samples are latents, and `shape` is of the images that they are decoded to.
     """
 
     def __init__(
@@ -189,13 +191,14 @@ class OutputBuffer:
         num_images: int,
         shape: tuple[int, int, int],
         seeds: Sequence[int] | None = None,
+        codec: Codec | None = None,
     ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; it must be one of {OUTPUT_TYPES}.")
         if output_type == "pil":
             check_pil_channels(shape[0])
         self.output_type, self.num_images, self.shape = output_type, num_images, shape
-        self.seeds = seeds
+        self.seeds, self.codec = seeds, None if output_type == "latent" else codec
         self.images: Any = [] if output_type == "pil" else None
 
     def add(self, start: int, x0: torch.Tensor) -> None:
@@ -205,6 +208,9 @@ class OutputBuffer:
             ValueError: for values that are not finite, which would come out as black images.
         """
         check_finite(x0, start, self.seeds)
+        if self.codec is not None:
+            x0 = self.codec.decode(x0)
+            check_finite(x0, start, self.seeds)
         if self.output_type == "pil":
             self.images.extend(to_pil(to_uint8(x0)))
             return

@@ -23,7 +23,7 @@ from ddim_schedulers.pipelines.conditions import (
     count_of,
 )
 from ddim_schedulers.pipelines.generation import GenerationPipeline
-from ddim_schedulers.pipelines.images import ImageInput, to_model_space
+from ddim_schedulers.pipelines.images import ImageInput
 from ddim_schedulers.pipelines.inversion import InversionOutput, InversionPipeline
 from ddim_schedulers.pipelines.noise import check_seeds, draw
 from ddim_schedulers.pipelines.sampling import Levels, nearest_planned, plan
@@ -230,7 +230,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         self.check()
         check_scheduler(self.scheduler, SINGLE_STEP, "`diffuse`")
         _check_count("num_points", num_points)
-        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        x0 = self.x0_of(images, batch_size)
         if len(x0) != 2:
             raise ValueError(f"`images` holds {len(x0)}; DDPM's interpolation must have two.")
         eps = self._two_draws(noise, noise_seeds)

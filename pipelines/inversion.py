@@ -72,7 +72,8 @@ class ReconstructionOutput(BaseOutput):
     Attributes:
         images: the reconstructions, in the output type.
         error: float64 (N,): mean squared error per dimension with images scaled to [0, 1], of the
-            unclamped reconstruction (the measure of DDIM, Table 2).
+            unclamped reconstruction (the measure of DDIM, Table 2). Of a pipeline of latents that
+            of the decoded images, which includes what the autoencoder loses.
         inversion: what encoding returned.
     """
 
@@ -129,7 +130,7 @@ class InversionPipeline(UnconditionalPipeline):
             ValueError: for images that do not fit the network, or arguments out of range.
         """
         self.check()
-        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        x0 = self.x0_of(images, batch_size)
         return self.encode(
             x0,
             num_inference_steps=num_inference_steps,
@@ -249,7 +250,8 @@ class InversionPipeline(UnconditionalPipeline):
             ValueError: as `__call__`.
         """
         self.check()
-        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        pixels = to_model_space(images, self.picture_shape, self.state_dtype)
+        x0 = self.x0_of(images, batch_size)
         common: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "timesteps": timesteps,
@@ -258,9 +260,10 @@ class InversionPipeline(UnconditionalPipeline):
         }
         inversion = self.encode(x0, refinements=refinements, tolerance=tolerance, **common)
         again: Any = self.decode(inversion.latents, output_type="latent", **common)
-        buffer = OutputBuffer(output_type, len(x0), self.image_shape)
-        buffer.add(0, again)
-        return ReconstructionOutput(buffer.result(), unit_error(again, x0), inversion)
+        shown = self.pixels_of(again, batch_size)
+        buffer = OutputBuffer(output_type, len(x0), self.picture_shape)
+        buffer.add(0, again if output_type == "latent" else shown)
+        return ReconstructionOutput(buffer.result(), unit_error(shown, pixels), inversion)
 
     def inverse_scheduler(self) -> GeneralizedDDIMInverseScheduler:
         """Return the encoding scheduler: the reverse of the decoding one."""

@@ -26,7 +26,6 @@ from ddim_schedulers.pipelines.base import (
     chunks,
 )
 from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions, count_of
-from ddim_schedulers.pipelines.images import OutputBuffer
 from ddim_schedulers.pipelines.interfaces import Bar, Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators, draw, make_noise
 from ddim_schedulers.pipelines.sampling import (
@@ -176,7 +175,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         asked = Conditions(**conditions)
         noise = make_noise(num_images, seeds, generator, latents, count_of(asked.class_labels))
         named = noise.seeds if latents is None else None
-        output = OutputBuffer(output_type, noise.num_images, self.image_shape, named)
+        output = self.buffer(output_type, noise.num_images, named)
         device = self._execution_device
         bound = BoundConditions(asked, self.unet, self.scheduler, noise.num_images, device)
         levels = (num_inference_steps, timesteps, self.scheduler.config.get("timesteps"))

@@ -94,6 +94,11 @@ class _Run:
 class RestorationPipeline(UnconditionalPipeline):
     """Solves linear inverse problems with an unconditional model, without training."""
 
+    _refuses_vae = (
+        "a measurement is of pixels, which no linear operator gives from latents; restoration "
+        "works with a network of pixels"
+    )
+
     @torch.no_grad()
     def __call__(
         self,
