@@ -395,6 +395,11 @@ def _pipeline_class(
     return "DDIMPipeline" if ddim and form == "portable" else "DDPMPipeline"
 
 
+def form_of_latents(vae_config: Mapping[str, Any], labelled: bool, form: str) -> str:
+    """Return `form`, or `plug-in` where the portable one would lose a shift or the classes."""
+    return form if latent_class(vae_config, labelled) == "LDMPipeline" else "plug-in"
+
+
 def latent_class(vae_config: Mapping[str, Any], labelled: bool, form: str = "plug-in") -> str:
     """Return the pipeline class for a network of latents with its autoencoder, `vqvae`.
 

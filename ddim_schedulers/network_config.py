@@ -13,6 +13,7 @@ from ddim_schedulers.reading import Place, check_archive, read_json, safetensors
 # Far above every published network.
 LEVELS, LAYERS, CHANNELS, SIDE = 12, 16, 16384, 16384
 VALUES = 2**28  # of one image: channels x height x width, 1 GiB in float32
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 PARAMETERS = 4 * 10**9  # 16 GB in float32; the largest of ADM has 5.5e8
 
 
@@ -142,6 +143,46 @@ def _check_parameters(config: Mapping[str, Any], path: Place) -> None:
         )
 
 
+_WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels")
+_AUTOENCODER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{
+        key: _RULES[key]
+        for key in (
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "block_out_channels",
+            "down_block_types",
+            "up_block_types",
+            "layers_per_block",
+            "norm_num_groups",
+        )
+    },
+    **dict.fromkeys(_WIDTHS, _RULES["block_out_channels"]),
+    **dict.fromkeys(
+        ("num_encoder_blocks", "num_decoder_blocks"),
+        (_list(_integer(1, LAYERS)), f"a list of 1 to {LEVELS} integers, 1 to {LAYERS}"),
+    ),
+    "latent_channels": _RULES["in_channels"],
+    "vq_embed_dim": (_or_null(_integer(1, CHANNELS)), f"null or an integer, 1 to {CHANNELS}"),
+    "num_vq_embeddings": (_integer(1, 2**20), "an integer, 1 to 2**20"),
+    "upsampling_scaling_factor": (_integer(1, 8), "an integer, 1 to 8"),
+}
+
+
+def check_autoencoder_config(config: Mapping[str, Any], path: Place) -> None:
+    """Check the numbers in the config of an autoencoder; keys may be absent.
+
+    Raises:
+        ValueError: naming the file, the key, its value and what is allowed.
+    """
+    for key, (holds, allowed) in _AUTOENCODER_RULES.items():
+        if key in config and not holds(config[key]):
+            raise ValueError(
+                f"{str(path)!r}: `{key}` is {str(config[key])[:80]!r}; it must be {allowed}."
+            )
+
+
 # What diffusers reads of a saved pipeline before it looks at the rest.
 _CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
 
@@ -164,6 +205,8 @@ def check_saved(folder: Place) -> None:
             # whatever class it says it is of: the index decides what is built
             elif path.name == "config.json" and path.parent in (root, root / "unet"):
                 check_network_config(config, path)
+            elif path.name == "config.json" and path.parent == root / "vqvae":
+                check_autoencoder_config(config, path)
         elif path.suffix == ".safetensors":
             safetensors_shapes(path)
         elif path.suffix == ".bin":
@@ -179,6 +222,7 @@ def _check_classes(index: Mapping[str, Any], path: Place) -> None:
             _is_scheduler,
             "a scheduler of diffusers, of this package or of a module that was imported before",
         ),
+        ("vqvae", _is_autoencoder, f"one of {', '.join(AUTOENCODERS)} of diffusers"),
     ):
         if part in index and not holds(index[part]):
             raise ValueError(
@@ -188,6 +232,10 @@ def _check_classes(index: Mapping[str, Any], path: Place) -> None:
 
 def _is_network(entry: Any) -> bool:
     return entry in (["diffusers", "UNet2DModel"], [None, None])
+
+
+def _is_autoencoder(entry: Any) -> bool:
+    return entry == [None, None] or entry in [["diffusers", name] for name in AUTOENCODERS]
 
 
 def _is_scheduler(entry: Any) -> bool:

@@ -14,6 +14,12 @@ _BLOCKS = {
     "norm_num_groups": 2,
     "mid_block_add_attention": False,
 }
+_TINY = {
+    "encoder_block_out_channels": (4, 4),
+    "decoder_block_out_channels": (4, 4),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
 
 
 def small_vae(kind="kl", channels=1, seed=0, **changes):
@@ -21,9 +27,7 @@ def small_vae(kind="kl", channels=1, seed=0, **changes):
     torch.manual_seed(seed)
     common = {"in_channels": channels, "out_channels": channels, "latent_channels": 4}
     if kind == "tiny":
-        widths = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
-        blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-        return AutoencoderTiny(**{**common, **widths, **blocks, **changes}).eval()
+        return AutoencoderTiny(**{**common, **_TINY, **changes}).eval()
     if kind == "vq":
         return VQModel(**{**common, **_BLOCKS, "num_vq_embeddings": 16, **changes}).eval()
     return AutoencoderKL(**{**common, **_BLOCKS, **changes}).eval()
@@ -32,9 +36,8 @@ def small_vae(kind="kl", channels=1, seed=0, **changes):
 class ExactVae(AutoencoderTiny):
     """An orthogonal codec: 2x2 pixels to 4 channels with signs, exact in every float."""
 
-    def __init__(self, **config):
-        small = small_vae("tiny", **config)
-        super().__init__(**{k: v for k, v in small.config.items() if not k.startswith("_")})
+    def __init__(self):
+        super().__init__(in_channels=1, out_channels=1, latent_channels=4, **_TINY)
 
     @staticmethod
     def signs(like):

@@ -96,12 +96,41 @@ class ModelConfig:
     _argument_group_name = "model"
 
     model: str = option(
-        "tiny", "preset (tiny, small, ddpm-cifar10, ddpm-256) or a UNet2DModel config file (JSON)"
+        "tiny",
+        "preset (tiny, small, ddpm-cifar10, ddpm-256; for latents latent-32, latent-64) or a "
+        "UNet2DModel config file (JSON)",
     )
     from_pretrained: str | None = option(
         None, "pipeline or UNet folder, or Hub name, perhaps with @REVISION, to start from"
     )
     dropout: float | None = option(None, "dropout of the residual blocks; None: as the preset says")
+
+
+@dataclass
+class LatentConfig:
+    """The autoencoder behind which the network is trained, if any."""
+
+    _argument_group_name = "latents"
+
+    vae: str | None = option(
+        None,
+        "train on latents of this AutoencoderKL, AutoencoderTiny or VQModel, which stays as it is: "
+        "a folder, or a Hub name, perhaps with @REVISION",
+    )
+    vae_revision: str | None = option(None, "branch, tag or commit of a vae from the Hub")
+    vae_scale: Literal["auto", "config"] = option(
+        "auto",
+        "factor and shift of the latents: measured, or the config's if its factor gives a "
+        "deviation within 10 % of 1; config: the config's",
+    )
+    vae_posterior: Literal["sample", "mean"] = option(
+        "sample", "of an AutoencoderKL: draw latents anew each time, or take their mean"
+    )
+    vae_cache: Literal["on", "off"] = option(
+        "on",
+        "encode the images once and keep the latents in output_dir; off: at each step, which "
+        "random_crop needs, and a stream always does",
+    )
 
 
 @dataclass
@@ -297,6 +326,7 @@ class HubConfig:
 GROUPS: tuple[Any, ...] = (
     DataConfig,
     ModelConfig,
+    LatentConfig,
     ProcessConfig,
     ObjectiveConfig,
     OptimisationConfig,
@@ -313,6 +343,7 @@ GROUPS: tuple[Any, ...] = (
 class TrainingConfig(
     DataConfig,
     ModelConfig,
+    LatentConfig,
     ProcessConfig,
     ObjectiveConfig,
     OptimisationConfig,
@@ -350,6 +381,7 @@ COMPUTED_FROM = frozenset(
     for group in (
         DataConfig,
         ModelConfig,
+        LatentConfig,
         ProcessConfig,
         ObjectiveConfig,
         OptimisationConfig,
@@ -362,6 +394,7 @@ COMPUTED_FROM = frozenset(
     "gradient_accumulation_steps",
     "on_bad_image",
     "max_image_pixels",
+    "vae_cache",
 } | {
     "weights_dtype",
     "validation_fraction",

@@ -103,6 +103,7 @@ def _check_together(config: "TrainingConfig") -> None:
     ):
         raise ValueError(f"`value_range` is {config.value_range}; it must be two rising numbers")
     _check_labels(config)
+    _check_latents(config)
     if config.background != type(config).background:
         _check_colour(config.background)
     if config.streaming and config.num_workers > 1:
@@ -120,6 +121,27 @@ def _check_together(config: "TrainingConfig") -> None:
     if config.loss == "vlb" and config.hybrid_lambda != type(config).hybrid_lambda:
         raise ValueError(
             "`hybrid_lambda` has no effect with loss 'vlb', which is the bound itself; leave it out"
+        )
+
+
+def _check_latents(config: "TrainingConfig") -> None:
+    if config.vae is None:
+        for name in ("vae_revision", "vae_scale", "vae_posterior", "vae_cache"):
+            if getattr(config, name) != getattr(type(config), name):
+                raise ValueError(
+                    f"`{name}` is {getattr(config, name)!r}; it needs vae, which is not set"
+                )
+        return
+    if config.random_crop and config.vae_cache == "on":
+        raise ValueError(
+            "`vae_cache` is 'on', but random_crop cuts each image anew; it must be 'off', and "
+            "images are then encoded at each step"
+        )
+    labelled = config.push_to_hub and config.class_conditional
+    if labelled and config.hub_form == "portable":
+        raise ValueError(
+            "`hub_form` is 'portable' with vae and class_conditional, which no pipeline of "
+            "diffusers samples; set hub_form to 'plug-in' or 'self-contained'"
         )
 
 

@@ -202,6 +202,8 @@ def _converted(
                 raise ValueError(f"{source}: `{key}` is null; it must have a value")
             converted[key] = None
             continue
+        if isinstance(value, bool) and "on" in (actions[key].choices or ()):
+            value = "on" if value else "off"  # YAML reads these words as true and false
         words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
         if len(words) != 1 and actions[key].nargs != "+":
             raise ValueError(f"{source}: `{key}` is {value!r}; it must be one value")

@@ -91,26 +91,37 @@ def read_saved(
     from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
     from diffusers.utils import logging
 
+    from ddim_schedulers.network_config import check_complete
     from ddim_schedulers.pipelines.base import UnconditionalPipeline
     from ddim_schedulers.pipelines.sampling_job import process_of
     from ddim_schedulers.training.common import repositories
     from ddim_schedulers.training.networks import places
 
     class Saved(UnconditionalPipeline):
-        def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+        def __init__(
+            self,
+            unet: UNet2DModel,
+            scheduler: SchedulerMixin,
+            vae: Any = None,  # noqa: ANN401
+            vqvae: Any = None,  # noqa: ANN401
+        ) -> None:
             DiffusionPipeline.__init__(self)
-            self.register_modules(unet=unet, scheduler=scheduler)
+            vqvae = vqvae if vae is None else vae
+            self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
 
     logging.disable_progress_bar()
     place = repositories.pinned(place, revision)
     found = places.find(place, option, weights)
     if found.checkpoint is not None:
-        from ddim_schedulers.training.networks.checkpoint_network import load_checkpoint
+        from ddim_schedulers.training.networks.checkpoint_network import (
+            load_checkpoint,
+            load_checkpoint_vae,
+        )
 
         unet, scheduler, said = load_checkpoint(found.checkpoint, weights)
         if process_of()[0] == 0:
             print(f"{option}: {said}", file=sys.stderr)
-        return Saved(unet, scheduler)
+        return Saved(unet, scheduler, vae=load_checkpoint_vae(found.checkpoint))
     try:
         there = repositories.fetch(found.name, option, allow_pickle=allow_pickle)
         _check_parts(there.folder, place, option)
@@ -123,6 +134,8 @@ def read_saved(
             f"{' '.join(str(error).split())}"
         ) from error
     there.finish(saved.unet)
+    if saved.vae is not None:
+        check_complete(saved.vae, there.commit or there.folder)
     if there.commit:
         saved.register_to_config(_name_or_path=there.commit)
     return saved

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from ddim_schedulers.forms import FORMS
 from ddim_schedulers.training.commands._model_options import add_repository_arguments
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Export; what the form cannot express goes to stderr."""
     from diffusers import DDPMPipeline
 
-    from ddim_schedulers.export import save_pipeline
+    from ddim_schedulers.class_labels import labels_in
+    from ddim_schedulers.export import form_of_latents, save_pipeline
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.commands._loading import read_saved
 
@@ -48,8 +50,11 @@ def run(args: argparse.Namespace) -> int:
     form = args.form or ("portable" if knows else "plug-in")
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    # any network and scheduler will do
-    pipeline = DDPMPipeline(unet=saved.unet, scheduler=saved.scheduler)  # type: ignore[arg-type]
+    pipeline: Any = saved
+    if saved.vae is None:  # any network and scheduler will do
+        pipeline = DDPMPipeline(unet=saved.unet, scheduler=saved.scheduler)  # type: ignore[arg-type]
+    elif args.form is None:
+        form = form_of_latents(saved.vae.config, labels_in(saved.unet.config) is not None, form)
     for note in save_pipeline(pipeline, partial, form):
         print(note, file=sys.stderr)
     if output.exists():

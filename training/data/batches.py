@@ -18,7 +18,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class Draws:
         random_crop: draw crops; otherwise the centre.
         label_dropout: share of labels that become the null class.
         null_class: what they become; None where no label is ever dropped.
+        shape: of the noise of an image; None is that of the image, latents have another.
+        posterior: draw a second noise for each image, of the same shape, for its latents.
     """
 
     def __init__(
@@ -80,7 +82,10 @@ class Draws:
         random_crop: bool,
         label_dropout: float = 0.0,
         null_class: int | None = None,
+        shape: tuple[int, int, int] | None = None,
+        posterior: bool = False,
     ) -> None:
+        self.shape, self.posterior = shape, posterior
         self.seed, self.batch_size = seed, batch_size
         self.label_dropout, self.null_class = label_dropout, null_class
         self.stratified, self.random_flip, self.random_crop = stratified, random_flip, random_crop
@@ -97,9 +102,11 @@ class Draws:
             flip = torch.zeros_like(flip)
         return u, flip, crop if self.random_crop else None
 
-    def noise(self, step: int, positions: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    def noise(
+        self, step: int, positions: np.ndarray, shape: tuple[int, ...], purpose: str = "noise"
+    ) -> torch.Tensor:
         """Draw standard normal noise (len(positions), *shape), float32."""
-        base = derive_seed(self.seed, "noise", step)
+        base = derive_seed(self.seed, purpose, step)
         noise = torch.empty(len(positions), *shape)
         source = torch.Generator()
         for row, position in enumerate(positions.tolist()):
@@ -122,29 +129,49 @@ class Draws:
         ids: np.ndarray,
         replaced: int,
         labels: torch.Tensor | None = None,
+        mirrored: torch.Tensor | None = None,
     ) -> Batch:
-        """Return the batch of one part: flips the images, drops labels, adds noise and u."""
+        """Return the batch of one part: flips the images, drops labels, adds noise and u.
+
+        `mirrored` are the flipped images where they are at hand, as encodings are.
+        """
         u, flip, _ = self.small(step)
         flip = flip[positions]
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        mirrored = images.flip(-1) if mirrored is None else mirrored
+        images = torch.where(flip[:, None, None, None], mirrored, images)
+        shape = tuple(images.shape[1:]) if self.shape is None else self.shape
         batch = {} if labels is None else {"labels": labels}
         if labels is not None and self.null_class is not None:
             dropped = self.dropped(step)[positions]
             batch["labels"] = torch.where(dropped, self.null_class, labels)
+        if self.posterior:
+            batch["posterior"] = self.noise(step, positions, shape, "posterior")
         return batch | {
             "images": images,
-            "noise": self.noise(step, positions, tuple(images.shape[1:])),
+            "noise": self.noise(step, positions, shape),
             "u": u[positions],
             "ids": torch.from_numpy(ids.astype(np.int64)),
             "replaced": torch.tensor(replaced),
         }
 
 
+class EncodedImages(Protocol):
+    """Encodings of images by position, as `LatentCache` keeps them."""
+
+    def rows(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None, np.ndarray]:
+        """Return encodings, those of the mirrored images, and which images they are of."""
+        ...
+
+
 class MapBatches(Dataset[Batch]):
-    """The batches of a set with random access; the key is (step, part)."""
+    """The batches of a set with random access; the key is (step, part).
+
+    With a `cache` the images of a batch are their encodings.
+    """
 
     def __init__(self, data: ImageData, draws: Draws, share: Share) -> None:
         self.data, self.draws, self.share = data, draws, share
+        self.cache: EncodedImages | None = None
         self._orders: dict[int, np.ndarray] = {}
 
     def ids(self, step: int) -> np.ndarray:
@@ -165,10 +192,14 @@ class MapBatches(Dataset[Batch]):
         positions = self.share.positions(part)
         ids = self.ids(step)[positions]
         crops = self.draws.small(step)[2] if self.draws.random_crop else None
-        images, used = self.data.read(ids, None if crops is None else crops[positions])
+        mirrored = None
+        if self.cache is not None:
+            images, mirrored, used = self.cache.rows(ids)
+        else:
+            images, used = self.data.read(ids, None if crops is None else crops[positions])
         replaced = int((used != self.data.ids[ids]).sum())
         labels = self.data.labels_of(used)
-        return self.draws.make_batch(step, positions, images, ids, replaced, labels)
+        return self.draws.make_batch(step, positions, images, ids, replaced, labels, mirrored)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

@@ -38,6 +38,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         require(isinstance(state.get(name), dict), name, state.get(name), "an object")
     for name in ("contents", "versions"):  # which the first versions did not write
         require(isinstance(state.get(name, {}), dict), name, state.get(name), "an object")
+    if (vae := state.get("contents", {}).get("vae")) is not None:
+        fits = isinstance(vae, dict) and _is_number(vae.get("scale")) and vae["scale"] > 0
+        require(fits and _is_number(vae.get("shift")), "contents.vae", vae, "a scale and a shift")
     for name in ("validate_every", "validation_images"):
         value = state["config"].get(name, 0)
         require(value is None or _is_count(value), f"config.{name}", value, "an integer >= 0")

@@ -9,9 +9,12 @@ from diffusers import UNet2DModel
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.reading import read_json
 from ddim_schedulers.training.config import ProcessConfig
+from ddim_schedulers.training.networks.autoencoders import load_vae
 from ddim_schedulers.training.networks.checkpoints import verify
 from ddim_schedulers.training.networks.models import make_scheduler
 from ddim_schedulers.training.networks.places import STATE
+
+VAE_FOLDER = "vae"  # of the autoencoder, in the folder of a run
 
 
 def load_checkpoint(
@@ -37,4 +40,26 @@ def load_checkpoint(
         folder, subfolder="unet_ema" if averaged else "unet", use_safetensors=True
     )
     said = f"checkpoint {folder}, step {state['step']}, {'averaged' if averaged else 'raw'} weights"
-    return unet.eval(), make_scheduler(ProcessConfig(**config)), said
+    scheduler = make_scheduler(ProcessConfig(**config), clip=not _of_latents(state))
+    return unet.eval(), scheduler, said
+
+
+def load_checkpoint_vae(folder: Path) -> Any:  # noqa: ANN401
+    """Return the autoencoder of a checkpoint's run, with its scale; None for a run on pixels.
+
+    Raises:
+        ValueError: the run keeps it no longer, beside its checkpoints, or it cannot be read.
+    """
+    if not _of_latents(read_json(folder / STATE)):
+        return None
+    place = folder.resolve().parent.parent / VAE_FOLDER
+    if not place.is_dir():
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint of a run on latents, and {str(place)!r} is not "
+            "there; it must be: the run's autoencoder, with the scale of the latents"
+        )
+    return load_vae(str(place), option="vae of the run")
+
+
+def _of_latents(state: dict[str, Any]) -> bool:
+    return state["config"].get("vae") is not None

@@ -28,6 +28,16 @@ _DDPM: dict[str, Any] = {
     "norm_num_groups": 32,
 }
 
+# As the networks of latent diffusion (arXiv:2112.10752, App. E.1): attention at half the size and
+# below, with heads of 32 channels.
+_LATENT: dict[str, Any] = {
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "attention_head_dim": 32,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # for the demo: 8x8 images, trained and sampled thousands of times in minutes on two cores; the
     # middle block attends at 4x4, and the blocks around it would add a fifth to a training step
@@ -61,6 +71,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         "dropout": 0.1,
+    },
+    # latents of 32x32, as those of 256x256 images with factor 8: 39 M parameters
+    "latent-32": {
+        **_LATENT,
+        "block_out_channels": (128, 256, 384),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    # latents of 64x64, as those of 512x512 images with factor 8: 85 M parameters
+    "latent-64": {
+        **_LATENT,
+        "block_out_channels": (128, 256, 384, 512),
+        "down_block_types": ("DownBlock2D", *("AttnDownBlock2D",) * 3),
+        "up_block_types": (*("AttnUpBlock2D",) * 3, "UpBlock2D"),
     },
     # 114 M parameters
     "ddpm-256": {
@@ -179,11 +203,15 @@ def with_class_embedding(unet: UNet2DModel, num_class_embeds: int) -> UNet2DMode
     return new
 
 
-def make_scheduler(config: ProcessConfig) -> MarkovianDDPMScheduler:
+def make_scheduler(config: ProcessConfig, *, clip: bool = True) -> MarkovianDDPMScheduler:
     """Return the network's training process with a sampler whose few-step samples are clean.
 
     A pipeline records the one by the other. sigma-hat (`fixed_large`) adds more noise than the
     last steps of a short trajectory can remove, and `leading` ends at a t whose noise stays.
+
+    Args:
+        config: the settings.
+        clip: whether x0_hat is clipped to [-1, 1]; latents have no such range.
     """
     return MarkovianDDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
@@ -194,6 +222,7 @@ def make_scheduler(config: ProcessConfig) -> MarkovianDDPMScheduler:
         variance_type="fixed_small" if config.variance_type == "auto" else config.variance_type,
         timestep_spacing="trailing",
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        clip_sample=clip,
     )
 
 

@@ -91,4 +91,6 @@ def contents_of(trainer: "Trainer") -> dict[str, Any]:
     if trainer.data.classes is not None:
         first = None if trainer.stream is None else LOOKED_AT
         found["labels"] = labels_fingerprint(trainer.data.classes, first)
+    if trainer.latents is not None:
+        found["vae"] = trainer.latents.contents()
     return found

@@ -30,6 +30,7 @@ from ddim_schedulers.training.trainer.compiling import (
 )
 from ddim_schedulers.training.trainer.ema import AveragedUNet
 from ddim_schedulers.training.trainer.engine import LearningRate, make_optimizer
+from ddim_schedulers.training.trainer.latents import make_latents
 from ddim_schedulers.training.trainer.validation import Watcher
 
 LABEL_DROPOUT = 0.1  # of arXiv:2207.12598 and most conditional models since
@@ -46,6 +47,8 @@ class Parts:
         ValueError: bad settings or data.
     """
 
+    known_scale: tuple[float, float] | None = None  # of the latents of a run that goes on
+
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -60,15 +63,25 @@ class Parts:
         # The main process first: what it downloads or caches, the others find.
         with self.accelerator.main_process_first():
             self.data, self.held_out = self._load_data()
+            self.latents = make_latents(config, self.data, self.device, self.known_scale)
         if self.accelerator.is_main_process:
             print(self.data.inventory.line(), file=sys.stderr)
         self._build()
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of what the network is trained on: images, or latents."""
+        return self.data.shape if self.latents is None else self.latents.shape
+
     def _build(self) -> None:
         config = self.config
-        self.objective = make_objective(config, self.data.levels)
+        self.objective = make_objective(config, self.data.levels if self.latents is None else None)
         self.objective.to(self.device, self.dtype)
-        self.scheduler = make_scheduler(config)
+        self.scheduler = make_scheduler(config, clip=self.latents is None)
+        if self.latents is not None and self.accelerator.is_main_process:
+            last = float(self.scheduler.alpha_bar[-1])
+            snr = f"signal-to-noise ratio at the last timestep: {last / (1 - last):.3g}"
+            print(f"{self.latents.said}; {snr}", file=sys.stderr)
         self.sampler = make_timestep_sampler(
             config.timestep_sampling,
             config.num_train_timesteps,
@@ -98,6 +111,8 @@ class Parts:
             config.random_crop,
             self.label_dropout,
             self.null_class,
+            None if self.latents is None else self.latents.shape,
+            self.latents is not None and self.latents.sampled,
         )
         self.batches: MapBatches | StreamBatches = (
             MapBatches(self.data, draws, self.share)
@@ -112,6 +127,7 @@ class Parts:
             self.objective,
             self.scheduler,
             Path(config.output_dir) / "pictures",
+            self.latents,
         )
 
     def _check_compiled(self) -> None:
@@ -123,7 +139,7 @@ class Parts:
                 "set dropout to 0"
             )
         source = torch.Generator().manual_seed(self.config.seed)
-        x = torch.randn(self.share.rows, *self.data.shape, generator=source, dtype=self.dtype)
+        x = torch.randn(self.share.rows, *self.shape, generator=source, dtype=self.dtype)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         t = torch.randint(self.config.num_train_timesteps, (len(x),), generator=source)
@@ -142,8 +158,8 @@ class Parts:
         config = self.config
         learned = config.variance_type == "learned_range"
         fits: dict[str, Any] = {
-            "channels": self.data.channels,
-            "size": self.data.size,
+            "channels": self.shape[0],
+            "size": self.shape[1:],
             "learned_variance": learned,
         }
         torch.manual_seed(derive_seed(config.seed, "weights"))

@@ -23,6 +23,7 @@ _MEANING = {
     "data": "the images, their bytes or their names",
     "gamma": "the weights in the file of gamma",
     "labels": "the labels of the images, or the names of their classes",
+    "vae": "the autoencoder, or the scale of its latents",
     "mixed_precision": "mixed_precision",
     "allow_tf32": "allow_tf32",
 }
@@ -79,6 +80,8 @@ def _same_files(now: dict[str, Any], before: dict[str, Any]) -> set[str]:
         same.add("data")
     if before.get("gamma") is not None and now["gamma"] == before["gamma"]:
         same.add("gamma")
+    if before.get("vae") is not None and now.get("vae") == before["vae"]:
+        same |= {"vae", "vae_revision"}
     return same
 
 
@@ -120,7 +123,7 @@ def _require_same_data(now: dict[str, Any], before: dict[str, Any], understood: 
 
 
 def _require_same_contents(now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in ("data", "gamma", "labels"):
+    for name in ("data", "gamma", "labels", "vae"):
         if name in now and name in before and now[name] != before[name]:
             raise ValueError(
                 f"`resume` names a checkpoint of a run on other contents: {_MEANING[name]} are not "

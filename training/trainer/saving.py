@@ -12,14 +12,16 @@ from diffusers import DDPMPipeline
 from diffusers.utils import logging
 from safetensors import SafetensorError
 
-from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.export import form_of_latents, save_pipeline
 from ddim_schedulers.pipelines.files import write_bytes
+from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.ownership import OwnershipError
 from ddim_schedulers.training.common.storage import pack, to_json, unpack
 from ddim_schedulers.training.common.versions import versions
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoint_contents import read_state
+from ddim_schedulers.training.networks.checkpoint_network import VAE_FOLDER
 from ddim_schedulers.training.sharing.cards import CLASS_PICTURE
 from ddim_schedulers.training.trainer.ema import copy_into
 from ddim_schedulers.training.trainer.same_run import STAMPED, describe_data, require_same_run
@@ -48,6 +50,22 @@ def choose_checkpoint(config: TrainingConfig, accelerator: "Accelerator") -> Pat
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def scale_in(folder: Path | None) -> tuple[float, float] | None:
+    """Return scale and shift of the latents of a checkpoint's run; None for one on pixels.
+
+    Raises:
+        DamagedFileError: the checkpoint says something that no run can have written.
+    """
+    vae = None if folder is None else read_state(folder).get("contents", {}).get("vae")
+    return None if vae is None else (vae["scale"], vae["shift"])
+
+
+def keep_vae(trainer: "Trainer") -> None:
+    """Write the autoencoder of a run on latents, with its scale, where checkpoints find it."""
+    if trainer.latents is not None:
+        _replace(trainer, trainer.root / VAE_FOLDER, trainer.latents.codec.vae.save_pretrained)
 
 
 def state_files(trainer: "Trainer") -> dict[str, bytes]:
@@ -173,12 +191,19 @@ def export(trainer: "Trainer") -> Path:
 def _export(trainer: "Trainer") -> Path:
     config, target = trainer.config, trainer.root / "pipeline"
     if trainer.accelerator.is_main_process:
-        pipeline = DDPMPipeline(
-            unet=trainer.average.unet,
-            scheduler=trainer.scheduler,
-        )
         # whoever lacks this package loads it too, unless no stock scheduler knows the prediction
         form = "portable" if config.prediction_type != "posterior_mean" else "plug-in"
+        pipeline: Any = None
+        if trainer.latents is None:
+            pipeline = DDPMPipeline(unet=trainer.average.unet, scheduler=trainer.scheduler)
+        else:
+            codec = trainer.latents.codec
+            pipeline = GenerationPipeline(
+                unet=trainer.average.unet, scheduler=trainer.scheduler, vae=codec.vae
+            )
+            # nor does a pipeline of diffusers know a shift, or classes
+            labelled = trainer.data.classes is not None
+            form = form_of_latents(codec.vae.config, labelled, form)
 
         def write_pipeline(folder: Path) -> None:
             for note in save_pipeline(pipeline, folder, form):

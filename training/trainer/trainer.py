@@ -23,13 +23,14 @@ from ddim_schedulers.training.common.processes import AccelerateTeam, from_main,
 from ddim_schedulers.training.common.seeds import derive_seed
 from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.data.batches import Batch, open_loader
+from ddim_schedulers.training.data.batches import Batch, MapBatches, open_loader
 from ddim_schedulers.training.data.streams import StreamBatches
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.parsing import to_yaml
 from ddim_schedulers.training.trainer import saving
 from ddim_schedulers.training.trainer.contents import contents_of
 from ddim_schedulers.training.trainer.engine import make_accelerator
+from ddim_schedulers.training.trainer.latents import fill_cache
 from ddim_schedulers.training.trainer.parts import Parts
 from ddim_schedulers.training.trainer.result import (
     NonFiniteError,
@@ -44,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 VERB = "train"
 # What a run writes in its folder, beside files. Others may own any other folder in it.
-PARTS = frozenset({"checkpoints", "logs", "pictures", "pipeline", "unet_raw"})
+PARTS = frozenset({"checkpoints", "logs", "pictures", "pipeline", "unet_raw", "vae", "latents"})
 
 
 @contextmanager
@@ -87,6 +88,7 @@ class Trainer(Parts):
         self.owner = Owner(self.root) if owner is None else owner
         self.known = checkpoints.names_in(self.root / "checkpoints")
         self.start_from = saving.choose_checkpoint(config, accelerator)
+        self.known_scale = saving.scale_in(self.start_from)
         super().__init__(config, accelerator)
         self.contents = from_main(self.accelerator, lambda: contents_of(self))
         self.log = TrainingLog(self.root, self.accelerator.is_main_process)
@@ -129,6 +131,8 @@ class Trainer(Parts):
         if config.stop_after is not None:
             stop = min(stop, self.step + config.stop_after)
         self.watcher.prepare()
+        if isinstance(self.batches, MapBatches):
+            self.batches.cache = fill_cache(self)
         began = time.perf_counter()
         try:
             self._start_log()
@@ -262,6 +266,12 @@ class Trainer(Parts):
             batch[name].to(self.device, non_blocking=True) for name in ("images", "noise", "u")
         )
         x0, noise = x0.to(self.dtype), noise.to(self.dtype)
+        if self.latents is not None:
+            drawn = batch.get("posterior")
+            if drawn is not None:
+                drawn = drawn.to(self.device, self.dtype, non_blocking=True)
+            encoded = isinstance(self.batches, MapBatches) and self.batches.cache is not None
+            x0 = self.latents.x0_of(x0, drawn, encoded)
         labels = batch.get("labels")
         if labels is not None:
             labels = labels.to(self.device, non_blocking=True)
@@ -391,6 +401,7 @@ class Trainer(Parts):
             write_bytes(self.root / "config.yaml", to_yaml(self.config).encode())
             found = self.data.inventory.to_dict() | {"digest": self.contents["data"]}
             write_bytes(self.root / "data.json", to_json(found))
+            saving.keep_vae(self)
         self.log.rewind(self.step)
         if self.config.tracker != "none":
             plain = {

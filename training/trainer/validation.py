@@ -28,6 +28,7 @@ from ddim_schedulers.training.data.images import ImageData
 from ddim_schedulers.training.metrics.distances import frechet_metric
 from ddim_schedulers.training.metrics.features import make_feature_space
 from ddim_schedulers.training.objectives.losses import Objective
+from ddim_schedulers.training.trainer.latents import Latents
 
 # More reference images than this change a distance in `pixels` by less than its spread over
 # samples.
@@ -48,6 +49,7 @@ class Watcher:
         objective: of the run.
         scheduler: the process of the run.
         folder: where pictures go.
+        latents: of the run; None for one on pixels.
     """
 
     accelerator: Accelerator
@@ -57,6 +59,7 @@ class Watcher:
     objective: Objective
     scheduler: MarkovianDDPMScheduler
     folder: Path
+    latents: Latents | None = None
     _distance: Any = field(default=None, init=False)
     _moments: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
@@ -78,6 +81,11 @@ class Watcher:
                 f"`validate_every` is {self.config.validate_every}; it needs held-out images: "
                 "raise validation_fraction, or set it to 0"
             )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of what the network is trained on."""
+        return self.data.shape if self.latents is None else self.latents.shape
 
     @torch.no_grad()
     def validate(self, unet: UNet2DModel, step: int) -> dict[str, Any]:
@@ -104,7 +112,12 @@ class Watcher:
         images, used = self.held_out.read(rows.numpy())
         x0, labels = images.to(device, dtype), self.held_out.labels_of(used)
         labels = None if labels is None else labels.to(device)
-        noise = noise_of("validation", self.config.seed, rows, self.data.shape).to(device, dtype)
+        noise = noise_of("validation", self.config.seed, rows, self.shape).to(device, dtype)
+        if self.latents is not None:
+            drawn = None
+            if self.latents.sampled:
+                drawn = noise_of("posterior", self.config.seed, rows, self.shape).to(device, dtype)
+            x0 = self.latents.x0_of(x0, drawn)
         t = t.to(device)
         with self.accelerator.autocast():
             x_t = self.objective.noisy(x0, noise, t)
@@ -136,7 +149,10 @@ class Watcher:
 
     @torch.no_grad()
     def draw(self, unet: UNet2DModel, rows: Tensor) -> Tensor:
-        """Draw the samples `rows`, (n, C, H, W): DDIM with eta 0, each from its own seed."""
+        """Draw the samples `rows`, (n, C, H, W): DDIM with eta 0, each from its own seed.
+
+        Latents are decoded.
+        """
         dtype, device = self.objective.rows.dtype, self.accelerator.device
         scheduler = GeneralizedDDIMScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing"
@@ -144,7 +160,7 @@ class Watcher:
         scheduler.set_timesteps(
             min(self.config.sample_steps, self.config.num_train_timesteps), device=device
         )
-        x = noise_of("samples", self.config.seed, rows, self.data.shape).to(device, dtype)
+        x = noise_of("samples", self.config.seed, rows, self.shape).to(device, dtype)
         labels = None
         if (classes := class_labels_of(unet)) is not None:
             ids = torch.tensor(classes.ids)
@@ -152,9 +168,9 @@ class Watcher:
         for t in scheduler.timesteps:
             with self.accelerator.autocast():
                 output = unet(x, t, class_labels=labels, return_dict=False)[0]
-            output = output[:, : self.data.channels]
+            output = output[:, : self.shape[0]]
             x = scheduler.step(output.to(dtype), t, x, eta=0.0).prev_sample
-        return x
+        return x if self.latents is None else self.latents.codec.decode(x)
 
     def _distances(self, parts: list[Tensor], count: int) -> dict[str, Any]:
         reference = min(len(self.data), REFERENCE_LIMIT)
