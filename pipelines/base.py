@@ -21,7 +21,7 @@ from ddim_schedulers.export import latent_class, with_installed_schedulers
 from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_network, check_scheduler
 from ddim_schedulers.pipelines.files import write_bytes
-from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer, to_model_space
+from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer, check_finite, to_model_space
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.sampling import state_dtype
 
@@ -240,17 +240,21 @@ class UnconditionalPipeline(DiffusionPipeline):
             ValueError: for images that do not fit.
         """
         pixels = to_model_space(images, self.picture_shape, self.state_dtype)
-        return self._by_parts(None if self.codec is None else self.codec.encode, pixels, batch_size)
+        return (
+            pixels if self.codec is None else self._by_parts(self.codec.encode, pixels, batch_size)
+        )
 
     def pixels_of(self, x0: torch.Tensor, batch_size: int = DEFAULT_BATCH_SIZE) -> torch.Tensor:
         """Return samples of the network as images in [-1, 1], unclamped, on the CPU."""
-        return self._by_parts(None if self.codec is None else self.codec.decode, x0, batch_size)
+        if self.codec is None:
+            return x0
+        pixels = self._by_parts(self.codec.decode, x0, batch_size)
+        check_finite(pixels)
+        return pixels
 
     def _by_parts(
-        self, change: Callable[[torch.Tensor], torch.Tensor] | None, x: torch.Tensor, size: int
+        self, change: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int
     ) -> torch.Tensor:
-        if change is None:
-            return x
         device = self._execution_device
         parts = [change(part.to(device)).cpu() for part in x.split(check_batch_size(size))]
         return torch.cat(parts)

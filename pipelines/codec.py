@@ -209,4 +209,6 @@ def note_scale(vae: Any, scale: float, shift: float) -> None:  # noqa: ANN401
         note["shift_factor"] = shift if shift or vae.config["shift_factor"] is not None else None
     elif shift or SETTINGS_KEY in vae.config:
         note[SETTINGS_KEY] = {"shift_factor": shift}
-    vae.register_to_config(**note)
+    # `from_config` would pass over the keys of this list
+    unset = [key for key in vae.config.get("_use_default_values", ()) if key not in note]
+    vae.register_to_config(**note, _use_default_values=unset)

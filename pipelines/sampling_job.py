@@ -213,7 +213,7 @@ def sample_to_directory(
             finite, of which no file is written.
     """
     if job.file_format == "png":
-        check_pil_channels(pipe.image_shape[0])
+        check_pil_channels(pipe.picture_shape[0])
     # before the settings are written, with which a corrected call would have to agree
     plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
@@ -234,7 +234,7 @@ def _sample_share(
     owner: Owner,
 ) -> SamplingReport:
     classes = known_classes(pipe.unet, guides.classifier)
-    files = SamplingFiles(folder, job, rank, pipe.image_shape, classes)
+    files = SamplingFiles(folder, job, rank, pipe.picture_shape, classes)
     files.images.mkdir(parents=True, exist_ok=True)
     for place in (folder, files.images):
         remove_leftovers(place, rank, world_size)
@@ -330,7 +330,8 @@ def _sample(
     finally:
         pipe._warns_of_clipping = warns
         pipe.set_progress_bar_config(**quiet)
-    return to_uint8(output.images[: stop - start]), output.clipped_share
+    pixels = pipe.pixels_of(output.images[: stop - start], job.batch_size)
+    return to_uint8(pixels), output.clipped_share
 
 
 def settings_of(
@@ -348,6 +349,12 @@ def settings_of(
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": _public(pipe.scheduler.config),
     }
+    if pipe.vae is not None:
+        settings["vae"] = {
+            "network": weights_fingerprint(pipe.vae),
+            "network_config": _public(pipe.vae.config),
+            "scale": [pipe.codec.scale, pipe.codec.shift],  # type: ignore[union-attr]
+        }
     if (classes := class_labels_of(pipe)) is not None:
         settings["null_class"] = classes.null_class
     for name, network in vars(guides).items():

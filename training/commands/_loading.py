@@ -91,7 +91,6 @@ def read_saved(
     from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
     from diffusers.utils import logging
 
-    from ddim_schedulers.network_config import check_complete
     from ddim_schedulers.pipelines.base import UnconditionalPipeline
     from ddim_schedulers.pipelines.sampling_job import process_of
     from ddim_schedulers.training.common import repositories
@@ -133,9 +132,7 @@ def read_saved(
             f"`{option}` is {place!r}; it must be a pipeline that can be loaded: "
             f"{' '.join(str(error).split())}"
         ) from error
-    there.finish(saved.unet)
-    if saved.vae is not None:
-        check_complete(saved.vae, there.commit or there.folder)
+    there.finish(saved.unet, saved.vae)
     if there.commit:
         saved.register_to_config(_name_or_path=there.commit)
     return saved

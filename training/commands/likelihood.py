@@ -103,6 +103,12 @@ def _evaluate(
     measured_model = load_measured_model(
         pinned(args.pipeline, args.revision), team.state.device, allow_pickle=args.allow_pickle
     )
+    if measured_model.codec is not None:
+        raise ValueError(
+            f"`--pipeline` is {args.pipeline!r}, a model of latents: its bound is one of the "
+            "latents, which are continuous, and gives no bits per dimension of pixels; it must be "
+            "a model of pixels"
+        )
     data, images, measured_model = load_measured_images(args, measured_model, args.num_images)
     bins = data.levels if args.bins is None else args.bins
     if bins is None:

@@ -57,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     measured_model = load_measured_model(
         pinned(args.pipeline, args.revision), allow_pickle=args.allow_pickle
     )
+    if measured_model.codec is not None:
+        raise ValueError(
+            f"`--pipeline` is {args.pipeline!r}, a model of latents; it must be a model of pixels: "
+            "guide latents without a classifier (--guidance_scale), or by a weaker network"
+        )
     whole = load_measured_data(args, measured_model, class_conditional=True)
     data, held_out = whole.split(args.validation_fraction, args.seed)
     if held_out is None:

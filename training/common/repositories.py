@@ -16,7 +16,7 @@ from ddim_schedulers.network_config import check_complete, check_saved
 
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
 _CONFIGS = ["model_index.json", "config.json", "scheduler_config.json"]
-_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json"]
+_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"]
 _STEM = "diffusion_pytorch_model"
 
 
@@ -86,13 +86,19 @@ class Saved:
             self.folder, use_safetensors=None if self.allow_pickle else True, **where
         )
 
-    def finish(self, network: Any) -> None:
+    def finish(self, network: Any, vae: Any = None) -> None:
         """Check a network that was read, and note in its config where it came from.
+
+        Args:
+            network: the network.
+            vae: the autoencoder of a pipeline of latents.
 
         Raises:
             ValueError: weights are missing.
         """
         check_complete(network, self.commit or self.folder)
+        if vae is not None:
+            check_complete(vae, self.commit or self.folder)
         if self.commit:
             network.register_to_config(_name_or_path=self.commit)
 
@@ -144,6 +150,9 @@ def _download(name: str, option: str, allow_pickle: bool) -> Path:
             snapshot_download(repository, revision=folder.name, allow_patterns=files)
             if any((folder / start).glob(f"*{kind}")):
                 break
+        if (folder / "vqvae" / "config.json").is_file():  # of a pipeline of latents
+            files = [f"vqvae/{_STEM}{part}.safetensors" for part in ("", "-?????-of-?????")]
+            snapshot_download(repository, revision=folder.name, allow_patterns=files)
     except OSError as error:
         raise ValueError(
             f"`{option}` is {name!r}, which is no folder here; as a name on the Hub it cannot be "

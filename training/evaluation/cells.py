@@ -34,6 +34,7 @@ from ddim_schedulers.pipelines.conditions import (
     check_same_process,
 )
 from ddim_schedulers.pipelines.files import check_folders
+from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.sampling import predict, step_arguments
 from ddim_schedulers.pipelines.sampling_files import Piece, SamplingFiles
 from ddim_schedulers.pipelines.sampling_job import (
@@ -95,8 +96,8 @@ class Evaluation:
         self.commit = commit()
         self.pipe = self._load_pipeline()
         self.files = CellFiles(self.folder, progress)
-        self.first_images = FirstImages(self.files, self.pipe.image_shape, progress)
-        self.real = RealImages(config, self.team, self.device, self.pipe.image_shape, progress)
+        self.first_images = FirstImages(self.files, self.pipe.picture_shape, progress)
+        self.real = RealImages(config, self.team, self.device, self.pipe.picture_shape, progress)
         for cell in config.cells:  # what a scheduler refuses is found before anything is sampled
             self._check_scheduler(cell)
         with own_together(self.folder, "evaluate", self.team):
@@ -117,7 +118,7 @@ class Evaluation:
             pipe = found.read(GenerationPipeline)
         except OSError as error:
             raise ValueError(f"`{name}` is {place!r}; it cannot be loaded: {error}") from error
-        found.finish(pipe.unet)
+        found.finish(pipe.unet, pipe.vae)
         if name == "pipeline":
             self.pipeline_commit = found.commit
         return pipe
@@ -259,7 +260,7 @@ class Evaluation:
         if not missing:
             return kept
         cost = self._sample(pipe, job, guides, images)
-        samples = SamplingFiles(images, job, self.team.index, pipe.image_shape)
+        samples = SamplingFiles(images, job, self.team.index, pipe.picture_shape)
         pieces = samples.all_pieces()
         found = {k: value for k, value in kept.get("metrics", {}).items() if k not in missing}
         asked = self._has_endpoint(cell)
@@ -334,8 +335,25 @@ class Evaluation:
 
     def samples(self, cell: Cell) -> np.ndarray:
         """Return all samples of a cell that are kept, uint8 (n, H, W, C)."""
-        files = SamplingFiles(self.files.images_of(cell), self._job(cell), 0, self.pipe.image_shape)
+        shape = self.pipe.picture_shape
+        files = SamplingFiles(self.files.images_of(cell), self._job(cell), 0, shape)
         return np.concatenate([files.read(piece) for piece in files.all_pieces()])
+
+    def ceiling(self, n: int) -> dict[str, Any] | None:
+        """Measure n held-out images that the autoencoder encoded and decoded, as samples are.
+
+        No sample of latents can be expected to be nearer. None for a pipeline of pixels.
+        """
+        if self.pipe.vae is None:
+            return None
+        rows = self.real.chosen_held_out(n)
+
+        def again(images: torch.Tensor) -> np.ndarray:
+            size = self.config.batch_size
+            unit = from_uint8(to_uint8(images)).add(1).div(2).clamp(0, 1)
+            return to_uint8(self.pipe.pixels_of(self.pipe.x0_of(unit, size), size))
+
+        return self.real.measure_images(rows, again)
 
     def memorisation(self, cell: Cell) -> dict[str, Any]:
         """Measure the distances of a cell's first samples to their nearest training images.

@@ -265,9 +265,23 @@ class RealImages:
 
         If fewer are held out, all of them; their measurements then have an n of their own.
         """
-        rows = np.random.default_rng(self.config.seed).permutation(len(self.held_out))[:n]
+        rows = self.chosen_held_out(n)
         return {
             name: self.measure(name, self.features[name].held_out[rows]) for name in self.features
+        }
+
+    def chosen_held_out(self, n: int) -> np.ndarray:
+        """Return the positions of n held-out images, or of all if they are fewer."""
+        return np.random.default_rng(self.config.seed).permutation(len(self.held_out))[:n]
+
+    def measure_images(
+        self, rows: np.ndarray, change: Callable[[torch.Tensor], np.ndarray]
+    ) -> dict[str, Any]:
+        """Measure held-out images in each feature space after a change to uint8 (B, H, W, C)."""
+        changed = [change(images) for images in _batches(self.held_out, rows)]
+        return {
+            name: self.measure(name, torch.cat([self.features_of(name, part) for part in changed]))
+            for name in self.features
         }
 
     def nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,8 @@ def _run(evaluation: Evaluation, sample: bool, owner: Owner) -> dict[str, Any]:
         entry["unsaid"] = {cell.sampler.name: evaluation.unsaid(cell) for cell in cells}
         if team.index == 0:
             entry["real"] = evaluation.real.self_check[table.n]
+            if (ceiling := evaluation.ceiling(table.n)) is not None:
+                entry["ceiling"] = ceiling
         if cells and team.index == 0:
             name = config.features[0]
             first = [cell for cell in cells if cell.repeat == 0]

@@ -96,6 +96,7 @@ def distances(table: dict[str, Any], results: dict[str, Any]) -> list[str]:
         lines += [
             f"Frechet distance in `{name}`, n = {table['n']} samples in every cell; "
             f"{real['n']} held-out real images get {real['frechet']:.3f}{_own_n(real, table)}.",
+            *_ceiling(name, table),
             "",
             *pivot(
                 table["cells"],
@@ -116,6 +117,16 @@ def unsaid_lines(table: dict[str, Any]) -> list[str]:
             groups.setdefault(said, []).append(row)
     parts = [f"{said} in {'; '.join(rows)}" for said, rows in groups.items()]
     return [f"Settings that the names do not say: {'. '.join(parts)}.", ""] if parts else []
+
+
+def _ceiling(name: str, table: dict[str, Any]) -> list[str]:
+    if "ceiling" not in table:
+        return []
+    found = table["ceiling"][name]
+    return [
+        f"The autoencoder's own ceiling: {found['n']} held-out images, encoded and decoded, get "
+        f"{found['frechet']:.3f}{_own_n(found, table)}."
+    ]
 
 
 def _own_n(real: dict[str, Any], table: dict[str, Any]) -> str:

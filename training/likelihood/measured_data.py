@@ -102,7 +102,9 @@ def load_measured_data(
     from ddim_schedulers.training.config import TrainingConfig
     from ddim_schedulers.training.data.images import digits, load_data, with_classes
 
-    size = measured_model.unet.config.sample_size
+    size, codec = measured_model.unet.config.sample_size, measured_model.codec
+    size = size * codec.factor if codec is not None and type(size) is int else size
+    channels = measured_model.channels if codec is None else codec.channels
     own = args.image_size if args.image_size is not None else size if type(size) is int else None
     if args.data == "digits" and args.split != "train":
         raise ValueError(f"`--split` is {args.split!r}; the digits are divided by --part")
@@ -121,10 +123,10 @@ def load_measured_data(
         data = load_data(config)[0]
     if process_of()[0] == 0:
         print(data.inventory.line(), file=sys.stderr)
-    if data.channels != measured_model.channels:
+    if data.channels != channels:
         raise ValueError(
             f"`data` has images of {data.channels} channels; they must have "
-            f"{measured_model.channels}, as the network's (see --image_mode)"
+            f"{channels}, as the network's (see --image_mode)"
         )
     return data
 
@@ -148,7 +150,23 @@ def load_measured_images(
     labels = data.labels(chosen)
     if kind == "null":
         labels = null_labels(measured_model, num_images)
-    return data, data.batch(chosen)[0], measured_model.labelled(labels)
+    images = encoded(measured_model, data.batch(chosen)[0], args.seed)
+    return data, images, measured_model.labelled(labels)
+
+
+def encoded(measured_model: MeasuredModel, images: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return images as samples of the network: of latents, draws of the encoder with `seed`."""
+    import torch
+
+    from ddim_schedulers.training.data.latents import ENCODED
+
+    if (codec := measured_model.codec) is None:
+        return images
+    device = next(measured_model.unet.parameters()).device
+    moments = torch.cat([codec.moments(part.to(device)).cpu() for part in images.split(ENCODED)])
+    shape = codec.latent_shape((images.shape[1], images.shape[2], images.shape[3]))
+    noise = torch.randn(len(images), *shape, generator=torch.Generator().manual_seed(seed))
+    return codec.latents(moments, noise if codec.has_distribution else None)
 
 
 def labels_in_turn(

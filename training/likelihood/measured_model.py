@@ -11,8 +11,11 @@ from diffusers.utils import logging
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of
+from ddim_schedulers.export import VAE
+from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.scales import is_one
 from ddim_schedulers.training.common.repositories import fetch
+from ddim_schedulers.training.networks.autoencoders import load_vae
 from ddim_schedulers.training.networks.places import pipeline_folder
 
 logger = logging.get_logger(__name__)
@@ -33,6 +36,7 @@ class MeasuredModel:
         commit: NAME@COMMIT of a pipeline from the Hub; '' otherwise.
         labels: int64 (N,), the classes of the images that are measured; None for a network without
             classes.
+        codec: of a network of latents, what encodes images; None for one of pixels.
     """
 
     unet: Any
@@ -44,10 +48,11 @@ class MeasuredModel:
     saved: dict[str, Any] | None = None
     commit: str = ""
     labels: torch.Tensor | None = None
+    codec: Codec | None = None
 
     @property
     def channels(self) -> int:
-        """Return the number of channels of the images."""
+        """Return the number of channels of the images, or latents."""
         return int(self.unet.config.in_channels)
 
     @property
@@ -181,7 +186,11 @@ def load_measured_model(
         ) from error
     found.finish(unet)
     measured_model = measured_model_of(unet.to(device), dict(config))
-    return replace(measured_model, saved=dict(config), commit=found.commit)
+    codec = None
+    if (found.folder / VAE / "config.json").is_file():
+        codec = Codec(load_vae(str(found.folder / VAE), option="vqvae of the pipeline").to(device))
+        codec.picture_shape((measured_model.channels, 1, 1))
+    return replace(measured_model, saved=dict(config), commit=found.commit, codec=codec)
 
 
 def clip_limit(measured_model: MeasuredModel, choice: str) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ddim_schedulers.betas import terminal_signal
 from ddim_schedulers.class_labels import labels_in
-from ddim_schedulers.export import INDEX, Export
+from ddim_schedulers.export import INDEX, LATENT_CLASS, Export
 from ddim_schedulers.reading import parse_json, read_text
 
 MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # what has a meaning there
@@ -89,11 +89,14 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     index = export.files[INDEX]
     text = index.decode() if isinstance(index, bytes) else read_text(index)
     pipeline_class = parse_json(text, INDEX)["_class_name"]
-    home = "of diffusers"
+    home = "of ddim-schedulers" if pipeline_class == LATENT_CLASS else "of diffusers"
     if isinstance(pipeline_class, list):  # [module, class] of code in the repository
         pipeline_class, home = pipeline_class[1], "in the code of this repository"
     classes = _classes(export)
-    unconditional = pipeline_class in ("DDPMPipeline", "DDIMPipeline") and not classes["classes"]
+    unconditional = (
+        pipeline_class in ("DDPMPipeline", "DDIMPipeline", "LDMPipeline", LATENT_CLASS)
+        and not classes["classes"]
+    )
     data = ModelCardData(
         library_name="diffusers",
         tags=["ddim-schedulers", *(["class-conditional"] if classes["classes"] else [])],
@@ -102,6 +105,7 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
     values: dict[str, Any] = {
         "title": repo_id.partition("/")[2],
         "summary": f"A `{pipeline_class}` {home}.",
+        "own_class": pipeline_class == LATENT_CLASS,
         "repo_id": repo_id,
         "form": form,
         "pipeline_class": pipeline_class,
