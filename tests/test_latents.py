@@ -278,7 +278,7 @@ def test_an_evaluation_tells_the_autoencoders_ceiling(saved, tmp_path):
             "features": ["pixels"],
             "neighbours": 2,
             "batch_size": 4,
-            "tables": [{"name": "t", "n": 8, "steps": [3], "members": [0]}],
+            "tables": [{"name": "t", "n": 8, "grid": [{"steps": [3], "members": [0]}]}],
         }
     )
     results = evaluate(config)

@@ -109,7 +109,7 @@ def train_models(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         result = train(config)
         seconds = time.perf_counter() - began
-        block = {"name": "samples", "n": args.n, "steps": [args.sample_steps], "members": [0]}
+        block = {"steps": [args.sample_steps], "members": [0]}
         if labelled:
             block["guidance"] = [1, 2]
         evaluation = {
@@ -124,7 +124,7 @@ def train_models(args: argparse.Namespace) -> None:
             },
             "features": ["pixels"],
             "batch_size": 64,
-            "tables": [block],
+            "tables": [{"name": "samples", "n": args.n, "grid": [block]}],
         }
         (table,) = evaluate(parse_evaluation(evaluation))["tables"]
         ceiling, real = table["ceiling"]["pixels"], table["real"]["pixels"]

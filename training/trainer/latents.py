@@ -77,7 +77,9 @@ class Latents:
             noise: standard normal, for draws.
             encoded: whether `images` are encoded already.
         """
-        return self.codec.latents(images if encoded else self.codec.moments(images), noise)
+        moments = images if encoded else self.codec.moments(images)
+        # an encoder may give another memory format than that of the images
+        return self.codec.latents(moments, noise).contiguous()
 
     def contents(self) -> dict[str, Any]:
         """Return what training depends on, as JSON types."""
