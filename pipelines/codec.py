@@ -202,6 +202,12 @@ def scale_in(config: Mapping[str, Any], name: str = "vae") -> tuple[float, float
     return float(scale), float(shift)
 
 
+def rescaled(vae: Any, scale: float, shift: float) -> Codec:  # noqa: ANN401
+    """Return the codec of an autoencoder with another scale, which its config tells from now on."""
+    note_scale(vae, scale, shift)
+    return Codec(vae)
+
+
 def note_scale(vae: Any, scale: float, shift: float) -> None:  # noqa: ANN401
     """Write scale and shift into an autoencoder's config, where every codec finds them."""
     note: dict[str, Any] = {"scaling_factor": scale}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddim_schedulers.pipelines.base import chunks
-from ddim_schedulers.pipelines.codec import Codec, note_scale
+from ddim_schedulers.pipelines.codec import Codec, rescaled
 from ddim_schedulers.pipelines.fingerprints import fingerprint_of
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.images import ImageData
@@ -118,8 +118,7 @@ def make_latents(
     scale, shift, why = _scale(codec, found, config.vae_scale)
     if known is not None:
         (scale, shift), why = known, "those of the checkpoint"
-    note_scale(vae, scale, shift)
-    codec = Codec(vae)
+    codec = rescaled(vae, scale, shift)
     said = (
         f"vae: {type(vae).__name__} {config.vae}, images {_size(data.shape)} to latents "
         f"{_size(shape)}; unscaled they have mean {found.mean:.4g} and deviation "

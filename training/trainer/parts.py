@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddim_schedulers.class_labels import class_labels_of, note_class_labels
+from ddim_schedulers.pipelines.codec import rescaled
+from ddim_schedulers.training.common.processes import from_main
 from ddim_schedulers.training.common.seeds import derive_seed
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.batches import Draws, MapBatches, Share
@@ -64,6 +66,10 @@ class Parts:
         with self.accelerator.main_process_first():
             self.data, self.held_out = self._load_data()
             self.latents = make_latents(config, self.data, self.device, self.known_scale)
+        if (latents := self.latents) is not None:  # sums round otherwise on another device
+            measured = latents.codec
+            scale = from_main(self.accelerator, lambda: (measured.scale, measured.shift))
+            latents.codec = rescaled(measured.vae, *scale)
         if self.accelerator.is_main_process:
             print(self.data.inventory.line(), file=sys.stderr)
         self._build()
