@@ -281,7 +281,7 @@ def test_an_evaluation_tells_the_autoencoders_ceiling(saved, tmp_path):
             "tables": [{"name": "t", "n": 8, "grid": [{"steps": [3], "members": [0]}]}],
         }
     )
-    results, _ = evaluate(config)
+    results = evaluate(config)[1]
     (table,) = results["tables"]
     ceiling = table["ceiling"]["pixels"]
     assert ceiling["n"] == 8 and ceiling["frechet"] != table["real"]["pixels"]["frechet"]

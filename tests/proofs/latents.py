@@ -126,7 +126,7 @@ def train_models(args: argparse.Namespace) -> None:
             "batch_size": 64,
             "tables": [{"name": "samples", "n": args.n, "grid": [block]}],
         }
-        (table,) = evaluate(parse_evaluation(evaluation))[0]["tables"]
+        (table,) = evaluate(parse_evaluation(evaluation))[1]["tables"]
         ceiling, real = table["ceiling"]["pixels"], table["real"]["pixels"]
         for cell in table["cells"]:
             rows.append(
