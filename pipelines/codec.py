@@ -11,6 +11,7 @@ latent.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -198,7 +199,9 @@ def scale_in(config: Mapping[str, Any], name: str = "vae") -> tuple[float, float
     ):
         fits = type(value) in (int, float) and math.isfinite(value)
         if not fits or (key == "scaling_factor" and value <= 0):
-            raise ValueError(f"`{name}.config.{key}` is {str(value)[:80]!r}; it must be {allowed}.")
+            raise ValueError(
+                f"`{name}.config.{key}` is {reprlib.repr(value)}; it must be {allowed}."
+            )
     return float(scale), float(shift)
 
 

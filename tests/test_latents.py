@@ -145,7 +145,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused():
         "latents of 3 channels; they must have 4": small_vae(latent_channels=3),
         "without its encoder": small_vae(),
         "maps 1 channels to 3": small_vae(out_channels=3),
-        "`vae.config.scaling_factor` is 'nan'": small_vae(scaling_factor=float("nan")),
+        "`vae.config.scaling_factor` is nan": small_vae(scaling_factor=float("nan")),
         "`vae.config.shift_factor` is 'x'": small_vae(shift_factor="x"),
     }
     del cases["without its encoder"].encoder
