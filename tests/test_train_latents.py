@@ -361,7 +361,7 @@ def test_pictures_distances_and_losses_of_a_run_are_of_decoded_samples(settings,
     assert {"validation_loss", "frechet", "channel_mean_drift"} <= result.evaluations[-1].keys()
     assert len(result.evaluations[-1]["channel_mean_drift"]) == 1  # of images, not of latents
     with PIL.open(tmp_path / "run/pictures/samples-00000006.png") as grid:
-        assert grid.size == (2 * 8 * 6, 2 * 8 * 6)
+        assert grid.size == (6 * (2 * 8 + 1),) * 2  # two by two, a gap, enlarged six times
 
 
 def test_presets_fit_the_latents_they_are_named_by():
