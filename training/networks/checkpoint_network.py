@@ -55,8 +55,8 @@ def load_checkpoint_vae(folder: Path) -> Any:  # noqa: ANN401
     place = folder.resolve().parent.parent / VAE_FOLDER
     if not place.is_dir():
         raise ValueError(
-            f"{str(folder)!r} is a checkpoint of a run on latents, and {str(place)!r} is not "
-            "there; it must be: the run's autoencoder, with the scale of the latents"
+            f"`pipeline` is {str(folder)!r}, a checkpoint of a run on latents; {str(place)!r} must "
+            "lie beside its checkpoints: the autoencoder, with the scale of the latents"
         )
     return load_vae(str(place), option="vae of the run")
 
