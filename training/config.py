@@ -121,7 +121,7 @@ class LatentConfig:
     vae_scale: Literal["auto", "config"] = option(
         "auto",
         "factor and shift of the latents: measured, or the config's if its factor gives a "
-        "deviation within 10 % of 1; config: the config's",
+        "deviation within a tenth of 1; config: the config's",
     )
     vae_posterior: Literal["sample", "mean"] = option(
         "sample", "of an AutoencoderKL: draw latents anew each time, or take their mean"
