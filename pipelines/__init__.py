@@ -11,6 +11,7 @@ from ddim_schedulers.pipelines.inversion import (
     InversionOutput,
     InversionPipeline,
     ReconstructionOutput,
+    TranslationOutput,
 )
 from ddim_schedulers.pipelines.langevin import (
     AnnealedLangevinPipeline,
@@ -44,6 +45,7 @@ __all__ = [
     "RestorationPipeline",
     "SamplingPath",
     "TextInversionOutput",
+    "TranslationOutput",
     "VariationsOutput",
     "encode_and_refine",
     "geometric_timesteps",

@@ -30,7 +30,7 @@ from ddim_schedulers.pipelines.conditions import (
     count_of,
     one_class,
 )
-from ddim_schedulers.pipelines.images import OutputBuffer
+from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer
 from ddim_schedulers.pipelines.interfaces import Network
 from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
 from ddim_schedulers.pipelines.observers import (
@@ -47,6 +47,7 @@ from ddim_schedulers.pipelines.sampling import (
     plan,
     step_arguments,
 )
+from ddim_schedulers.pipelines.source import Source, make_source, steps_of
 
 Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -92,6 +93,7 @@ class _Run:
 
     noise: Noise
     latents: torch.Tensor | None
+    source: Source | None
     num_inference_steps: int | None
     timesteps: Sequence[int] | None
     start_timestep: int | None
@@ -120,6 +122,8 @@ class GenerationPipeline(UnconditionalPipeline):
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         start_timestep: int | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
         class_labels: ClassLabelInput | None = None,
@@ -153,6 +157,11 @@ class GenerationPipeline(UnconditionalPipeline):
             timesteps: explicit trajectory instead, strictly decreasing.
             start_timestep: a timestep of the trajectory to start at: `latents` is then x_t at it.
                 Not for stock multistep schedulers; a `solver_order` of ours has no history there.
+            image: a picture to start from, one for all images or one for each (SDEdit): its x_t is
+                drawn from q(x_t | x_0) with the noise of each seed, and sampled from there. See
+                `to_model_space`. Schedulers as for `start_timestep`.
+            strength: with `image`: share of the steps that are run, in (0, 1]. Small values keep
+                the picture, 1 keeps nothing but what x_T holds of it.
             eta: DDIM's eta, passed to schedulers that take one; None leaves theirs.
             use_clipped_model_output: passed to schedulers that take it; None leaves theirs.
             class_labels: classes, one for all images or one for each; this and the six arguments
@@ -190,6 +199,8 @@ class GenerationPipeline(UnconditionalPipeline):
             )
         if latents is not None:
             latents = self.check_latents(latents)
+        starts = {"latents": latents, "start_timestep": start_timestep}
+        source = make_source(image, strength, self.image_shape, self.state_dtype, **starts)
         conditions = Conditions(
             class_labels,
             guidance_scale,
@@ -199,13 +210,17 @@ class GenerationPipeline(UnconditionalPipeline):
             guide,
             classifier,
         )
-        noise = make_noise(num_images, seeds, generator, latents, count_of(class_labels))
+        pictures = None if source is None else source.count
+        noise = make_noise(
+            num_images, seeds, generator, latents, count_of(class_labels), num_pictures=pictures
+        )
         bound = BoundConditions(
             conditions, self.unet, self.scheduler, noise.num_images, self._execution_device
         )
         run = _Run(
             noise,
             latents,
+            source,
             num_inference_steps,
             timesteps,
             start_timestep,
@@ -237,7 +252,7 @@ class GenerationPipeline(UnconditionalPipeline):
         for part, (start, stop) in enumerate(parts):
             tau = self._plan(run)
             generator = run.noise.of(start, stop)
-            x = self._start(run, start, stop, generator)
+            x = self._start(run, start, stop, generator, levels.at(int(tau[0])))
             if part == 0:
                 watch.steps = [int(t) for t in tau.tolist()]
                 watch.bar = self.progress_bar(total=len(parts) * len(watch.steps))
@@ -259,6 +274,9 @@ class GenerationPipeline(UnconditionalPipeline):
         if run.start_timestep is not None:
             check_scheduler(self.scheduler, SINGLE_STEP, "`start_timestep`")
         tau = plan(self.scheduler, run.num_inference_steps, run.timesteps, self._execution_device)
+        if run.source is not None:
+            check_scheduler(self.scheduler, SINGLE_STEP, "`image`")
+            return tau[-steps_of(run.source.strength, tau) :]
         if run.start_timestep is None:
             return tau
         planned = tau.tolist()
@@ -274,11 +292,14 @@ class GenerationPipeline(UnconditionalPipeline):
             )
         return tau[planned.index(run.start_timestep) :]
 
-    def _start(self, run: _Run, start: int, stop: int, generator: Generators) -> torch.Tensor:
+    def _start(
+        self, run: _Run, start: int, stop: int, generator: Generators, alpha_bar: float
+    ) -> torch.Tensor:
         device = self._execution_device
         if run.latents is not None:
             return run.latents[start:stop].to(device)
-        return draw((stop - start, *self.image_shape), generator, device, self.state_dtype)
+        noise = draw((stop - start, *self.image_shape), generator, device, self.state_dtype)
+        return noise if run.source is None else run.source.x_t(start, stop, noise, alpha_bar)
 
     def variations(
         self,

@@ -18,7 +18,10 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_model_space(
-    images: ImageInput, shape: tuple[int, int, int], dtype: torch.dtype
+    images: ImageInput,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    name: str = "images",
 ) -> torch.Tensor:
     """Return images as a batch (N, C, H, W) in [-1, 1] on the CPU.
 
@@ -29,6 +32,7 @@ def to_model_space(
             in [0, 1] as the pipelines return them.
         shape: (C, H, W) of the network.
         dtype: of the result.
+        name: what messages call the argument.
 
     Raises:
         ValueError: naming what is wrong: type, dtype, mode, channels, size or range.
@@ -38,26 +42,26 @@ def to_model_space(
     if isinstance(images, torch.Tensor):
         batch = images.detach().cpu()
     elif isinstance(images, np.ndarray) and images.dtype.kind in "fiubc":
-        batch = _channels_first(torch.from_numpy(np.ascontiguousarray(images)))
+        batch = _channels_first(torch.from_numpy(np.ascontiguousarray(images)), name)
     elif (
         isinstance(images, Sequence)
         and images
         and all(isinstance(i, Image.Image | str | os.PathLike) for i in images)
     ):
-        opened = [i if isinstance(i, Image.Image) else read_image(i, "images") for i in images]
-        batch = _from_pil(opened, shape)
+        opened = [i if isinstance(i, Image.Image) else read_image(i, name) for i in images]
+        batch = _from_pil(opened, shape, name)
     else:
         raise ValueError(
-            f"`images` is {type(images).__name__}; it must be a PIL image, the path of one, a "
+            f"`{name}` is {type(images).__name__}; it must be a PIL image, the path of one, a "
             "non-empty list of them, a numpy array (N, H, W, C) or a tensor (N, C, H, W)."
         )
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or batch.shape[0] == 0 or tuple(batch.shape[1:]) != shape:
         raise ValueError(
-            f"`images` has shape {tuple(batch.shape)} (N, C, H, W); the network takes (N, "
+            f"`{name}` has shape {tuple(batch.shape)} (N, C, H, W); the network takes (N, "
             f"{shape[0]}, {shape[1]}, {shape[2]})."
         )
-    return _unit_range(batch, dtype) * 2 - 1
+    return _unit_range(batch, dtype, name) * 2 - 1
 
 
 def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
@@ -78,38 +82,40 @@ def read_image(path: str | os.PathLike[str], name: str) -> Image.Image:
         ) from error
 
 
-def _channels_first(array: torch.Tensor) -> torch.Tensor:
+def _channels_first(array: torch.Tensor, name: str) -> torch.Tensor:
     if array.ndim not in (3, 4):
         raise ValueError(
-            f"`images` has shape {tuple(array.shape)}; arrays are (H, W, C) or (N, H, W, C)."
+            f"`{name}` has shape {tuple(array.shape)}; arrays are (H, W, C) or (N, H, W, C)."
         )
     return array.movedim(-1, -3)
 
 
-def _from_pil(images: Sequence[Image.Image], shape: tuple[int, int, int]) -> torch.Tensor:
+def _from_pil(
+    images: Sequence[Image.Image], shape: tuple[int, int, int], name: str
+) -> torch.Tensor:
     channels, height, width = shape
     mode = PIL_MODES.get(channels)
     for i, image in enumerate(images):
         if image.mode != mode:
             raise ValueError(
-                f"`images[{i}]` has mode {image.mode!r}; a network of {channels} channels takes "
+                f"`{name}[{i}]` has mode {image.mode!r}; a network of {channels} channels takes "
                 f"{mode!r}. Convert it yourself: image.convert({mode!r})."
             )
         if image.size != (width, height):
             raise ValueError(
-                f"`images[{i}]` is {image.size[0]}x{image.size[1]} (width x height); the network "
+                f"`{name}[{i}]` is {image.size[0]}x{image.size[1]} (width x height); the network "
                 f"takes {width}x{height}."
             )
     arrays = [np.asarray(i).reshape(height, width, channels) for i in images]
-    return _channels_first(torch.from_numpy(np.stack(arrays)))
+    return _channels_first(torch.from_numpy(np.stack(arrays)), name)
 
 
-def _unit_range(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _unit_range(batch: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     if batch.dtype == torch.uint8:
         return batch.to(dtype) / 255
     if not batch.is_floating_point():
         raise ValueError(
-            f"`images` has dtype {batch.dtype}; it must be uint8 in 0 .. 255 or floating point in "
+            f"`{name}` has dtype {batch.dtype}; it must be uint8 in 0 .. 255 or floating point in "
             "[0, 1]."
         )
     low, high = float(batch.min()), float(batch.max())
@@ -118,7 +124,7 @@ def _unit_range(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             " Pass (x + 1) / 2 for images in [-1, 1]." if -1.0 <= low < 0.0 and high <= 1.0 else ""
         )
         raise ValueError(
-            f"`images` has values in [{low:.4g}, {high:.4g}]; floating-point images lie in [0, "
+            f"`{name}` has values in [{low:.4g}, {high:.4g}]; floating-point images lie in [0, "
             f"1].{hint}"
         )
     return batch.to(dtype)

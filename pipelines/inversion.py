@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
 
@@ -43,6 +44,9 @@ from ddim_schedulers.pipelines.refinement import (
 from ddim_schedulers.pipelines.sampling import plan, predict
 
 logger = logging.get_logger(__name__)
+
+# The share of x_0 in x_T may differ by this much between two models that share x_T.
+SHARED_LEVEL = 0.05
 
 
 @dataclass
@@ -80,6 +84,24 @@ class ReconstructionOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
     error: torch.Tensor
     inversion: InversionOutput
+
+
+@dataclass
+class TranslationOutput(BaseOutput):
+    """What translation returns.
+
+    Attributes:
+        images: the translated images, in the output type.
+        inversion: what encoding with the first model returned; its latents are shared by both.
+        cycle_error: float64 (N,): mean squared error per dimension on [0, 1] of the images that
+            were translated there and back, unclamped in between; None unless asked for.
+        back: the encoding of the way back; None unless asked for.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    inversion: InversionOutput
+    cycle_error: torch.Tensor | None = None
+    back: InversionOutput | None = None
 
 
 class InversionPipeline(UnconditionalPipeline):
@@ -264,6 +286,91 @@ class InversionPipeline(UnconditionalPipeline):
         buffer = OutputBuffer(output_type, len(x0), self.picture_shape)
         buffer.add(0, again if output_type == "latent" else shown)
         return ReconstructionOutput(buffer.result(), unit_error(shown, pixels), inversion)
+
+    def translate(
+        self,
+        images: ImageInput,
+        target: DiffusionPipeline,
+        *,
+        class_labels: ClassLabelInput | None = None,
+        target_class_labels: ClassLabelInput | None = None,
+        cycle: bool = False,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        refinements: int = 0,
+        tolerance: float = DEFAULT_TOLERANCE,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        output_type: str = "pil",
+    ) -> TranslationOutput:
+        """Translate images to those of another model: encode with this one, decode with the other.
+
+        Dual diffusion implicit bridges (arXiv:2203.08382): both models map their images to the same
+        Gaussian x_T by their own probability-flow ODE. No pairs are needed, and neither model knows
+        of the other.
+
+        Args:
+            images: as in `__call__`.
+            target: a pipeline of the other model, with `unet` and `scheduler`, for images of the
+                same size and channels. Each model steps with its own scheduler's noise levels.
+            class_labels: of this model, as in `__call__`.
+            target_class_labels: of the other model; another class of the same model will do.
+            cycle: also translate back, and measure the error; this triples the network calls.
+            num_inference_steps: S steps each way.
+            timesteps: explicit trajectory instead, strictly decreasing.
+            refinements: as in `__call__`.
+            tolerance: as in `__call__`.
+            batch_size: as in `__call__`.
+            output_type: pil, np, pt or latent.
+
+        Raises:
+            ValueError: for a target that does not fit; otherwise as `__call__`.
+        """
+        self.check()
+        other = InversionPipeline.from_pipe(target)
+        other.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        common: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
+            "batch_size": batch_size,
+        }
+        self._check_target(other, num_inference_steps, timesteps)
+        x0 = to_model_space(images, self.image_shape, self.state_dtype)
+        refined = {**common, "refinements": refinements, "tolerance": tolerance}
+        inversion = self.encode(x0, class_labels=class_labels, **refined)
+        made: Any = other.decode(
+            inversion.latents, class_labels=target_class_labels, output_type="latent", **common
+        )
+        buffer = OutputBuffer(output_type, len(x0), self.image_shape)
+        buffer.add(0, made)
+        if not cycle:
+            return TranslationOutput(buffer.result(), inversion)
+        back = other.encode(made, class_labels=target_class_labels, **refined)
+        again: Any = self.decode(
+            back.latents, class_labels=class_labels, output_type="latent", **common
+        )
+        return TranslationOutput(buffer.result(), inversion, unit_error(again, x0), back)
+
+    def _check_target(
+        self,
+        other: "InversionPipeline",
+        num_inference_steps: int | None,
+        timesteps: Sequence[int] | None,
+    ) -> None:
+        if other.image_shape != self.image_shape:
+            raise ValueError(
+                f"`target` makes images of shape {other.image_shape} (C, H, W); it must be "
+                f"{self.image_shape}, as this pipeline's."
+            )
+        ends = []
+        for scheduler in (self.decoding_scheduler(), other.decoding_scheduler()):
+            tau = plan(scheduler, num_inference_steps, timesteps, "cpu")
+            ends.append(float(scheduler.alpha_bar[int(tau[0])]) ** 0.5)
+        if abs(ends[0] - ends[1]) > SHARED_LEVEL:
+            raise ValueError(
+                f"`target` begins at sqrt(alpha_bar) = {ends[1]:.3g}, and this pipeline ends at "
+                f"{ends[0]:.3g}: x_T does not mean the same there. The two must be within "
+                f"{SHARED_LEVEL}; use the same `timestep_spacing`, or more steps."
+            )
 
     def inverse_scheduler(self) -> GeneralizedDDIMInverseScheduler:
         """Return the encoding scheduler: the reverse of the decoding one."""

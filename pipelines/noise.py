@@ -41,6 +41,7 @@ def make_noise(
     generator: Generators | None,
     latents: torch.Tensor | None = None,
     num_labels: int | None = None,
+    num_pictures: int | None = None,
 ) -> Noise:
     """Settle how many images there are and where their noise comes from.
 
@@ -54,6 +55,7 @@ def make_noise(
             batch size like in diffusers), or a list with one for each image.
         latents: (N, C, H, W) starting points.
         num_labels: how many class labels there are, where each image has its own.
+        num_pictures: how many pictures to start from there are, where each image has its own.
 
     Raises:
         ValueError: for counts that contradict each other, both seeds and generator, seeds without
@@ -72,6 +74,7 @@ def make_noise(
     counts["generator"] = len(generator) if isinstance(generator, list) else None
     counts["latents"] = None if latents is None else latents.shape[0]
     counts["class_labels"] = num_labels
+    counts["image"] = num_pictures
     given = {k: v for k, v in counts.items() if v is not None}
     if len(set(given.values())) > 1:
         raise ValueError(

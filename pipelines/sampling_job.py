@@ -14,6 +14,7 @@ writes its files under a temporary name and renames them.
     OUTPUT/grid.png             the first images, once all files exist
 """
 
+import hashlib
 import inspect
 import json
 import os
@@ -28,6 +29,7 @@ import torch
 
 from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.base import UnconditionalPipeline, check_batch_size
+from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_scheduler
 from ddim_schedulers.pipelines.conditions import (
     BoundConditions,
     Conditions,
@@ -37,7 +39,7 @@ from ddim_schedulers.pipelines.conditions import (
 from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_png
 from ddim_schedulers.pipelines.fingerprints import weights_fingerprint
 from ddim_schedulers.pipelines.generation import GenerationPipeline
-from ddim_schedulers.pipelines.images import check_pil_channels, to_uint8
+from ddim_schedulers.pipelines.images import check_pil_channels, read_image, to_uint8
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.observers import warn_of_clipping
 from ddim_schedulers.pipelines.ownership import Owner, own
@@ -52,6 +54,7 @@ from ddim_schedulers.pipelines.sampling_files import (
     SamplingFiles,
     is_whole_png,
 )
+from ddim_schedulers.pipelines.source import check_strength, steps_of
 from ddim_schedulers.reading import DamagedFileError
 
 # What a job says of classes and guidance.
@@ -95,6 +98,9 @@ class SamplingJob:
         guidance_interval: as in generation.
         guidance_rescale: as in generation.
         negative_label: as in generation.
+        image: paths of pictures to start from; image i starts from picture i modulo their number.
+            The settings of the files name their check sums, not their paths.
+        strength: as in generation.
     """
 
     num_images: int
@@ -110,6 +116,8 @@ class SamplingJob:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     negative_label: Label | None = None
+    image: tuple[str, ...] | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -133,11 +141,19 @@ class SamplingJob:
             )
         if self.class_labels is not None and not self.class_labels:
             raise ValueError("`class_labels` is empty; it must be None or at least one class.")
+        if self.image is not None and not self.image:
+            raise ValueError("`image` is empty; it must be None or at least one path.")
+        check_strength(self.image, self.strength)
         Conditions(**{key: getattr(self, key) for key in CONDITION_KEYS})
 
     def labels(self, start: int, stop: int) -> list[Label] | None:
         """Return the classes of the images start .. stop - 1."""
         given = self.class_labels
+        return None if given is None else [given[i % len(given)] for i in range(start, stop)]
+
+    def pictures(self, start: int, stop: int) -> list[str] | None:
+        """Return the paths of the pictures that the images start .. stop - 1 start from."""
+        given = self.image
         return None if given is None else [given[i % len(given)] for i in range(start, stop)]
 
     def conditions(self, guides: Guides, start: int, stop: int) -> dict[str, Any]:
@@ -215,7 +231,10 @@ def sample_to_directory(
     if job.file_format == "png":
         check_pil_channels(pipe.picture_shape[0])
     # before the settings are written, with which a corrected call would have to agree
-    plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
+    tau = plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
+    if job.strength is not None:
+        check_scheduler(pipe.scheduler, SINGLE_STEP, "`image`")
+        steps_of(job.strength, tau)
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     job = with_classes(pipe, job, guides)
     folder = Path(output)
@@ -241,7 +260,8 @@ def _sample_share(
     settings, defaults = settings_of(pipe, job, guides), defaults_of_settings(pipe)
     files.check_origin()
     files.compare(settings, defaults)
-    steps = len(plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu"))
+    tau = plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
+    steps = len(tau) if job.strength is None else steps_of(job.strength, tau)
     written = present = sampled = 0
     clipped: list[tuple[float, int]] = []
     with pipe.progress_bar(total=steps * len(files.chunks[rank::world_size])) as bar:
@@ -323,6 +343,8 @@ def _sample(
             timesteps=job.timesteps,
             eta=job.eta,
             use_clipped_model_output=job.use_clipped_model_output,
+            image=job.pictures(start, end),
+            strength=job.strength,
             **job.conditions(guides, start, end),
             callback_on_step_end=advance,
             output_type="latent",
@@ -338,8 +360,11 @@ def settings_of(
     pipe: UnconditionalPipeline, job: SamplingJob, guides: Guides = NO_GUIDES
 ) -> dict[str, Any]:
     """Return everything that the files depend on, as JSON types."""
+    told = asdict(job)
+    if job.image is not None:
+        told["image"] = [hashlib.sha256(picture_bytes(path)).hexdigest() for path in job.image]
     settings = {
-        "job": asdict(job),
+        "job": told,
         "network": weights_fingerprint(pipe.unet),  # type: ignore[arg-type]
         # the same weights compute something else with another norm_eps or activation
         "network_config": _public(pipe.unet.config),
@@ -383,6 +408,16 @@ def defaults_of_settings(pipe: GenerationPipeline) -> dict[str, Any]:
         if parameter.default is not parameter.empty
     }
     return json.loads(json.dumps(found, default=str))
+
+
+def picture_bytes(path: str) -> bytes:
+    """Return what the file of a picture holds.
+
+    Raises:
+        ValueError: naming a file that is not there or is no picture.
+    """
+    read_image(path, "image")
+    return Path(path).read_bytes()
 
 
 def _public(config: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -21,6 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (0)")
     parser.add_argument(
+        "--image",
+        nargs="+",
+        help="pictures to start from, of the network's size: image i from picture i modulo their "
+        "number (none)",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="with --image: share of the steps that are run, above 0 and up to 1; small values "
+        "keep the picture",
+    )
+    parser.add_argument(
         "--format",
         choices=("png", "npz"),
         default="png",
@@ -52,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         timesteps=None if args.timesteps is None else tuple(args.timesteps),
         eta=_model_options.eta_of_call(args),
         class_labels=None if args.labels is None else tuple(args.labels),
+        image=None if args.image is None else tuple(args.image),
+        strength=args.strength,
         **_model_options.conditions_of(args),
     )
     check_folders(Path(args.output), FOLDERS[args.format], "--output")
