@@ -271,11 +271,12 @@ class GenerationPipeline(UnconditionalPipeline):
 
     def _plan(self, run: _Run) -> torch.Tensor:
         """Plan tau (multistep schedulers forget the chunk before) and cut it at the start."""
-        if run.start_timestep is not None:
-            check_scheduler(self.scheduler, SINGLE_STEP, "`start_timestep`")
+        starts = {"start_timestep": run.start_timestep, "image": run.source}
+        for name, given in starts.items():
+            if given is not None:
+                check_scheduler(self.scheduler, SINGLE_STEP, f"`{name}`")
         tau = plan(self.scheduler, run.num_inference_steps, run.timesteps, self._execution_device)
         if run.source is not None:
-            check_scheduler(self.scheduler, SINGLE_STEP, "`image`")
             return tau[-steps_of(run.source.strength, tau) :]
         if run.start_timestep is None:
             return tau

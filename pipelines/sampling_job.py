@@ -231,9 +231,10 @@ def sample_to_directory(
     if job.file_format == "png":
         check_pil_channels(pipe.picture_shape[0])
     # before the settings are written, with which a corrected call would have to agree
-    tau = plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
     if job.strength is not None:
         check_scheduler(pipe.scheduler, SINGLE_STEP, "`image`")
+    tau = plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
+    if job.strength is not None:
         steps_of(job.strength, tau)
     step_arguments(pipe.scheduler, None, job.eta, job.use_clipped_model_output)
     job = with_classes(pipe, job, guides)

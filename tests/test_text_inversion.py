@@ -73,7 +73,7 @@ def test_the_same_pipeline_decodes_the_picture(case, scale):
     pipe, call, x_0 = ready(case, guided=scale > 1)
     scheduler, modules = pipe.scheduler, dict(pipe.components)
     options = {"latents": x_0, "num_inference_steps": 10, "guidance_scale": scale}
-    found = invert(pipe, **options, refinements=60, **call)
+    found = invert(pipe, **options, refinements=40, mixing=4, **call)
     assert found.converged.all() and found.residual.shape == (10, 1)
     assert error(decoded(pipe, call, found, 10, scale), x_0) < 1e-5
     plain = invert(pipe, **options, refinements=0, **call)
