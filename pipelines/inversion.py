@@ -302,7 +302,7 @@ class InversionPipeline(UnconditionalPipeline):
         batch_size: int = DEFAULT_BATCH_SIZE,
         output_type: str = "pil",
     ) -> TranslationOutput:
-        """Translate images to those of another model: encode with this one, decode with the other.
+        """Encode images with this model and decode them with another: they become its images.
 
         Dual diffusion implicit bridges (arXiv:2203.08382): both models map their images to the same
         Gaussian x_T by their own probability-flow ODE. No pairs are needed, and neither model knows
