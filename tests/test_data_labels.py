@@ -314,6 +314,20 @@ def test_labels_of_a_stream_are_checked_as_they_come(tmp_path, kinds):
             list(loader)
 
 
+def test_a_stream_of_one_class_is_refused(tmp_path, kinds):
+    from datasets import ClassLabel
+
+    short = table(tmp_path / "short.parquet", [1] * 20, kinds["labels"])
+    with pytest.raises(ValueError, match="of one class, 'cat'; there must be at least 2"):
+        stream_of(short)
+    alone = table(tmp_path / "alone.parquet", [0] * 80, ClassLabel(names=["cat"]))
+    with pytest.raises(ValueError, match="of one class, 'cat'"):
+        stream_of(alone)
+    # the others of a long stream in the order of its classes may come later
+    sorted_ones = table(tmp_path / "sorted.parquet", [0] * 70 + [1] * 10, kinds["labels"])
+    assert stream_of(sorted_ones)[1].classes.count == 2
+
+
 def test_an_image_that_replaces_a_broken_one_brings_its_own_label(tmp_path):
     place = save(tmp_path, *(f"{'ab'[n % 2]}/{n}.png" for n in range(6)))
     data = load(data=place, on_bad_image="skip")

@@ -751,7 +751,7 @@ def test_too_few_labels_are_refused(pipeline, tmp_path):
     np.savez(path, images=images, labels=np.arange(20) % 2)
     data = {"data": str(path), "array_key": "images", "validation_fraction": 0.2}
     config = _config(pipeline, tmp_path, data=data, features=["classifier"], labels="labels")
-    with pytest.raises(ValueError, match="`labels` has 20 values"):
+    with pytest.raises(ValueError, match="`labels` is 'labels': .* has 20 labels and 40 images"):
         Evaluation(config)
 
 

@@ -7,9 +7,13 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from ddim_schedulers.class_labels import note_class_labels
+from ddim_schedulers.class_labels import ClassLabels, note_class_labels
+from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.data.images import load_data
 from ddim_schedulers.training.evaluation.config import parse_evaluation
+from ddim_schedulers.training.evaluation.references import RealImages, labels_of, rows_of
 from ddim_schedulers.training.evaluation.report import evaluate, markdown
 from ddim_schedulers.training.metrics.distances import recognised
 
@@ -148,3 +152,65 @@ def test_what_does_not_fit_is_refused_before_sampling(folder, tmp_path, pipeline
     with pytest.raises(ValueError, match=message):
         evaluate(parse_evaluation(asked))
     assert not list(tmp_path.glob("cells/*"))
+
+
+def _texts(tmp_path, **changes):
+    """Returns a config for digits whose labels are texts: a0 .. a9 in the order 9 .. 0."""
+    digits = load_digits()
+    path = tmp_path / "digits.npz"
+    images = (digits.images * 15.9).astype(np.uint8)[..., None]
+    np.savez(path, images=images, kind=np.array([f"a{9 - n}" for n in digits.target]))
+    data = {"data": str(path), "array_key": "images", "validation_fraction": 0.5}
+    asked = settings(tmp_path, "", data=data, labels="kind", classifier_epochs=4, **changes)
+    return parse_evaluation({**asked, "output_dir": str(tmp_path / "out"), "tables": [TABLE]})
+
+
+TABLE = {"name": "T", "n": 8, "grid": [{"steps": [2], "members": [0]}]}
+
+
+def test_classes_are_recognised_by_name(tmp_path):
+    # the network has the order of the digits, the data that of the texts
+    config = _texts(tmp_path)
+    classes = ClassLabels(11, 10, {n: f"a{9 - n}" for n in range(10)})
+    for _ in range(2):  # trained, then read
+        real = RealImages(config, Team(), torch.device("cpu"), (1, 8, 8), lambda _: None)
+        real.prepare()
+        features = real.features["classifier"].held_out
+        labels = load_digits().target[real.held_out.ids]
+        found = real.measure("classifier", features, labels.tolist(), classes)
+        assert found["recognised"] > 0.6
+        assert set(found["recognised_by_class"]) == {f"a{n}" for n in range(10)}
+        # the mutation: in the order of the data no class but the middle ones would be right
+        plain = real.measure("classifier", features, labels.tolist(), ClassLabels(11, 10))
+        assert plain["recognised"] < 0.3
+
+
+def test_a_classifier_of_other_classes_recognises_none():
+    network = ClassLabels(4, 0, {1: "cat", 2: "dog", 3: "owl"})
+    assert rows_of(["owl", "cat", "dog"], network) == [3, 1, 2]
+    assert rows_of(["owl", "cat"], network) == [3, 1]  # the data have no dog
+    assert rows_of(["owl", "cat", "bee"], network) is None
+    assert rows_of([0, 1, 2], network) == [1, 2, 3]
+    assert rows_of([0, 1], network) is None
+    assert rows_of(["owl", "cat", "dog"], ClassLabels(4, 0)) == [1, 2, 3]
+
+
+def test_labels_of_a_classifier_are_read_as_in_training(tmp_path):
+    for split in ("train", "test"):  # folders of splits are no classes
+        for name in ("2", "10"):
+            (tmp_path / "sets" / split / name).mkdir(parents=True)
+            for i in range(2):
+                image = Image.new("L", (8, 8), int(name) * 20 + i)
+                image.save(tmp_path / "sets" / split / name / f"{i}.png")
+    data = {"data": str(tmp_path / "sets" / "train"), "image_mode": "L", "validation_fraction": 0}
+    config = parse_evaluation(settings(tmp_path, "", data=data, labels="folders", tables=[TABLE]))
+    labels, called = labels_of(load_data(config.data)[0], config)
+    assert called == ["2", "10"] and labels.tolist() == [1, 1, 0, 0]
+    for change, message in (
+        ({"labels": "nothing"}, "`labels` is 'nothing': .*'nothing'"),
+        ({"labels": None}, "`labels` is not set"),
+    ):
+        asked = settings(tmp_path, "", data=data, tables=[TABLE], **change)
+        config = parse_evaluation(asked)
+        with pytest.raises(ValueError, match=message):
+            labels_of(load_data(config.data)[0], config)

@@ -4,8 +4,7 @@ The data tell a class by a number (0 .. K - 1) or by text, which is its name. Te
 their order, or as `class_names` lists them; texts that are all numbers are in the order of these.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -138,23 +137,38 @@ def classes_of(source: ImageSource, config: DataConfig, ids: np.ndarray) -> Clas
     numbers = np.full(len(source), -1, dtype=np.int64)
     numbers[ids] = [classes.number(*pair) for pair in zip(used, places, strict=True)]
     classes = replace(classes, numbers=numbers)
-    present = +Counter(classes.counted(ids))
+    check_several(classes.counted(ids), config)
+    return classes
+
+
+def check_several(counted: Mapping[str, int], config: DataConfig) -> None:
+    """Check that there is more than one class.
+
+    Args:
+        counted: how many images each class has.
+        config: for the message.
+
+    Raises:
+        ValueError: all images are of one class.
+    """
+    present = [name for name, count in counted.items() if count]
     if len(present) < 2:
         raise ValueError(
-            f"`data`: all images of {config.data} are of one class, {next(iter(present))!r}; there "
+            f"`data`: all images of {config.data} are of one class, {present[0]!r}; there "
             "must be at least 2 classes, or leave out class_conditional"
         )
-    return classes
 
 
 def classes_of_stream(features: Any, column: str, config: DataConfig) -> Classes:
     """Return the classes of a stream, which its type or `class_names` tells.
 
     Raises:
-        ValueError: nothing tells which classes there are.
+        ValueError: nothing tells which classes there are, or there is only one.
     """
     own = _names_of(features, column, config.data)
     names = _agreed(own, config)
+    if names:
+        check_several(dict.fromkeys(names, 1), config)
     if not names:
         raise ValueError(
             f"`data`: the column {column!r} of the stream {config.data} does not tell which "

@@ -28,7 +28,7 @@ from ddim_schedulers.training.config import DataConfig, TrainingConfig
 from ddim_schedulers.training.data.batches import Batch, Draws, Share
 from ddim_schedulers.training.data.fitting import check_fit
 from ddim_schedulers.training.data.images import ImageData, checked
-from ddim_schedulers.training.data.labels import classes_of_stream, find_label_column
+from ddim_schedulers.training.data.labels import check_several, classes_of_stream, find_label_column
 from ddim_schedulers.training.data.sources import (
     find_image_column,
     load_table,
@@ -114,7 +114,8 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
     table = table.select_columns(columns).cast_column(column, Image(decode=False))
     held_out = held_out_of_stream(config.validate_every, config.validation_images)
     reference = config.validation_images if config.frechet_images else 0
-    looked_at = list(table.take(max(held_out + 1, reference, LOOKED_AT)))
+    most = max(held_out + 1, reference, LOOKED_AT)
+    looked_at = list(table.take(most))
     examples = [row[column] for row in looked_at]
     if not examples:
         raise ValueError(f"`data` is {config.data!r}, a stream without images; it must hold some")
@@ -132,6 +133,8 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
         ]
         classes = replace(classes, numbers=np.array(numbers, dtype=np.int64))
         data.inventory.classes = classes.counted(data.ids)
+        if len(examples) < most:  # all that there are
+            check_several(data.inventory.classes, config)
         data = replace(data, classes=classes)
     if held_out == 0:
         return Stream(table, column, config, label), data, None

@@ -4,6 +4,7 @@ Their features are kept in a file with their fingerprint, and so is the classifi
 the work; the features are then put in the order of the images.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import torch
 from ddim_schedulers.class_labels import ClassLabels
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.images import to_uint8
-from ddim_schedulers.reading import npz_names, read_npz
 from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.data.images import ImageData, load_data
+from ddim_schedulers.training.data.labels import classes_of
 from ddim_schedulers.training.evaluation.caches import ClassifierFile, FeatureFiles
 from ddim_schedulers.training.evaluation.config import CLASSIFIER, EvaluationConfig
 from ddim_schedulers.training.metrics import features as spaces
@@ -146,7 +147,7 @@ class RealImages:
             there = ClassifierFile(self.folder, self.progress).is_there(CLASSIFIER, wanted)
         self.team.wait()  # nobody writes before all have looked
         if not there and self.team.index == 0:
-            labels = labels_of(self.train, self.config)
+            labels, called = labels_of(self.train, self.config)
             network, facts = spaces.train_classifier(
                 lambda rows: as_uint8_sees(self.train.batch(rows)[0]),
                 labels,
@@ -155,6 +156,7 @@ class RealImages:
                 seed=self.config.seed,
                 progress=self.progress,
             )
+            network.called = tuple(called)
             spaces.save_classifier(network, facts, path)
         self.team.wait()
         return path
@@ -248,12 +250,12 @@ class RealImages:
             with torch.no_grad():
                 logits = network.head(fake.to(self.device)).cpu()
             found["inception_score"] = inception_score(logits)
-            # a classifier of this data numbers its classes in their order; one of other data does
-            # not know them
+            # a classifier of other data does not know the network's classes
             if name != CLASSIFIER or classes is None or labels is None:
                 return found
-            if logits.shape[1] == len(classes.ids):
-                shares = recognised(logits, labels, classes.ids)
+            rows = rows_of(network.called or range(logits.shape[1]), classes)
+            if rows is not None:
+                shares = recognised(logits, labels, rows)
                 found["recognised"] = float(np.mean(list(shares.values())))
                 found["recognised_by_class"] = {
                     classes.name(number): share for number, share in shares.items()
@@ -301,41 +303,51 @@ class RealImages:
         return best, where
 
 
-def labels_of(data: ImageData, config: EvaluationConfig) -> np.ndarray:
-    """Return class numbers (n,) of the images of `data`, from the place `config.labels`.
+def labels_of(data: ImageData, config: EvaluationConfig) -> tuple[np.ndarray, list[str | int]]:
+    """Return labels for a classifier of the images of `data`, from the place `config.labels`.
+
+    Returns:
+        labels (n,) int64 of the classes that there are, 0 .. K - 1; and what the data call these,
+        names or numbers.
 
     Raises:
-        ValueError: no place is given, or nothing is there.
+        ValueError: no place is given, nothing is there, or as `classes_of`.
     """
-    own = config.data
+    own, place = config.data, config.labels
     if own.data == "digits":
-        from sklearn.datasets import load_digits
-
-        values = load_digits().target
-    elif config.labels is None:
+        place = None
+    elif place is None and not own.class_conditional:
         raise ValueError(
             "`labels` is not set, but a classifier needs them; say where they are, or leave "
             "it out of `features`"
         )
-    elif config.labels == "folders":
-        values = np.array([Path(data.source.name(i)).parent.name for i in range(len(data.source))])
-    elif Path(own.data).suffix == ".npz":
-        if config.labels not in (names := npz_names(own.data)):
-            raise ValueError(f"`labels` is {config.labels!r}; {own.data} holds {names}")
-        values = read_npz(own.data, [config.labels])[config.labels]
-    else:
-        from ddim_schedulers.training.data.sources import load_table
+    column = {None: own.label_column, "folders": None}.get(place, place)
+    own = dataclasses.replace(own, class_conditional=True, label_column=column)
+    try:
+        classes = classes_of(data.source, own, data.ids)
+    except ValueError as error:
+        raise ValueError(f"`labels` is {config.labels!r}: {error}") from error
+    assert classes.numbers is not None
+    present, labels = np.unique(classes.numbers[data.ids], return_inverse=True)
+    called: list[str | int] = [
+        classes.names[number] if classes.names else number for number in present.tolist()
+    ]
+    return labels.reshape(-1).astype(np.int64), called
 
-        table = load_table(own, streaming=False)
-        if config.labels not in table.column_names:
-            raise ValueError(f"`labels` is {config.labels!r}; the columns are {table.column_names}")
-        values = np.asarray(table[config.labels])
-    if len(values) <= (last := int(data.ids.max())):
-        raise ValueError(
-            f"`labels` has {len(values)} values, but the images go on to number {last}; there must "
-            "be one for each"
-        )
-    return spaces.class_names(values[data.ids])[1]
+
+def rows_of(called: Sequence[str | int], classes: ClassLabels) -> list[int] | None:
+    """Return the network's class for each class of a classifier; None where they differ.
+
+    Names are found by name, if both have them. Otherwise the order tells.
+
+    Args:
+        called: names or numbers of the classifier's classes, in its order.
+        classes: of the network.
+    """
+    named = {name: number for number, name in classes.names.items()}
+    if named and all(isinstance(label, str) for label in called):
+        return [named[label] for label in called] if set(called) <= set(named) else None
+    return list(classes.ids) if len(called) == len(classes.ids) else None
 
 
 def from_uint8(images: np.ndarray) -> torch.Tensor:

@@ -81,9 +81,13 @@ class SmallClassifier(torch.nn.Module):
     Args:
         shape: (C, H, W) of the images.
         num_classes: K.
+
+    Attributes:
+        called: what the data call the classes, K names or numbers; empty where that is not known.
     """
 
     num_features = 128
+    called: tuple[str | int, ...] = ()
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -394,6 +398,7 @@ def save_classifier(network: SmallClassifier, facts: dict[str, Any], path: Path)
         "shape": json.dumps(network.shape),
         "num_classes": str(network.num_classes),
         "record": json.dumps(facts),
+        "called": json.dumps(network.called),
     }
     tensors = network.state_dict()
     metadata[SEAL] = fingerprint_of(tensors, json.dumps(metadata, sort_keys=True))
@@ -441,7 +446,11 @@ def _read_classifier(path: str | Path) -> tuple[SmallClassifier, dict[str, Any]]
         raise DamagedFileError(path, "its weights do not fit the shapes that it names")
     if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in tensors.values()):
         raise DamagedFileError(path, "its weights hold values that are not finite")
+    called = parse_json(metadata.get("called", "[]"), path, list)  # earlier versions have none
+    if not all(type(label) in (str, int) for label in called) or len(called) not in (0, count):
+        raise DamagedFileError(path, "it does not tell what its classes are called")
     network.to_empty(device="cpu").load_state_dict(tensors)
+    network.called = tuple(called)
     return network.eval().requires_grad_(False), facts
 
 
