@@ -373,6 +373,8 @@ REFUSED = {
         {"measurement_range": (0, 255)},
         "`measurement_range` is (0, 255); it must be one of",
     ),
+    "no pair": ({"measurement_range": 1}, "`measurement_range` is 1; it must be one of"),
+    "no range": ({"measurement_range": None}, "`measurement_range` is None; it must be one of"),
     "negative noise": ({"noise_std": -0.1}, "`noise_std` is -0.1; it must be a finite number >= 0"),
     "NaN noise": ({"noise_std": math.nan}, "`noise_std` is nan"),
     "noise True": ({"noise_std": True}, "`noise_std` is True"),
@@ -413,6 +415,18 @@ REFUSED = {
     "A for other images": (
         {"operator": lambda: Broken(A=lambda x: x @ torch.eye(9))},
         "`operator.A` of Broken fails for (1, 3, 8, 8)",
+    ),
+    "a square": (
+        {"operator": lambda: Broken(A=lambda x: box_superresolution(SHAPE, 2).A(x) ** 2)},
+        "`operator.A` of Broken is not linear, or mixes the images of a batch",
+    ),
+    "A of the batch's mean": (
+        {"operator": lambda: Broken(A=lambda x: boxes().A(x - x.mean(0) + x[:1] / len(x)))},
+        "`operator.A` of Broken is not linear, or mixes the images of a batch",
+    ),
+    "A of the first image": (
+        {"operator": lambda: Broken(A=lambda x: box_superresolution(SHAPE, 2).A(x)[:1])},
+        "`operator.A` of Broken gives (1, 3, 4, 4) for (2, 3, 8, 8)",
     ),
     "A that is not linear": (
         {"operator": lambda: Broken(A=lambda x: box_superresolution(SHAPE, 2).A(x) + 1)},

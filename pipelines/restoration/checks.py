@@ -13,6 +13,8 @@ RANGES = ((-1, 1), (0, 1))
 # this many standard deviations of its noise.
 _ROUNDING = 1 / 128
 _DEVIATIONS = 10
+# Of the largest value: what a linear operator may lose to rounding.
+_LINEAR = 1e-3
 
 
 def check_method(method: str | Method) -> Method:
@@ -56,7 +58,7 @@ def check_operator(
 
     Raises:
         ValueError: for something without the three methods, an operator for other images, one that
-            is not linear, or that changes the shape on the way back.
+            is not linear, mixes the images of a batch, or changes the shape on the way back.
     """
     kind = type(operator).__name__
     if isinstance(operator, type) or not isinstance(operator, Operator):
@@ -74,6 +76,13 @@ def check_operator(
     of_zeros = _applied(operator, "A", torch.zeros_like(ones))
     if bool(of_zeros.any()):
         raise ValueError(f"`operator.A` of {kind} is not linear: A(0) is not 0.")
+    pair = _probe(2, ones)
+    of_pair, other = _applied(operator, "A", pair), _applied(operator, "A", -2 * pair[1:])
+    if float((other + 2 * of_pair[1:]).abs().max()) > _LINEAR * float(other.abs().max()):
+        raise ValueError(
+            f"`operator.A` of {kind} is not linear, or mixes the images of a batch: A(-2 x) of one "
+            "image is not -2 A(x) of the same image beside another one."
+        )
     for name in ("A_adjoint", "A_dagger"):
         back = _applied(operator, name, of_ones)
         if back.shape != ones.shape:
@@ -90,7 +99,7 @@ def _applied(operator: Any, name: str, given: torch.Tensor) -> torch.Tensor:  # 
         result = getattr(operator, name)(given)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"`operator.{name}` of {kind} fails for {shape}: {error}") from error
-    if not isinstance(result, torch.Tensor) or result.ndim < 2 or len(result) != 1:
+    if not isinstance(result, torch.Tensor) or result.ndim < 2 or len(result) != len(given):
         said = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
         raise ValueError(
             f"`operator.{name}` of {kind} gives {said} for {shape}; it must be a tensor with one "
@@ -122,7 +131,7 @@ def check_measurement(
     Raises:
         ValueError: for another type, shape or range, or values that are not finite.
     """
-    if tuple(measurement_range) not in RANGES:
+    if not isinstance(measurement_range, tuple | list) or tuple(measurement_range) not in RANGES:
         raise ValueError(
             f"`measurement_range` is {measurement_range!r}; it must be one of {RANGES}."
         )
@@ -159,6 +168,12 @@ def check_measurement(
 
 def measures_nothing(operator: Operator, of_ones: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Tell whether A is 0: a random image is not in the null space of any other operator."""
+    return not bool(operator.A(_probe(1, of_ones.new_empty(1, *shape))).any())
+
+
+def _probe(rows: int, like: torch.Tensor) -> torch.Tensor:
+    """Return random images, always the same ones, as `like` (1, C, H, W)."""
     source = torch.Generator("cpu").manual_seed(0)
-    probe = torch.randn(1, *shape, generator=source, dtype=of_ones.dtype, device="cpu")
-    return not bool(operator.A(probe.to(of_ones.device)).any())
+    shape = (rows, *like.shape[1:])
+    probe = torch.randn(shape, generator=source, dtype=like.dtype, device="cpu")
+    return probe.to(like.device)

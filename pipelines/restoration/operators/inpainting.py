@@ -12,8 +12,8 @@ from ddim_schedulers.pipelines.restoration.operators.operator import (
 class Inpainting(SingularOperator):
     """y = m x for a mask m of zeros and ones; y has the shape of the image, and 0 where m is 0.
 
-    What a measurement holds where the mask is 0 is not looked at. A is a projection: A = A^T = A^+,
-    and its singular values are those of the mask.
+    What a measurement holds where the mask is 0 is not looked at; the pipeline wants finite numbers
+    there, too. A is a projection: A = A^T = A^+, and its singular values are those of the mask.
 
     Args:
         mask: 1 (or True) where the image is known, bool or numbers, (H, W), (1, H, W) or (C, H, W).
