@@ -407,7 +407,10 @@ class _Guided(BoundNetwork):
 
 def test_a_guided_loop_of_ours_goes_without(words):
     x = _x(2, 1, 2, 2)
-    for network, settings in ((_Exact(), {}), (_Guided(_Exact()), {"solver_calibrated": False})):
+    for network, settings in (
+        (_Exact(), {}),
+        (_Guided(_Exact(), guides=True), {"solver_calibrated": False}),
+    ):
         scheduler, analytic = _scheduler(), _scheduler(**settings)
         scheduler.set_timesteps(4)
         end = denoise(network, scheduler, x, scheduler.timesteps, {})

@@ -346,7 +346,7 @@ def rows_of(called: Sequence[str | int], classes: ClassLabels) -> list[int] | No
     """
     named = {name: number for number, name in classes.names.items()}
     if named and all(isinstance(label, str) for label in called):
-        return [named[label] for label in called] if set(called) <= set(named) else None
+        return [named[str(label)] for label in called] if set(called) <= set(named) else None
     return list(classes.ids) if len(called) == len(classes.ids) else None
 
 
