@@ -95,6 +95,15 @@ def test_ddnm_agrees_with_the_measurement(name, eta, pipe):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_call_in_inference_mode_is_the_same(method, pipe):
+    settings = {"num_inference_steps": 2, "seeds": [1, 2], "output_type": "latent"}
+    wanted = pipe(measurement(), boxes(), method=method, **settings).images
+    with torch.inference_mode():
+        found = pipe(measurement(), boxes(), method=method, **settings).images
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("eta", [None, 0.0, 0.7])
 def test_an_operator_that_measures_nothing_leaves_the_family(method, eta, pipe):
     sampler = quiet(GenerationPipeline.from_pipe(pipe))

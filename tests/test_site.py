@@ -10,7 +10,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = (ROOT / "mkdocs.yml").read_text()
-PACKAGES = ("ddim_schedulers", "ddim_schedulers.pipelines", "ddim_schedulers.training")
+PACKAGES = (
+    "ddim_schedulers",
+    "ddim_schedulers.pipelines",
+    "ddim_schedulers.pipelines.restoration.methods",
+    "ddim_schedulers.pipelines.restoration.operators",
+    "ddim_schedulers.training",
+)
 DIRECTIVE = re.compile(r"^::: (\S+)", re.MULTILINE)
 
 

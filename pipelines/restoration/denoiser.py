@@ -56,14 +56,16 @@ class Denoiser:
 
     def with_pullback(self, x_t: torch.Tensor, t: int) -> tuple[Prediction, Pullback]:
         """Return the prediction, and the transposed Jacobian of x0_hat before it is clipped."""
-        with torch.enable_grad():
-            at = x_t.detach().requires_grad_()
+        # the pipeline may be called under inference_mode, whose tensors cannot be differentiated
+        with torch.inference_mode(False), torch.enable_grad():
+            at = x_t.detach().clone().requires_grad_()
             output = self._output(at, t)
             x0 = self.levels.x0(output, at, t)
 
         def pullback(v: torch.Tensor) -> torch.Tensor:
             self.backward_passes += 1
-            return torch.autograd.grad(x0, at, v, retain_graph=True)[0]
+            with torch.inference_mode(False):
+                return torch.autograd.grad(x0, at, v.clone(), retain_graph=True)[0]
 
         eps = self.levels.eps(output.detach(), x_t, t)
         return Prediction(self.limit(x0.detach()), eps), pullback
