@@ -17,7 +17,7 @@ PACKAGE = "ddim_schedulers"
 # is its own or that of a package around it, and may import from its own floor and from those below.
 FLOORS = [
     {"training.cli", "training.features", "training.learned_betas"},  # two former names
-    {"training.commands"},
+    {"training.app", "training.commands"},
     {"training.demo"},
     {"training", "training.train"},
     {"training.calibration"},

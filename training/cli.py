@@ -36,6 +36,7 @@ VERBS: dict[str, str] = {
     "interpolate": "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's "
     "own way.",
     "restore": "Restore images from what was measured of them: holes, fewer pixels, blur, grey.",
+    "app": "Open a playground for a pipeline in the browser, or write it as a Hugging Face Space.",
     "likelihood": "Compute a pipeline's bits per dimension, term by term.",
     "calibrate": "Measure a pipeline for the optimal noise and trajectory, or fit a sampler to it.",
     "evaluate": "Measure samples of any scheduler, eta and number of steps against real images; "
@@ -60,6 +61,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboard",),
     "demo": ("scipy", "sklearn"),
+    "app": ("gradio",),
     "inception": ("torch_fidelity",),
 }
 

@@ -56,13 +56,7 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
         )
     pipe = cls.from_pipe(saved, scheduler=_scheduler(saved.scheduler, args))
     # the name of from_pretrained's own argument for the dtype differs between versions of diffusers
-    try:
-        pipe = pipe.to(_device(args.device))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"`--device` is {args.device!r}; it must be a device that torch can use: {error}"
-        ) from error
-    return pipe.speed_up(
+    return moved(pipe, device_named(args.device)).speed_up(
         compile=args.compile,
         channels_last=args.channels_last,
         dtype=getattr(torch, args.dtype),
@@ -201,6 +195,16 @@ def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]]
 
 
 def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
+    cls, given = scheduler_settings(args)
+    return saved if cls is None else cls.from_config(saved.config, **given)
+
+
+def scheduler_settings(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the scheduler class that is asked for and its settings; None for the saved one.
+
+    Raises:
+        ValueError: for an option that the scheduler does not have.
+    """
     given = {k: getattr(args, k) for k in SCHEDULER_OPTIONS if getattr(args, k) is not None}
     if args.scheduler == "saved":
         for key, value in given.items():
@@ -208,7 +212,7 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
                 f"`--{key}` is {value!r}; it must be left out where the saved scheduler stays as "
                 "it is (it needs --scheduler ddim or ddpm)."
             )
-        return saved
+        return None, {}
     from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 
     if args.eps_scale is not None and len(args.eps_scale) == 1:
@@ -227,10 +231,25 @@ def _scheduler(saved: Any, args: argparse.Namespace) -> Any:  # noqa: ANN401
         given = {"timesteps": None, "sigma": None, "eta_interval": None, "eta": None, **given}
     if given.get("solver_order") == 1 and "solver_corrector" not in given:
         given |= {"solver_corrector": False, "solver_corrector_order": None}  # of a higher order
-    return cls.from_config(saved.config, **given)
+    return cls, given
 
 
-def _device(name: str | None) -> str:
+def moved(pipe: P, device: str) -> P:
+    """Return the pipeline on a device.
+
+    Raises:
+        ValueError: for a device that torch cannot use.
+    """
+    try:
+        return pipe.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"`--device` is {device!r}; it must be a device that torch can use: {error}"
+        ) from error
+
+
+def device_named(name: str | None) -> str:
+    """Return the device that is asked for, else an accelerator where there is one."""
     import torch
 
     if name is not None:
