@@ -106,9 +106,8 @@ def upload(page, tab, file):
 
 
 def test_every_tab(page, tmp_path):
-    picture, text = tmp_path / "picture.png", tmp_path / "words.png"
+    picture = tmp_path / "picture.png"
     Image.linear_gradient("L").save(picture)
-    text.write_text("no image")
     set_number(page, "steps", 3)
     for tab, note in (
         ("sample", ""),
@@ -126,16 +125,14 @@ def test_every_tab(page, tmp_path):
         run(page, tab)
         says(page, tab, "done. The picture of 256x256 was")
         assert pictures(page, tab) >= 2
-    page.locator(
-        "#restore_picture button[aria-label*='emove'], #restore_picture button"
-    ).first.click()
-    page.locator("#restore_picture input[type=file]").set_input_files(str(text))
-    page.locator("#restore_picture").get_by_text("words").first.wait_for(timeout=WAIT)
+
+
+def test_errors_are_the_sentences_of_the_library(page, tmp_path):
+    text = tmp_path / "words.png"
+    text.write_text("no image")
+    upload(page, "restore", text)
     run(page, "restore")
     says(page, "restore", "error: `picture` is 'words.png', which cannot be read")
-
-
-def test_errors_are_the_sentences_of_the_library(page):
     set_number(page, "num_images", 99)
     run(page, "sample")
     says(page, "sample", r"error: `num_images` is 99; it must be an integer in 1 \.\. 16\.")

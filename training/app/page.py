@@ -1,5 +1,6 @@
 """The page of the playground: a thin layer of Gradio over `Playground`."""
 
+import math
 import os
 import queue
 import socket
@@ -41,6 +42,12 @@ COMMON = ("seed", "num_images", "labels", "guidance_scale")
 # No request for a font leaves the page.
 FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
 
+# Two pictures in a row on a phone.
+PHONE = (
+    "@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, 1fr) "
+    "!important; } }"
+)
+
 
 class Stopped(Exception):  # noqa: N818
     """The person at the page has had enough of a run."""
@@ -54,7 +61,7 @@ class _Page:
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="ddim-schedulers", analytics_enabled=False) as blocks:
             c, h, w = self.playground.image_shape
-            gr.Markdown(f"## ddim-schedulers playground\nImages of {w}x{h}, {c} channels.")
+            gr.Markdown(f"## ddim-schedulers playground\nPixels {w}x{h}, channels {c}.")
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
                     common = self._common()
@@ -83,9 +90,7 @@ class _Page:
             label="Classes: image i has class i modulo their number",
             visible=bool(names),
         )
-        guidance = gr.Number(
-            None, label="Guidance scale (empty: without guidance)", visible=bool(names)
-        )
+        guidance = gr.Textbox(label="Guidance scale (empty: without guidance)", visible=bool(names))
         return [seed, count, labels, guidance]
 
     def _sampler(self, prefix: str = "") -> list[Any]:
@@ -106,9 +111,8 @@ class _Page:
         steps = gr.Number(
             20, label=f"Steps (at most {most})", precision=0, elem_id=f"{prefix}steps"
         )
-        eta = gr.Number(
-            None, label="eta (empty: as saved; 0: DDIM; 1: DDPM)", elem_id=f"{prefix}eta"
-        )
+        # an empty `Number` would say 0
+        eta = gr.Textbox(label="eta (empty: as saved; 0: DDIM; 1: DDPM)", elem_id=f"{prefix}eta")
         spacing = choice("Spacing", SCHEDULER_SPACINGS, "spacing")
         with gr.Accordion("Solver of your own", open=False):
             solver = [
@@ -177,11 +181,17 @@ class _Page:
             elem_id=f"{name}_pictures",
             object_fit="contain",
             columns=4,
+            height="auto",
             format="png",
             interactive=False,
         )
-        python = gr.Code(language="python", label="Python", elem_id=f"{name}_python")
-        command = gr.Code(language="shell", label="Command", elem_id=f"{name}_command")
+        python, command = (
+            gr.Code(language=language, label=label, wrap_lines=True, lines=1, elem_id=name + end)
+            for language, label, end in (
+                ("python", "Python", "_python"),
+                ("shell", "Command", "_command"),
+            )
+        )
 
         def run(request: gr.Request, *values: Any) -> Iterator[tuple]:  # noqa: ANN401
             yield from self._follow(request, function, values)
@@ -225,7 +235,8 @@ class _Page:
                 yield text, shown, skip, skip
         finally:
             stop.set()  # nobody listens any more
-            self.stops.pop(request.session_hash, None)
+            if self.stops.get(request.session_hash) is stop:
+                del self.stops[request.session_hash]
         if isinstance(found, BaseException):
             yield _told(found), skip, skip, skip
             return
@@ -247,10 +258,22 @@ def _settings(values: Sequence[Any]) -> Settings:
     given = dict(zip((*COMMON, *SAMPLER), values, strict=True))
     given = {key: None if value in (AS_SAVED, "") else value for key, value in given.items()}
     given["labels"] = tuple(given["labels"] or ())
+    for key in ("eta", "guidance_scale"):
+        given[key] = _number(key, given[key])
     if given["solver_order"] is not None:
         given["solver_order"] = int(given["solver_order"])
     given["solver_corrector"] = {"yes": True, "no": False}.get(given["solver_corrector"])
     return Settings(**given)
+
+
+def _number(name: str, text: str | None) -> float | None:
+    try:
+        value = None if text is None or not text.strip() else float(text)
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"`{name}` is {text!r}; it must be a number, or empty.")
+    return value
 
 
 def _newest(said: queue.Queue[Any]) -> Any:  # noqa: ANN401
@@ -315,6 +338,7 @@ def launch(page: gr.Blocks, host: str, port: int = 0, *, block: bool = True) -> 
         footer_links=[],
         max_file_size=MAX_UPLOAD,
         ssr_mode=False,
+        css=PHONE,
         theme=gr.themes.Default(font=FONT, font_mono=MONO),
     )
     address = f"http://{host}:{port}/"
