@@ -97,7 +97,7 @@ def test_sample_and_its_code_give_the_same_images(play, name, tmp_path, monkeypa
     assert (pixels(of_command(result, tmp_path / "samples")) == pixels(result.images)).all()
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of stock code
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of stock code, with numpy 2
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_schedulers_have_python_lines_alone(play, name):
     result = play.sample(Settings(name, None, 4, num_images=1, labels=("ant",)))

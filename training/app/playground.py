@@ -243,7 +243,7 @@ class Playground:
         """Fill the hole of a picture `num_images` times (DDNM).
 
         Args:
-            settings: of the sampler.
+            settings: of the sampler; the first of its classes is that of the picture.
             picture: an image file.
             fit: how it becomes as large as the network's images.
             mask: `half`, `centre` or `random`; not used with `mask_file`.
@@ -252,6 +252,7 @@ class Playground:
         """
         if mask not in MASKS:
             raise ValueError(f"`mask` is {mask!r}; it must be one of {MASKS}.")
+        settings = replace(settings, labels=settings.labels[:1])
         choice, pipe = self._pipe(RestorationPipeline, settings)
         image, note = self._picture(picture, fit)
         files, given, line = {PICTURE: image}, mask, repr(mask)

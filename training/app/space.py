@@ -1,5 +1,6 @@
 """A Hugging Face Space with the playground: its page, what it needs, and its card."""
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -53,8 +54,7 @@ def write_space(place: str, folder: str) -> list[Path]:
     Raises:
         ValueError: for a place that is no pipeline, or a folder that holds something.
     """
-    import gradio
-
+    gradio = importlib.metadata.version("gradio")  # without it: the extra `app` is missing
     name = pipeline_folder(place, "--pipeline")
     target = Path(os.path.abspath(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -72,9 +72,7 @@ def write_space(place: str, folder: str) -> list[Path]:
     texts = {
         "app.py": APP.format(place=inside),
         "requirements.txt": REQUIREMENTS.format(version=__version__),
-        "README.md": CARD.format(
-            title=title, gradio=gradio.__version__, models=models, where=where
-        ),
+        "README.md": CARD.format(title=title, gradio=gradio, models=models, where=where),
     }
     files |= {path: text.encode() for path, text in texts.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
