@@ -1,5 +1,6 @@
 """The playground without a browser: settings in, pictures and code out."""
 
+import importlib.util
 import re
 import shlex
 
@@ -15,6 +16,10 @@ from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.training import cli
 from ddim_schedulers.training.app.playground import Limits, Playground
 from ddim_schedulers.training.app.settings import STOCK, Settings
+
+with_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="the extra `app` is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +262,8 @@ def test_a_network_without_classes(tiny_ddpm, tmp_path):
     assert "labels" not in result.python + result.command
 
 
+@with_gradio
 def test_a_space_holds_the_page_and_the_pipeline(place, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("gradio", reason="the extra `app` is not installed")
     from huggingface_hub import metadata_load
 
     folder = tmp_path / "space"
@@ -278,8 +283,8 @@ def test_a_space_holds_the_page_and_the_pipeline(place, tmp_path, monkeypatch, c
     assert "new or an empty folder" in capsys.readouterr().err
 
 
+@with_gradio
 def test_a_space_that_cannot_be_written_leaves_nothing(place, tmp_path, monkeypatch):
-    pytest.importorskip("gradio", reason="the extra `app` is not installed")
     from ddim_schedulers.training.app import space
 
     def full(*_):
