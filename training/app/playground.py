@@ -81,13 +81,17 @@ class Playground:
         limits: see `Limits`.
 
     Raises:
-        ValueError: for a place or a device that cannot be used.
+        ValueError: for a place or a device that cannot be used, or a pipeline of latents.
     """
 
     def __init__(self, place: str, device: str | None = None, limits: Limits | None = None) -> None:
         self.place = pipeline_folder(place, "--pipeline")
         self.limits = Limits() if limits is None else limits
         saved = _loading.read_saved(self.place)
+        if getattr(saved, "vae", None) is not None:
+            raise ValueError(
+                f"`--pipeline` is {place!r}, a pipeline of latents; it must be one of pixels here."
+            )
         self.device = _loading.device_named(device)
         self.saved = _loading.moved(saved, self.device)
         self.labels = class_labels_of(self.saved.unet)
