@@ -85,7 +85,7 @@ class _Page:
             )
         labels = gr.Dropdown(
             names,
-            value=[],
+            value=names[:4],  # a network with classes may need one
             multiselect=True,
             label="Classes: image i has class i modulo their number",
             visible=bool(names),
