@@ -125,34 +125,3 @@ def test_every_tab(page, tmp_path):
         run(page, tab)
         says(page, tab, "done. The picture of 256x256 was")
         assert pictures(page, tab) >= 2
-
-
-def test_errors_are_the_sentences_of_the_library(page, tmp_path):
-    text = tmp_path / "words.png"
-    text.write_text("no image")
-    upload(page, "restore", text)
-    run(page, "restore")
-    says(page, "restore", "error: `picture` is 'words.png', which cannot be read")
-    set_number(page, "num_images", 99)
-    run(page, "sample")
-    says(page, "sample", r"error: `num_images` is 99; it must be an integer in 1 \.\. 16\.")
-
-
-def test_cancel_in_mid_run(page):
-    set_number(page, "steps", 1000)
-    set_number(page, "num_images", 16)
-    run(page, "sample")
-    says(page, "sample", "network call")
-    page.locator("#sample_cancel").click()
-    says(page, "sample", "cancelled")
-    set_number(page, "steps", 2)
-    run(page, "sample")
-    says(page, "sample", "done")
-
-
-def test_a_phone_shows_all_of_it(page):
-    page.set_viewport_size({"width": 390, "height": 800})
-    set_number(page, "steps", 2)
-    run(page, "sample")
-    says(page, "sample", "done")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
