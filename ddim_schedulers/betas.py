@@ -141,7 +141,10 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
         ValueError: for T < 2, where first and last value are the same.
     """
     if betas.shape[0] < 2:
-        raise ValueError("`rescale_betas_zero_snr` needs `num_train_timesteps` >= 2, got 1.")
+        raise ValueError(
+            f"`num_train_timesteps` is {betas.shape[0]}; with `rescale_betas_zero_snr` it must be "
+            "at least 2."
+        )
     root = alpha_bar_from_betas(betas).sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     return betas_from_alpha_bar(root**2)

@@ -116,7 +116,9 @@ class _Joined:
 
     def _follow(self, path: Path, node: ast.ImportFrom) -> None:
         if node.level != 1 or node.module is None or any(alias.asname for alias in node.names):
-            raise ValueError(f"{path}: only `from .module import name` can be joined.")
+            raise ValueError(
+                f"{path} has {ast.unparse(node)!r}; it must be `from .module import name`."
+            )
         if node.module not in self.bodies:
             self.add(path.with_name(node.module + ".py"))
 

@@ -223,9 +223,8 @@ def _check_process(merged: Mapping[str, Any], name: str | None) -> None:
     allowed = "only discrete variance-preserving processes can be converted."
     if merged.get("prediction_type") == "flow_prediction" or merged.get("use_flow_sigmas"):
         raise ValueError(
-            f"The config of {of} predicts a flow (`prediction_type` is "
-            f"{merged.get('prediction_type')!r}, `use_flow_sigmas` is "
-            f"{merged.get('use_flow_sigmas')!r}); {allowed}"
+            f"`prediction_type` is {merged.get('prediction_type')!r} and `use_flow_sigmas` is "
+            f"{merged.get('use_flow_sigmas')!r}: the config of {of} predicts a flow; {allowed}"
         )
     if merged.get("timestep_type", "discrete") not in ("discrete", None):
         raise ValueError(
@@ -251,8 +250,8 @@ def _check_process(merged: Mapping[str, Any], name: str | None) -> None:
         has_betas = True
     if not has_betas:
         raise ValueError(
-            f"The config of {of} has no betas of its own (`beta_schedule` or `trained_betas`); "
-            f"{allowed}"
+            "`beta_schedule` or `trained_betas` must define the process, but the config of "
+            f"{of} has no betas of its own; {allowed}"
         )
     if not known and name is not None:
         _check_complete(merged, name)

@@ -217,7 +217,7 @@ def is_class_pipeline(class_name: Any) -> bool:
 def _read_index(root: Path) -> dict[str, Any]:
     path = root / INDEX
     if not path.is_file():
-        raise ValueError(f"{root} is not a saved pipeline: it has no {INDEX}.")
+        raise ValueError(f"{root} is not a saved pipeline; such a folder must have a file {INDEX}.")
     index = _read_json(path)
     own = index.get("_class_name")
     if not isinstance(own, str) and not isinstance(own, list):
@@ -228,7 +228,10 @@ def _read_index(root: Path) -> dict[str, Any]:
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
             raise ValueError(f"{path}: {name!r} must name a library and a class, got {entry!r}.")
         if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[\w.]*", str(entry[0])):
-            raise ValueError(f"{path}: {name!r} is not the name of a component.")
+            raise ValueError(
+                f"{path}: {name!r} or its library {entry[0]!r} is no name; a name must consist of "
+                "letters, digits, _ and, for a library, dots."
+            )
     return index
 
 

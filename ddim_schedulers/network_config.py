@@ -134,12 +134,13 @@ def _check_parameters(config: Mapping[str, Any], path: Place) -> None:
     except Exception as error:  # its blocks refuse what does not fit in many ways
         said = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{str(path)!r}: no UNet2DModel has these settings ({type(error).__name__}: {said})."
+            f"{str(path)!r} is refused, as no UNet2DModel has these settings "
+            f"({type(error).__name__}: {said}); settings must fit each other."
         ) from error
     count = sum(parameter.numel() for parameter in network.parameters())
     if count > PARAMETERS:
         raise ValueError(
-            f"{str(path)!r}: the network has {count} parameters; it must have at most {PARAMETERS}."
+            f"{str(path)!r} has a network of {count} parameters; it must have at most {PARAMETERS}."
         )
 
 
@@ -257,6 +258,6 @@ def check_complete(network: Any, place: Place) -> None:
     lost = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if lost:
         raise ValueError(
-            f"the weights of {str(place)!r} lack {len(lost)} tensors that its config asks for, "
-            f"among them {lost[0]}."
+            f"{str(place)!r} has weights that lack {len(lost)} tensors of its config, among them "
+            f"{lost[0]}; it must have them all."
         )

@@ -77,9 +77,9 @@ def statistics_of(calibration: Any, alpha_bar: torch.Tensor) -> Statistics:
     has_gamma = isinstance(calibration, Mapping) and calibration.get("gamma") is not None
     if not has_gamma and isinstance(calibration, Mapping) and "trajectory" in calibration:
         raise ValueError(
-            "`calibration` holds a trajectory alone, for timestep_spacing='calibrated', but "
-            "'optimal' noise or spacing needs the statistics of all timesteps (`gamma`); "
-            "`ddim-schedulers calibrate --data ...` measures them and adds them to the config."
+            "`calibration` holds a trajectory alone; for 'optimal' noise or spacing it must hold "
+            "the statistics of all timesteps (`gamma`). `ddim-schedulers calibrate --data ...` "
+            "measures them and adds them to the config."
         )
     if not has_gamma:
         raise ValueError(
@@ -234,7 +234,10 @@ def best_trajectory(cost: torch.Tensor, num_inference_steps: int) -> list[int]:
         value = best.values
         came_from.append(best.indices)
     if not math.isfinite(float(value[0])):
-        raise ValueError("`cost` is infinite or NaN on every trajectory from T - 1 to 0.")
+        raise ValueError(
+            "`cost` is infinite or NaN on every trajectory from T - 1 to 0; it must be finite on "
+            "one of them."
+        )
     path = [0]
     for origin in reversed(came_from):
         path.append(int(origin[path[-1]]))

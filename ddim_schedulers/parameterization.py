@@ -180,5 +180,7 @@ def _quantile(values: torch.Tensor, ratio: float) -> torch.Tensor:
 
 def _needed(alpha_bar_before: torch.Tensor | None) -> torch.Tensor:
     if alpha_bar_before is None:
-        raise ValueError("`alpha_bar_before` is None; `prediction_type='posterior_mean'` needs it.")
+        raise ValueError(
+            "`alpha_bar_before` is None; for prediction_type='posterior_mean' it must be a tensor."
+        )
     return alpha_bar_before

@@ -105,8 +105,8 @@ def measured_statistics(config: Any, alpha_bar: torch.Tensor) -> Statistics:
     calibration = config.get("calibration")
     if calibration is None:
         raise ValueError(
-            "`calibration` is None, but 'optimal' noise or spacing needs the statistics of the "
-            "network; `ddim-schedulers calibrate` estimates them and puts them into the config."
+            "`calibration` is None; for 'optimal' noise or spacing it must hold the statistics of "
+            "the network. `ddim-schedulers calibrate` measures them and adds them to the config."
         )
     return statistics_of(calibration, alpha_bar)
 

@@ -103,9 +103,9 @@ def to_portable(scheduler: Any) -> tuple[Any, list[str]]:
     config = {k: plain(v) for k, v in scheduler.config.items() if not k.startswith("_")}
     if config["prediction_type"] == "posterior_mean":
         raise ValueError(
-            "`prediction_type` is 'posterior_mean', which no stock scheduler understands: a "
-            "portable export would sample noise. Export it as 'plug-in' or 'self-contained', or "
-            "train with 'epsilon', 'sample' or 'v_prediction'."
+            "`prediction_type` is 'posterior_mean', with which a stock scheduler would sample "
+            "noise; a portable export must have 'epsilon', 'sample' or 'v_prediction'. Export it "
+            "as 'plug-in' or 'self-contained'."
         )
     stand_ins = _stand_ins(stock.__name__, scheduler, config)
     stock_keys = inspect.signature(stock.__init__).parameters

@@ -175,7 +175,7 @@ class OptimalNoise(FixedNoise):
         """
         if steps.x0_variance is None:
             raise ValueError(
-                "`variance` is 'optimal', which needs the statistics of a calibration."
+                "`variance` is 'optimal'; the statistics of a calibration must be given with it."
             )
         return optimal_variance(
             steps.alpha_bar_t, steps.alpha_bar_s, steps.sigma, steps.x0_variance

@@ -128,9 +128,9 @@ class GeneralizedDDIMInverseScheduler(  # type: ignore[misc]  # stock types attr
         order = self.config.get("solver_order", 1)
         if order != 1:
             raise ValueError(
-                f"`solver_order` is {order!r} in the config, but only order 1 has an inverse: a "
-                "step of higher order needs predictions above the point it starts from. Pass "
-                "`solver_order=1` to `from_config` to encode at first order."
+                f"`solver_order` is {order!r} in the config; it must be 1, as only order 1 has an "
+                "inverse: a step of higher order uses predictions above the point it starts from. "
+                "Pass `solver_order=1` to `from_config`."
             )
 
     def _plan_tensor(self) -> torch.Tensor:

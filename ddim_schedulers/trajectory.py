@@ -48,8 +48,8 @@ def embed(gram: torch.Tensor) -> torch.Tensor:
     """
     if not bool(torch.isfinite(gram).all()):
         raise ValueError(
-            "The fine trajectory is not finite: without clipping this network's samples diverge, "
-            "and timestep_spacing='calibrated' has nothing to follow."
+            "`trajectory` is not finite; for timestep_spacing='calibrated' it must be. Without "
+            "clipping, the samples of this network diverge."
         )
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -67,8 +67,8 @@ def trajectory_of(calibration: Any, num_train_timesteps: int) -> Trajectory:
     measured = calibration.get("trajectory") if isinstance(calibration, Mapping) else None
     if not isinstance(measured, Mapping):
         raise ValueError(
-            "`calibration` has no `trajectory`, which timestep_spacing='calibrated' needs; "
-            "`ddim-schedulers calibrate --objective trajectory` measures it and puts it into the "
+            "`calibration` has no `trajectory`; timestep_spacing='calibrated' must have one. "
+            "`ddim-schedulers calibrate --objective trajectory` measures it and adds it to the "
             "config."
         )
     timesteps = check_timesteps(measured.get("timesteps"), num_train_timesteps)  # type: ignore[arg-type]
@@ -126,8 +126,8 @@ def calibrated_timesteps(
     n = len(trajectory.timesteps)
     if not 1 <= num_inference_steps <= n:
         raise ValueError(
-            f"`num_inference_steps` is {num_inference_steps!r}; timestep_spacing='calibrated' "
-            f"chooses among the {n} timesteps of its calibration."
+            f"`num_inference_steps` is {num_inference_steps!r}; with timestep_spacing='calibrated' "
+            f"it must lie in 1 .. {n}, the number of timesteps of the calibration."
         )
     a_t = alpha_bar[trajectory.timesteps]
     if bool(a_t[0] == 0):

@@ -1,6 +1,6 @@
 """Diffusers pipelines that do with a trained model, with or without classes, what the papers do."""
 
-from ddim_schedulers.pipelines.conditions import ClassMixture, Conditions
+from ddim_schedulers.pipelines.conditions import Conditions
 from ddim_schedulers.pipelines.generation import (
     GenerationOutput,
     GenerationPipeline,
@@ -13,6 +13,7 @@ from ddim_schedulers.pipelines.inversion import (
     ReconstructionOutput,
     TranslationOutput,
 )
+from ddim_schedulers.pipelines.labels import ClassMixture
 from ddim_schedulers.pipelines.langevin import (
     AnnealedLangevinPipeline,
     LangevinOutput,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of
@@ -17,28 +16,14 @@ from ddim_schedulers.pipelines.guidance import (
     LabelledNetwork,
 )
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
+from ddim_schedulers.pipelines.labels import (
+    ClassLabelInput,
+    ClassMixture,
+    Label,
+    count_of,
+    read_labels,
+)
 from ddim_schedulers.pipelines.sampling import Levels, alpha_bar_table
-
-Label = int | str
-
-
-@dataclass(frozen=True)
-class ClassMixture:
-    """Labels that lie between classes: the product of their densities to the powers `weights`.
-
-    eps of an image is sum_k u_k eps(x_t, c_k), in one network call of a batch of K times the size
-    (arXiv:2206.01714, with weights that sum to 1). Weights of 1 and 0 are the first class.
-
-    Attributes:
-        labels: K classes, names or numbers, for all images; or such a list for each image.
-        weights: u, one row of K numbers for each image, each row sums to 1.
-    """
-
-    labels: Sequence[Label] | Sequence[Sequence[Label]]
-    weights: Sequence[Sequence[float]] | torch.Tensor
-
-
-ClassLabelInput = Label | Sequence[Label] | np.ndarray | torch.Tensor | ClassMixture
 
 
 @dataclass(frozen=True)
@@ -139,7 +124,9 @@ class BoundConditions:
         self.weights: torch.Tensor | None = None
         known = known_classes(network, conditions.classifier)
         if conditions.class_labels is not None:
-            self.labels, self.weights = _read(conditions.class_labels, known, num_images, device)
+            self.labels, self.weights = read_labels(
+                conditions.class_labels, known, num_images, device
+            )
         elif self.classes is not None:
             null = _only_null(self.classes, conditions)
             self.labels = torch.full((num_images, 1), null, device=device)
@@ -186,7 +173,7 @@ class BoundConditions:
         return Interval(float(given[0]), float(given[1]), self.scheduler.config.num_train_timesteps)
 
     def _negative(self, num_images: int, device: torch.device) -> torch.Tensor | None:
-        """Return the label of each image that stands in the place of the null class."""
+        """Return the label of each image that takes the place of the null class."""
         given, classes = self.conditions, self.classes
         replaced = given.guide is not None or given.classifier is not None
         if classes is None or replaced or given.guidance_scale is None:
@@ -295,15 +282,6 @@ def check_interval(interval: Sequence[float] | None, name: str) -> None:
         )
 
 
-def count_of(labels: ClassLabelInput | None) -> int | None:
-    """Return for how many images labels are; None for one that serves all."""
-    if isinstance(labels, ClassMixture):
-        return len(labels.weights)
-    if isinstance(labels, np.ndarray | torch.Tensor):
-        return labels.shape[0] if labels.ndim else None
-    return len(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else None
-
-
 def one_class(conditions: dict[str, Any]) -> dict[str, Any]:
     """Return the conditions of a call whose images all share one class.
 
@@ -315,88 +293,6 @@ def one_class(conditions: dict[str, Any]) -> dict[str, Any]:
     if count_of(labels) is not None:
         raise ValueError(f"`class_labels` is {labels!r}; it must be a single class for all images.")
     return conditions
-
-
-def label_numbers(
-    labels: Any,  # noqa: ANN401
-    classes: ClassLabels | None,
-    name: str = "class_labels",
-) -> list[int]:
-    """Return the numbers of a list, array or tensor of labels.
-
-    Args:
-        labels: names or numbers.
-        classes: which there are; None where a classifier alone knows: any number >= 0.
-        name: of the argument, for the message.
-
-    Raises:
-        ValueError: naming the first that is no class.
-    """
-    if isinstance(labels, np.ndarray | torch.Tensor):
-        if labels.ndim != 1:
-            raise ValueError(f"`{name}` has shape {tuple(labels.shape)}; it must be (N,).")
-        labels = labels.tolist()
-    if isinstance(labels, str) or not isinstance(labels, Sequence):
-        raise ValueError(
-            f"`{name}` is {labels!r}; it must be the name or the number of a class, or a list, "
-            "array or tensor of them, one for each image in their order."
-        )
-    return [_number(label, classes, f"{name}[{i}]") for i, label in enumerate(labels)]
-
-
-def _number(label: Any, classes: ClassLabels | None, name: str) -> int:  # noqa: ANN401
-    if isinstance(label, np.integer):
-        label = int(label)
-    if classes is not None:
-        return classes.number(label, name)
-    if isinstance(label, str) and label.isascii() and label.isdecimal():
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-        raise ValueError(f"`{name}` is {label!r}; it must be the number of a class, >= 0.")
-    return label
-
-
-def _read(
-    labels: ClassLabelInput, classes: ClassLabels | None, num_images: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return labels int64 (N, K), and for a mixture its weights (N, K)."""
-    if isinstance(labels, ClassMixture):
-        return _read_mixture(labels, classes, num_images, device)
-    if count_of(labels) is None:
-        one = labels.item() if isinstance(labels, np.ndarray | torch.Tensor) else labels
-        numbers = [_number(one, classes, "class_labels")] * num_images
-    else:
-        numbers = label_numbers(labels, classes)
-    if len(numbers) != num_images:
-        raise ValueError(
-            f"`class_labels` has {len(numbers)} labels for {num_images} images; it must have one "
-            "for each, or be a single label for all."
-        )
-    return torch.tensor(numbers, device=device)[:, None], None
-
-
-def _read_mixture(
-    mixture: ClassMixture, classes: ClassLabels | None, num_images: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.as_tensor(mixture.weights, dtype=torch.float64)
-    rows: list[Any] = list(mixture.labels)
-    if not rows or not isinstance(rows[0], list | tuple):
-        rows = [rows] * num_images
-    numbers = [label_numbers(row, classes, "class_labels.labels") for row in rows]
-    shape = (num_images, len(numbers[0]))
-    if {len(row) for row in numbers} != {shape[1]} or len(numbers) != num_images:
-        raise ValueError(
-            f"`class_labels.labels` has rows of {sorted({len(r) for r in numbers})} labels for "
-            f"{len(numbers)} images; it must be K labels for each of {num_images} images."
-        )
-    if tuple(weights.shape) != shape or not bool(weights.isfinite().all()):
-        raise ValueError(
-            f"`class_labels.weights` has shape {tuple(weights.shape)}; it must be {shape} finite "
-            "numbers, a row for each image and a column for each label."
-        )
-    if bool(((weights.sum(dim=1) - 1).abs() > 1e-6).any()):
-        raise ValueError("`class_labels.weights` has rows whose sum is not 1; each must sum to 1.")
-    return torch.tensor(numbers, device=device), weights.to(device)
 
 
 def _only_null(classes: ClassLabels, conditions: Conditions) -> int:

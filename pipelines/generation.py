@@ -22,16 +22,10 @@ from ddim_schedulers.pipelines.compatibility import (
     check_scheduler,
     is_deterministic,
 )
-from ddim_schedulers.pipelines.conditions import (
-    BoundConditions,
-    ClassLabelInput,
-    Conditions,
-    Label,
-    count_of,
-    one_class,
-)
+from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions, one_class
 from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer
 from ddim_schedulers.pipelines.interfaces import Network
+from ddim_schedulers.pipelines.labels import ClassLabelInput, Label, count_of
 from ddim_schedulers.pipelines.noise import Generators, Noise, check_seeds, draw, make_noise
 from ddim_schedulers.pipelines.observers import (
     ClipCounter,

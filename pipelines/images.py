@@ -176,9 +176,9 @@ def check_finite(x: torch.Tensor, start: int = 0, seeds: Sequence[int] | None = 
     shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     named = f"seeds {shown}" if seeds is not None else f"images {shown} (counted from 0)"
     raise ValueError(
-        f"{len(numbers)} of {len(x)} samples are not finite: {named}. Either the network's weights "
-        "are not finite, or it overflows in half precision (float32 and bfloat16 reach further "
-        "than float16), or the steps diverge (a large `snr`, few steps of a high `solver_order`)."
+        f"{len(numbers)} of {len(x)} samples are not finite: {named}. All must be: check the "
+        "network's weights; use bfloat16 or float32 in the place of float16, which overflows "
+        "first; or take smaller steps (a smaller `snr`, more steps, a lower `solver_order`)."
     )
 
 

@@ -16,15 +16,11 @@ from ddim_schedulers.pipelines.compatibility import (
     check_scheduler,
     is_deterministic,
 )
-from ddim_schedulers.pipelines.conditions import (
-    ClassLabelInput,
-    ClassMixture,
-    Conditions,
-    count_of,
-)
+from ddim_schedulers.pipelines.conditions import Conditions
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import ImageInput
 from ddim_schedulers.pipelines.inversion import InversionOutput, InversionPipeline
+from ddim_schedulers.pipelines.labels import ClassLabelInput, ClassMixture, count_of
 from ddim_schedulers.pipelines.noise import check_seeds, draw
 from ddim_schedulers.pipelines.sampling import Levels, nearest_planned, plan
 from ddim_schedulers.pipelines.slerp import slerp_chain, slerp_grid
@@ -115,9 +111,9 @@ class InterpolationPipeline(UnconditionalPipeline):
         asked = Conditions(**conditions)
         ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) < 2:
+            name = "seeds" if seeds is not None else "images" if latents is None else "latents"
             raise ValueError(
-                "`latents`, the seeds or the images, have one end; interpolation must "
-                "have at least two."
+                f"`{name}` has {len(ends.latents)} end; an interpolation must have at least two."
             )
         weights = [i / (num_points - 1) for i in range(num_points - 1)]
         mixed = slerp_chain(ends.latents, weights)
@@ -290,7 +286,9 @@ class InterpolationPipeline(UnconditionalPipeline):
     ) -> _Ends:
         self.check()
         if sum(x is not None for x in (seeds, latents, images)) != 1:
-            raise ValueError("Exactly one of `seeds`, `latents` and `images` must be given.")
+            raise ValueError(
+                "`seeds` or `latents` or `images` must be given, and only one of them."
+            )
         if images is not None:
             if useless := sorted(asked.given() - {"class_labels"}):
                 raise ValueError(

@@ -27,7 +27,7 @@ from ddim_schedulers.pipelines.base import (
     check_batch_size,
     chunks,
 )
-from ddim_schedulers.pipelines.conditions import BoundConditions, ClassLabelInput, Conditions
+from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import (
     ImageInput,
@@ -35,6 +35,7 @@ from ddim_schedulers.pipelines.images import (
     check_finite,
     to_model_space,
 )
+from ddim_schedulers.pipelines.labels import ClassLabelInput
 from ddim_schedulers.pipelines.refinement import (
     DEFAULT_TOLERANCE,
     encode_and_refine,

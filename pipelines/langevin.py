@@ -25,8 +25,9 @@ from ddim_schedulers.pipelines.base import (
     check_batch_size,
     chunks,
 )
-from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions, count_of
+from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions
 from ddim_schedulers.pipelines.interfaces import Bar, Network, Scheduler
+from ddim_schedulers.pipelines.labels import count_of
 from ddim_schedulers.pipelines.noise import Generators, draw, make_noise
 from ddim_schedulers.pipelines.sampling import (
     Levels,

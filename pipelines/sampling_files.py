@@ -20,7 +20,7 @@ from ddim_schedulers.reading import DamagedFileError, opened, read_bytes, read_n
 
 if TYPE_CHECKING:
     from ddim_schedulers.class_labels import ClassLabels
-    from ddim_schedulers.pipelines.conditions import Label
+    from ddim_schedulers.pipelines.labels import Label
     from ddim_schedulers.pipelines.sampling_job import SamplingJob
 
 logger = logging.get_logger(__name__)

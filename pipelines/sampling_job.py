@@ -30,16 +30,12 @@ import torch
 from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.base import UnconditionalPipeline, check_batch_size
 from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_scheduler
-from ddim_schedulers.pipelines.conditions import (
-    BoundConditions,
-    Conditions,
-    Label,
-    known_classes,
-)
+from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions, known_classes
 from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_png
 from ddim_schedulers.pipelines.fingerprints import weights_fingerprint
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.images import check_pil_channels, read_image, to_uint8
+from ddim_schedulers.pipelines.labels import Label
 from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.observers import warn_of_clipping
 from ddim_schedulers.pipelines.ownership import Owner, own

@@ -40,9 +40,14 @@ def slerp(x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
         raise ValueError(f"`weight` is {weight!r}; it must lie in [0, 1].")
     theta = angle(x, y)
     if not bool(theta.isfinite().all()):
-        raise ValueError("A sample to interpolate is zero or not finite, so it has no direction.")
+        raise ValueError(
+            "`x` or `y` has a sample that is zero or not finite; each must have a direction."
+        )
     if bool((theta > torch.pi - NEARLY_OPPOSITE).any()):
-        raise ValueError("Two samples point in opposite directions; no shortest arc joins them.")
+        raise ValueError(
+            "`x` and `y` have samples in opposite directions; there must be a shortest arc between "
+            "them."
+        )
     safe = theta.clamp(min=NEARLY_PARALLEL)
     parallel = theta < NEARLY_PARALLEL
     a = torch.where(parallel, 1.0 - weight, torch.sin((1 - weight) * safe) / torch.sin(safe))

@@ -314,7 +314,7 @@ def _check_call(pipe: Any, call: Mapping[str, Any], guidance_scale: float) -> No
             raise ValueError(f"`{name}` must be left out of an inversion: {_TAKEN[name]}.")
         if name not in known:
             kind = type(pipe).__name__
-            raise TypeError(f"invert() got {name!r}, which the call of {kind} does not take.")
+            raise TypeError(f"`{name}` is given; it must be an argument of the call of {kind}.")
         if name in _EVERYWHERE and value != _EVERYWHERE[name]:
             raise ValueError(
                 f"`{name}` is {value!r}; it must be {_EVERYWHERE[name]}: a ControlNet that acts in "
@@ -364,7 +364,7 @@ def _start(
 ) -> torch.Tensor:
     """Return x_0 on the device and in the dtype in which the pipeline keeps it."""
     if (images is None) == (latents is None):
-        raise ValueError("Exactly one of `images` and `latents` must be given.")
+        raise ValueError("`images` or `latents` must be given, and only one of them.")
     device, dtype, config = pipe._execution_device, pipe.unet.dtype, pipe.unet.config
     if images is not None:
         x = to_model_space(images, (pipe.vae.config.in_channels, *size), torch.float32)

@@ -192,7 +192,7 @@ def test_what_does_not_fit_raises():
     with pytest.raises(ValueError, match="draws noise"):
         pipeline(GeneralizedDDIMScheduler(eta=0.5))(seeds=[1, 2])
     pipe = pipeline()
-    with pytest.raises(ValueError, match="Exactly one"):
+    with pytest.raises(ValueError, match="must be given, and only one of them"):
         pipe(seeds=[1, 2], latents=gaussian(2, 1, SIZE, SIZE))
     with pytest.raises(ValueError, match="at least two"):
         pipe(seeds=[1])

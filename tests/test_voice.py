@@ -26,18 +26,22 @@ VERBS = set(
 )
 KINDS = ("ValueError", "TypeError")
 # A message begins with a name in backticks; a place in the settings, or a file, may come first.
-NAMED = re.compile(r"(?:value(?:: )?)?`[^`]+`:? \w+|(?:(?:[a-z]+|value): )*'?value'?( \w+|$)")
+NAMED = re.compile(r"(?:value(?:: )?)?`[^`]+`:? \w+|(?:(?:[a-z]+|value): )*'?value'?( \w+|\.?$)")
 # It says what is allowed, or what to do; or it ends with an error that does.
-ALLOWED = re.compile(r"\bmust\b|\ballowed\b|; [a-z`]+ |value$")
-# Where `training/` has others: what is beside them is the reason.
+ALLOWED = re.compile(r"\bmust\b|\ballowed\b|; [a-z`]+ |value\.?$")
+# The messages that are others, with the reason.
 OTHERS = {
+    "ddim_schedulers/archives.py": 1,  # its caller puts the file before it
+    "ddim_schedulers/plain_files.py": 1,  # its caller puts the file before it
+    "ddim_schedulers/scheduling_ddim_inverse.py": 1,  # Python's own words for an unknown argument
     "training/calibration/solver_run.py": 1,  # no argument is wrong: the network diverges
 }
 # `name is value; it must be ...` without backticks round the name, or a name of several words.
 BARE_NAME = re.compile(r"(?:[a-z]\w* (?:is|are) [^;]*; (?:it|they) must|[a-z]+_\w+ )")
 RIDDLES = re.compile(
     r"\bstands?\b(?! in\b)|\b(?:is|are) said\b|\bwhat is there\b|\bnone of (?:its|their|our)\b"
-    r"|\bat hand\b|\bneeds? a word\b|\bunasked\b"
+    r"|\bat hand\b|\bneeds? a word\b|\bunasked\b|\bbusiness\b"
+    r"|\b(?:is|are) what (?:it|they) (?:was|were)\b"
 )
 
 
@@ -93,14 +97,14 @@ def test_messages_name_the_argument_in_backticks():
     assert seen > 400 and wrong == []
 
 
-def test_messages_of_training_name_the_argument_and_what_is_allowed():
+def test_messages_name_the_argument_and_what_is_allowed():
     seen, wrong = 0, Counter()
     for path, tree in trees():
-        for _, message in messages(tree) if path.parts[0] == "training" else ():
+        for _, message in messages(tree):
             seen += message is not None
             if message is not None and not (NAMED.match(message) and ALLOWED.search(message)):
                 wrong[path.as_posix()] += 1
-    assert seen > 200 and wrong == OTHERS
+    assert seen > 400 and wrong == OTHERS
 
 
 def test_pages_are_in_plain_words_and_explain_their_terms():

@@ -206,8 +206,8 @@ def variational_bound(
         grid_levels(x0, num_bins)  # before any work is lost
     if estimator != "all" and (num_calls is None or num_calls < 2):
         raise ValueError(
-            f"`num_calls` is {num_calls!r}; estimator={estimator!r} needs at least 2, one of them "
-            "for L_0."
+            f"`num_calls` is {num_calls!r}; with estimator={estimator!r} it must be at least 2, "
+            "one of them for L_0."
         )
     steps, x = len(chain) - 1, x0.to(torch.float64)
     if estimator == "importance" and proposal is None:

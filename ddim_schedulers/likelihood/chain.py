@@ -117,8 +117,8 @@ def make_chain(
         reverse = torch.cat([inner, first[None] if own is None else own[-1:]])
     if gamma is not None and own is not None and float(own[-1].detach()) <= 0:
         raise ValueError(
-            f"`gamma[0]` is {float(gamma[0])}; L_0 with the optimal variance needs gamma[0] < 1 "
-            "(calibrate with more images, or take a fixed variance)."
+            f"`gamma[0]` is {float(gamma[0])}; for L_0 with the optimal variance it must be below "
+            "1. Calibrate with more images, or take a fixed variance."
         )
     one = torch.ones_like(a_t[:1])
     return Chain(
@@ -163,8 +163,8 @@ def _member(
         said = "`sigma` is 0 in a step before the last"
     if len(std) > 1 and not bool((std[:-1] > 0).all()):
         raise ValueError(
-            f"{said}: q(x_s | x_t, x_0) is then a point, its divergence from any Gaussian is "
-            "infinite, and so is the bound; choose sigma > 0."
+            f"`sigma` must be > 0 in every step before the last, but {said}: q(x_s | x_t, x_0) is "
+            "then a point, and its divergence from any Gaussian is infinite, as is the bound."
         )
     return std
 
@@ -180,5 +180,7 @@ def _x0_variance(
         return None
     if gamma is None:
         name = noise.variance_types[0]
-        raise ValueError(f"`variance` is {name!r}, which needs `gamma` of a calibration.")
+        raise ValueError(
+            f"`gamma` is None; for variance={name!r} it must be that of a calibration."
+        )
     return x0_variance(gamma.to(alpha_bar), alpha_bar, x0_limit**2)[tau]

@@ -35,9 +35,8 @@ def grid_levels(x0: torch.Tensor, num_bins: int) -> torch.Tensor:
         bad = (off | (level < 0) | (level >= num_bins) | ~torch.isfinite(position)).flatten()
         value = float(x0.flatten()[int(bad.nonzero()[0])])
         raise ValueError(
-            f"`x0` holds {value!r}, which is not one of the {num_bins} equally spaced values of "
-            "[-1, 1]: the likelihood of discrete data needs data on the grid (no resizing, noise "
-            "or augmentation), or another `num_bins`."
+            f"`x0` holds {value!r}; each value must be one of the {num_bins} equally spaced values "
+            "of [-1, 1]. Use data without resizing, noise or augmentation, or another `num_bins`."
         )
     return level.long()
 

@@ -75,20 +75,20 @@ def check_operator(
     of_ones = _applied(operator, "A", ones)
     of_zeros = _applied(operator, "A", torch.zeros_like(ones))
     if bool(of_zeros.any()):
-        raise ValueError(f"`operator.A` of {kind} is not linear: A(0) is not 0.")
+        raise ValueError(f"`operator.A` of {kind} is not linear; A(0) must be 0.")
     pair = _probe(2, ones)
     of_pair, other = _applied(operator, "A", pair), _applied(operator, "A", -2 * pair[1:])
     if float((other + 2 * of_pair[1:]).abs().max()) > _LINEAR * float(other.abs().max()):
         raise ValueError(
-            f"`operator.A` of {kind} is not linear, or mixes the images of a batch: A(-2 x) of one "
-            "image is not -2 A(x) of the same image beside another one."
+            f"`operator.A` of {kind} is not linear, or mixes the images of a batch; A(-2 x) of one "
+            "image must be -2 A(x) of the same image beside another one."
         )
     for name in ("A_adjoint", "A_dagger"):
         back = _applied(operator, name, of_ones)
         if back.shape != ones.shape:
             raise ValueError(
                 f"`operator.{name}` of {kind} changes the shape: it gives {tuple(back.shape[1:])} "
-                f"for a measurement of images of {shape}."
+                f"for a measurement of images; it must give {shape}."
             )
     return of_ones
 
@@ -106,7 +106,9 @@ def _applied(operator: Any, name: str, given: torch.Tensor) -> torch.Tensor:  # 
             "row for each image."
         )
     if not bool(result.isfinite().all()):
-        raise ValueError(f"`operator.{name}` of {kind} gives values that are not finite.")
+        raise ValueError(
+            f"`operator.{name}` of {kind} gives values that are not finite; all must be."
+        )
     return result
 
 
@@ -146,7 +148,7 @@ def check_measurement(
             f"{', '.join(map(str, wanted))})."
         )
     if not bool(measurement.isfinite().all()):
-        raise ValueError("`measurement` holds values that are not finite.")
+        raise ValueError("`measurement` holds values that are not finite; all must be.")
     y = measurement.detach().to(of_ones.dtype).to(of_ones.device)
     ours = operator if isinstance(operator, LinearOperator) else None
     y = y if ours is None else ours.seen(y)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddim_schedulers.pipelines.conditions import Label
 from ddim_schedulers.pipelines.files import check_folders, remove_leftovers, write_json
 from ddim_schedulers.pipelines.fingerprints import fingerprint_of
 from ddim_schedulers.pipelines.images import check_pil_channels, to_uint8
 from ddim_schedulers.pipelines.interfaces import Bar
+from ddim_schedulers.pipelines.labels import Label
 from ddim_schedulers.pipelines.ownership import Owner, own
 from ddim_schedulers.pipelines.restoration.checks import check_noise_std
 from ddim_schedulers.pipelines.restoration.methods import Ddnm, Method
@@ -164,8 +164,8 @@ def restore_to_directory(
     check_pil_channels(pipe.image_shape[0])
     if len(measurement) * job.num_samples != job.num_images:
         raise ValueError(
-            f"`measurement` has {len(measurement)} rows of {job.num_samples} samples each; "
-            f"`num_images` is {job.num_images}."
+            f"`measurement` has {len(measurement)} rows of {job.num_samples} samples each; they "
+            f"must be {job.num_images} images, as `num_images`."
         )
     folder = Path(output)
     check_folders(folder, FOLDERS[job.file_format], "`output`")

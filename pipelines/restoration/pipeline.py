@@ -307,9 +307,11 @@ def _samples_of_each(
         if given is None:
             return 1
         if given % count or not given:
+            name = "latents" if latents is not None else "seeds"
+            name = "generator" if latents is None and isinstance(generator, list) else name
             raise ValueError(
-                f"`seeds`, `generator` or `latents` are {given} for {count} measurements; there "
-                "must be as many for each of them."
+                f"`{name}` has {given} for {count} measurements; there must be as many for each of "
+                "them."
             )
         return given // count
     if isinstance(each, bool) or not isinstance(each, int) or each < 1:

@@ -65,8 +65,8 @@ def steps_of(
     a_s = torch.cat([a_t[1:], a_t.new_ones(1)])
     if bool((a_t == 0).any()) and scheduler.config.prediction_type == "epsilon":
         raise ValueError(
-            f"The trajectory {timesteps} holds a timestep with alpha_bar = 0, where a network that "
-            "predicts eps says nothing about x_0; leave it out of `timesteps`."
+            f"`timesteps` is {timesteps}, with alpha_bar = 0 at one of them, where a network that "
+            "predicts eps says nothing about x_0; leave it out."
         )
     sigma = _sigma(scheduler, a_t, a_s, eta, eta_rule)
     interval = scheduler.config.get("eta_interval")
@@ -103,7 +103,8 @@ def _sigma(
     sigma = as_sigma(explicit)
     if len(sigma) != len(a_t):
         raise ValueError(
-            f"The scheduler's sigma has {len(sigma)} values, but the trajectory {len(a_t)} steps."
+            f"`sigma` has {len(sigma)} values in the scheduler's config; it must have one for each "
+            f"of the {len(a_t)} steps."
         )
     return check_sigma(sigma, a_s)
 

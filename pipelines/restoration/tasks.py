@@ -85,7 +85,9 @@ def task_named(name: str, image_shape: ImageShape, **options: Any) -> Task:
     for option in options:
         if option not in OPTIONS[kind]:
             own = ", ".join(OPTIONS[kind]) or "no options"
-            raise ValueError(f"`{option}` does not belong to the task {name!r}, which has {own}.")
+            raise ValueError(
+                f"`{option}` does not belong to the task {name!r}; allowed are: {own}."
+            )
     given = {**OPTIONS[kind], **options}
     if kind == "inpaint":
         return _inpaint(image_shape, **given)

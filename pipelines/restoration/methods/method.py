@@ -120,6 +120,6 @@ def check_signal(name: str, steps: list[Step]) -> None:
     for step in steps:
         if step.alpha_bar_t == 0:
             raise ValueError(
-                f"The trajectory holds t={step.timestep} with alpha_bar = 0, by whose root "
-                f"`method` {name!r} divides; leave it out of `timesteps`."
+                f"`timesteps` holds t={step.timestep} with alpha_bar = 0, by whose root "
+                f"`method` {name!r} divides; leave it out."
             )

@@ -200,5 +200,5 @@ def real_tensor(values: object, name: str, what: str) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"`{name}` is {type(values).__name__}; it must be {what}.") from error
     if tensor.is_complex() or not bool(tensor.double().isfinite().all()):
-        raise ValueError(f"`{name}` holds values that are not finite real numbers.")
+        raise ValueError(f"`{name}` holds values that are not finite real numbers; all must be.")
     return tensor.double()
