@@ -140,7 +140,7 @@ def _check_parameters(config: Mapping[str, Any], path: Place) -> None:
     count = sum(parameter.numel() for parameter in network.parameters())
     if count > PARAMETERS:
         raise ValueError(
-            f"{str(path)!r} has a network of {count} parameters; it must have at most {PARAMETERS}."
+            f"{str(path)!r} has {count} parameters; it must have at most {PARAMETERS}."
         )
 
 
