@@ -1,5 +1,6 @@
 """`GeneralizedDDIMScheduler`: the sigma-family of DDIM (arXiv:2010.02502)."""
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .attributes import is_part, watched
+from .history import Past
 from .member import check_member
 from .modes import outside_modes
 from .reverse_noise import ANY_MEMBER
@@ -27,6 +29,7 @@ from .step_inputs import (
     check_tensors,
     compute_dtype,
     holds_numbers,
+    read_if_free,
 )
 from .tables import Multistep, Table, multistep_of
 from .timesteps import check_num_inference_steps, in_interval
@@ -338,14 +341,28 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             return self.without_table("shape")
         if self.config.eta is None and check_eta(eta) not in (0, stored.eta):
             return self.without_table("eta")
-        if self._past is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
+        if self._past is not None:
+            return None if self._goes_on(self._past, timestep) else self.without_table("start")
         # the first step of a run: an accelerator is waited for once
         number = timestep
         if isinstance(timestep, torch.Tensor):
             told = holds_numbers(timestep) and not timestep.is_meta
             number = int(timestep) if told else self._plan[0]
         return None if number == self._plan[0] else self.without_table("start")
+
+    def _goes_on(self, past: Past, timestep: int | torch.Tensor) -> bool:
+        """Tell whether a step starts a run or follows the one before, as far as this is free."""
+        if past.thread not in (None, threading.get_ident()):
+            return True  # refused further on
+        before = read_if_free(past.timestep.reshape(()))
+        number: Any = timestep
+        if isinstance(timestep, torch.Tensor):
+            number = read_if_free(timestep.reshape(()))
+        if before is None or number is None or number == self._plan[0]:
+            return True
+        return bool(self._landing[before] == number)
 
     def _commit(
         self, planned: list[int], member: torch.Tensor | None, stored: SolverTable | None

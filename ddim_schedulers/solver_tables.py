@@ -58,6 +58,8 @@ PROCESS_RTOL = 1e-3
 DECIMALS = 6
 # A stored table is a list of S (S + 3) / 2 numbers.
 MAX_CALLS = 256
+# A fit has weights of a few units. What is far above overflows in half and single precision.
+MAX_WEIGHT = 1e4
 
 
 class SolverTable(NamedTuple):
@@ -166,8 +168,12 @@ def _shown(value: Any) -> str:
 
 
 def _is_real(value: Any) -> bool:
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and abs(float(value)) < math.inf
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _read(entry: Any, key: Any, big_t: int) -> SolverTable:
@@ -209,7 +215,8 @@ def _checked(entry: Mapping[str, Any], name: str, calls: int, big_t: int) -> Sol
     interval = entry.get("eta_interval")
     for part in ("eps_scale", "end_scale"):
         given = entry.get(part, 1.0)
-        if not all(map(_is_real, given if isinstance(given, list | tuple) else [given])):
+        is_line = part == "eps_scale" and isinstance(given, list | tuple)
+        if not all(map(_is_real, given if is_line else [given])):
             raise say(part, "a finite number > 0")
     try:
         timesteps = check_timesteps(entry["timesteps"], big_t)
@@ -251,10 +258,11 @@ def _rows(weights: Any, name: str, calls: int) -> list[list[float]]:
     rows = []
     for i, row in enumerate(weights):
         fits = isinstance(row, Sequence) and not isinstance(row, str) and len(row) == i + 2
-        if not fits or not all(_is_real(value) for value in row):
+        if not fits or not all(_is_real(value) and abs(value) <= MAX_WEIGHT for value in row):
             raise ValueError(
                 f"`{name}['weights'][{i}]` is {_shown(row)}; it must be a list of {i + 2} finite "
-                f"numbers, of x_T and of the predictions 0 to {i}."
+                f"numbers, of x_T and of the predictions 0 to {i}, each from {-MAX_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}."
             )
         rows.append([float(value) for value in row])
     return rows

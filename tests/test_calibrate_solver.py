@@ -17,6 +17,7 @@ from ddim_schedulers.training.calibration.solver_fit import Constants
 from ddim_schedulers.training.calibration.solver_run import SolverJob, calibrate_solver
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.likelihood.calibration import add_to_calibration
 from ddim_schedulers.training.likelihood.measured_model import measured_model_of
 
 EXACT = Constants(ridge=1e-12, least_share=1e-12)
@@ -266,6 +267,16 @@ def test_the_command_stores_tables_that_every_form_of_export_keeps(tmp_path, cap
     assert main([*words, *WORDS.replace("2 3", "4", 1).split()]) == 0
     config = json.loads(file.read_text())
     assert sorted(config["_ddim_schedulers"]["settings"]["calibration"]["solver"]) == list("234")
+    # what was chosen by pictures on top of a table goes with it, and this is said
+    of_pictures = {**tables["3"], "eta": 0.5, "samples": {"features": "pixels"}}
+    add_to_calibration({"solver": {"3": of_pictures}}, file)
+    capsys.readouterr()
+    assert main([*words, *WORDS.split()]) == 0
+    said = capsys.readouterr().out
+    assert said.count("are gone") == 1 and "3 calls: eta and the scales" in said
+    assert main(["calibrate", "--pipeline", str(tmp_path / "p"), "--undo"]) == 0
+    undone = json.loads(file.read_text())["_ddim_schedulers"]["settings"]["calibration"]
+    assert undone["solver"]["3"] == of_pictures
     sample = ["sample", "--pipeline", str(tmp_path / "p"), "--preset", "calibrated"]
     sample += ["--num_images", "2", "--device", "cpu", "--num_inference_steps", "3"]
     assert main([*sample, "--output", str(tmp_path / "samples")]) == 0

@@ -258,6 +258,24 @@ def test_a_run_that_starts_in_the_middle_goes_without(words, monkeypatch):
     assert torch.equal(after_the_first(scheduler, x), expected)
 
 
+@pytest.mark.parametrize("steps", [(999, 300), (999, 640, 500), (999, 640, 640)], ids=str)
+@pytest.mark.parametrize("as_given", [int, torch.tensor, lambda t: torch.tensor([t])])
+def test_a_run_that_leaves_the_plan_goes_without_and_says_so(steps, as_given, words):
+    clips = {"clip_sample": True}
+    scheduler = _scheduler(_entry(clips=1.0), **clips)
+    scheduler.set_timesteps(4)
+    x = _x(2, 1, 2, 2)
+    for t in steps[:-1]:
+        x = scheduler.step(_exact(x, scheduler.alpha_bar[t]), as_given(t), x).prev_sample
+    assert words() == []
+    few = GeneralizedDDIMScheduler(**FEW_STEPS, **clips)
+    few.set_timesteps(timesteps=TAU)
+    eps, last = 3 * x, steps[-1]  # x0_hat is clipped by the config, which the table does not do
+    expected = few.step(eps, last, x).prev_sample
+    assert torch.equal(scheduler.step(eps, as_given(last), x).prev_sample, expected)
+    assert words() == ["start"]
+
+
 def test_steps_of_a_long_table_compile_a_few_times_only():
     torch._dynamo.reset()
     tau = list(range(999, 0, -83))
@@ -441,6 +459,12 @@ BAD = {
     "a weight short": ({"weights": [[0.1], *_weights()[1:]]}, r"\['weights'\]\[0\]` is \[0.1\]"),
     "NaN": ({"weights": [[math.nan, 0.0], *_weights()[1:]]}, r"2 finite numbers"),
     "infinite": ({"weights": [[math.inf, 0.0], *_weights()[1:]]}, r"2 finite numbers"),
+    "huge": ({"weights": [[1e30, 0.0], *_weights()[1:]]}, r"each from -10000 to 10000"),
+    "beyond floats": ({"weights": [[10**400, 0.0], *_weights()[1:]]}, r"2 finite numbers"),
+    "eta beyond floats": ({"eta": 10**400}, r"\['eta'\]` is 1000"),
+    "clip beyond floats": ({"clip": 10**400}, r"\['clip'\]` is 1000"),
+    "scale beyond floats": ({"eps_scale": [1.0, 10**400]}, r"\['eps_scale'\]` is \[1.0, 1000"),
+    "end_scale line": ({"end_scale": [1.0]}, r"\['end_scale'\]` is \[1.0\]"),
     "text": ({"weights": [["0", 0.0], *_weights()[1:]]}, r"2 finite numbers"),
     "eta": ({"eta": -1.0}, r"\['eta'\]` is -1.0; it must be a finite number >= 0"),
     "no eta": ({"eta": None}, r"\['eta'\]` is None"),

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -559,3 +559,19 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
             f"{each.calls:>6} {each.analytic:>10.4g} {each.held_out:>10.4g} {ratio:>7.3f}  {said}"
         )
     return lines
+
+
+def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
+    """Return a line for each new table that replaces one with settings chosen by pictures.
+
+    Args:
+        before: the former `calibration["solver"]`, or None.
+        stored: the new entries, by their number of calls.
+    """
+    tables = before if isinstance(before, Mapping) else {}
+    return [
+        f"{calls} calls: eta and the scales that --objective samples chose for the table before "
+        "are gone; run it again, or take this back with --undo"
+        for calls in stored
+        if isinstance(tables.get(calls), Mapping) and "samples" in tables[calls]
+    ]

@@ -219,10 +219,15 @@ def _fit_solver(
     if team.index == 0:
         owner.check()
         better = {str(each.calls): each.entry for each in outcomes if each.is_better}
+        before = {}
         if better:
-            calibration.add_to_calibration({"solver": better}, target, measured_model.saved)
+            before = calibration.add_to_calibration(
+                {"solver": better}, target, measured_model.saved
+            )
         solver_run.discard(work_dir)
         print(*solver_run.summary(outcomes), sep="\n")
+        for line in solver_run.lost(before.get("solver"), better):
+            print(line)
         print(
             f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "
             f"{cost['processes']} processes; "

@@ -217,7 +217,7 @@ def save_calibration(
 
 def add_to_calibration(
     values: dict[str, Any], config_file: Path, source: dict[str, Any] | None = None
-) -> None:
+) -> dict[str, Any]:
     """Put values into `calibration` of a scheduler's config file, atomically; the rest stays.
 
     The former config is kept next to it, see `undo`.
@@ -226,6 +226,9 @@ def add_to_calibration(
         values: what is added.
         config_file: may be missing where there is a `source`.
         source: the config that is written with `values` where there is no file yet.
+
+    Returns:
+        The former `calibration`; empty if there was none.
 
     Raises:
         ValueError: if the file is not the config of a scheduler.
@@ -257,6 +260,7 @@ def add_to_calibration(
     if "solver" in values and isinstance(tables, dict):  # of other numbers of calls
         settings["calibration"]["solver"] = {**tables, **values["solver"]}
     replace_config(config, config_file)
+    return before or {}
 
 
 def replace_config(config: dict[str, Any], config_file: Path) -> None:
