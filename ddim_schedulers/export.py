@@ -33,8 +33,11 @@ from .settings import SETTINGS_KEY
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 VAE = "vqvae"  # the autoencoder of a network of latents, as `LDMPipeline` calls it
+VAE_NAMES = (VAE, "vae")  # the second is that of other pipelines; a folder with it loads, too
 # Ours that loads what `LDMPipeline` would sample wrongly; diffusers does not know it, and says so.
 LATENT_CLASS = "GenerationPipeline"
+# Written for a pipeline of ours, so that the class follows from the components.
+_WRITTEN = ("DDPMPipeline", "LDMPipeline", LATENT_CLASS)
 
 # What a diffusers pipeline consists of. Checkpoints, optimiser states, pickles and code of others
 # are not part of it.
@@ -85,6 +88,11 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
     ]
     files, left_out = _pipeline_files(root, components)
     own: Any = index.get("_class_name")
+    other = VAE_NAMES[1]
+    if {*components} == {*_PARTS, other} and own in _WRITTEN:
+        index[VAE] = index.pop(other)
+        components = [VAE if name == other else name for name in components]
+        files = {re.sub(f"^{other}/", f"{VAE}/", name): found for name, found in files.items()}
     if is_class_pipeline(own):
         left_out.remove(f"{own[0]}.py")
         index["_class_name"] = own = "DDPMPipeline"
@@ -106,14 +114,15 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         notes += lost
     classes = _classes_of(root, index)
     _check_any(schedulers, form, str(root), classes is not None)
-    index["_class_name"] = _pipeline_class(root, index, schedulers, form)
+    index["_class_name"] = _pipeline_class(root, index, schedulers, form, files)
     if classes is not None and form == "self-contained":
         module, source = bundle_pipeline()
         index["_class_name"] = [module, CLASS_PIPELINE]
         files[f"{module}.py"] = source.encode()
     index.pop("_name_or_path", None)  # a folder of the machine where it was loaded
-    for path in [p for p in files if p.endswith("/config.json")]:
-        files[path] = _without_local_path(root / path)
+    for path, content in list(files.items()):
+        if path.endswith("/config.json") and isinstance(content, Path):
+            files[path] = _without_local_path(content)
     files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     return Export(files, notes, left_out, schedulers, classes)
 
@@ -368,7 +377,11 @@ def _check_any(schedulers: dict[str, Any], form: str, where: str, has_classes: b
 
 
 def _pipeline_class(
-    root: Path, index: dict[str, Any], schedulers: dict[str, Any], form: str
+    root: Path,
+    index: dict[str, Any],
+    schedulers: dict[str, Any],
+    form: str,
+    files: Mapping[str, Path | bytes],
 ) -> Any:
     """Return the pipeline class by which everyone can load the folder.
 
@@ -380,10 +393,13 @@ def _pipeline_class(
     name = index.get("_class_name")
     components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
     if components == {*_PARTS, VAE} and "scheduler" in schedulers:
-        if isinstance(name, str) and name not in ("LDMPipeline", LATENT_CLASS):
+        if isinstance(name, str) and name not in _WRITTEN:
             return name
         labelled = labels_in(_read_json(root / "unet" / "config.json")) is not None
-        return latent_class(_read_json(root / VAE / "config.json"), labelled, form)
+        config = files.get(f"{VAE}/config.json")
+        if not isinstance(config, Path):
+            raise ValueError(f"{root} is not a saved pipeline: its {VAE} has no config.json.")
+        return latent_class(_read_json(config), labelled, form)
     if components != _PARTS or "scheduler" not in schedulers:
         return name
     if isinstance(name, list):  # code in the repository

@@ -206,7 +206,7 @@ def check_saved(folder: Place) -> None:
             # whatever class it says it is of: the index decides what is built
             elif path.name == "config.json" and path.parent in (root, root / "unet"):
                 check_network_config(config, path)
-            elif path.name == "config.json" and path.parent == root / "vqvae":
+            elif path.name == "config.json" and path.parent in (root / "vqvae", root / "vae"):
                 check_autoencoder_config(config, path)
         elif path.suffix == ".safetensors":
             safetensors_shapes(path)
@@ -216,6 +216,7 @@ def check_saved(folder: Place) -> None:
 
 def _check_classes(index: Mapping[str, Any], path: Place) -> None:
     """Refuse an index that would build another network, or take a class from any module."""
+    autoencoders = f"one of {', '.join(AUTOENCODERS)} of diffusers"
     for part, holds, allowed in (
         ("unet", _is_network, "a UNet2DModel of diffusers"),
         (
@@ -223,7 +224,8 @@ def _check_classes(index: Mapping[str, Any], path: Place) -> None:
             _is_scheduler,
             "a scheduler of diffusers, of this package or of a module that was imported before",
         ),
-        ("vqvae", _is_autoencoder, f"one of {', '.join(AUTOENCODERS)} of diffusers"),
+        ("vqvae", _is_autoencoder, autoencoders),
+        ("vae", _is_autoencoder, autoencoders),
     ):
         if part in index and not holds(index[part]):
             raise ValueError(

@@ -1,7 +1,8 @@
 """What all pipelines share: construction, checks, and being made from another pipeline.
 
 A pipeline of latents has one component more, an autoencoder. It is called `vqvae` in the folder and
-among the components, as in diffusers' `LDMPipeline`, whatever its class; `pipe.vae` is the same.
+among the components, as in diffusers' `LDMPipeline`, whatever its class; `pipe.vae` is the same. A
+folder that calls it `vae` loads, too.
 """
 
 import copy
@@ -45,7 +46,7 @@ class UnconditionalPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae"  # type: ignore[assignment]
-    _optional_components = [VAE]  # noqa: RUF012
+    _optional_components = [VAE, "vae"]  # noqa: RUF012
     accepted_schedulers: tuple[type, ...] = SINGLE_STEP
     _refuses_vae: str | None = None  # why a pipeline works on pixels alone
     _warns_of_clipping = True  # whoever calls many times adds the shares up and says it once
@@ -75,7 +76,8 @@ class UnconditionalPipeline(DiffusionPipeline):
     @property
     def components(self) -> dict[str, Any]:
         """Return the components by name; a pipeline of pixels has no `vqvae` among them."""
-        found = super().components
+        expected, _ = self._get_signature_keys(self)  # diffusers' own asks for `vae` and `vqvae`
+        found = {name: getattr(self, name) for name in self.config if name in expected}
         return {name: part for name, part in found.items() if name != VAE or part is not None}
 
     @property

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
-from ddim_schedulers.export import FORMS, save_pipeline
+from ddim_schedulers.export import FORMS, export_folder, save_pipeline
+from ddim_schedulers.network_config import check_saved
 from ddim_schedulers.pipelines import (
     AnnealedLangevinPipeline,
     GenerationPipeline,
@@ -208,6 +209,44 @@ def test_what_ldm_would_lose_is_refused_in_the_portable_form(what, tmp_path):
         index = json.loads((tmp_path / form / "model_index.json").read_text())
         assert index["_class_name"] == "GenerationPipeline"  # which diffusers refuses by name
         assert GenerationPipeline.from_pretrained(tmp_path / form).codec.shift == pipe.codec.shift
+
+
+@pytest.mark.parametrize("name", ["DDPMPipeline", "LDMPipeline", "GenerationPipeline"])
+def test_a_folder_may_call_the_autoencoder_vae(name, tmp_path, capsys):
+    pipe = latent_pipeline()
+    pipe.save_pretrained(tmp_path / "ours")
+    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    index["vae"], index["_class_name"] = index.pop("vqvae"), name
+    (tmp_path / "ours" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "ours" / "vqvae").rename(tmp_path / "ours" / "vae")
+    asked = {"seeds": [1], "num_inference_steps": 2, "output_type": "pt"}
+    expected = pipe(**asked).images
+    loaded = GenerationPipeline.from_pretrained(tmp_path / "ours")
+    assert set(loaded.components) == {"unet", "scheduler", "vqvae"}
+    torch.testing.assert_close(loaded(**asked).images, expected)
+    for form in FORMS:
+        files = export_folder(tmp_path / "ours", form).files
+        written = json.loads(files["model_index.json"])
+        assert written["_class_name"] == "LDMPipeline" and "vae" not in written
+        assert {"vqvae/config.json", "vqvae/diffusion_pytorch_model.safetensors"} <= set(files)
+    words = ["export", "--pipeline", str(tmp_path / "ours"), "--output", str(tmp_path / "portable")]
+    assert main(words) == 0
+    stock = LDMPipeline.from_pretrained(tmp_path / "portable")
+    assert stock.vqvae.config.scaling_factor == pipe.vae.config.scaling_factor
+    np.save(tmp_path / "images.npy", np.zeros((4, 8, 8), np.uint8))
+    data = ["--data", str(tmp_path / "images.npy"), "--output_dir", str(tmp_path / "bound")]
+    words = ["likelihood", "--pipeline", str(tmp_path / "ours"), *data]
+    assert main(words) == 2
+    assert "latents" in capsys.readouterr().err
+
+
+def test_a_folder_with_another_class_as_vae_is_refused(tmp_path):
+    latent_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["vae"] = ["os", "system"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"`vae` is .*; it must be one of AutoencoderKL"):
+        check_saved(tmp_path)
 
 
 def test_a_pipeline_of_pixels_is_saved_as_ever(tmp_path):

@@ -16,7 +16,8 @@ from ddim_schedulers.network_config import check_complete, check_saved
 
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
 _CONFIGS = ["model_index.json", "config.json", "scheduler_config.json"]
-_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"]
+_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json"]
+_CONFIGS += ["vqvae/config.json", "vae/config.json"]
 _STEM = "diffusion_pytorch_model"
 
 
@@ -150,9 +151,10 @@ def _download(name: str, option: str, allow_pickle: bool) -> Path:
             snapshot_download(repository, revision=folder.name, allow_patterns=files)
             if any((folder / start).glob(f"*{kind}")):
                 break
-        if (folder / "vqvae" / "config.json").is_file():  # of a pipeline of latents
-            files = [f"vqvae/{_STEM}{part}.safetensors" for part in ("", "-?????-of-?????")]
-            snapshot_download(repository, revision=folder.name, allow_patterns=files)
+        for vae in ("vqvae", "vae"):  # of a pipeline of latents
+            if (folder / vae / "config.json").is_file():
+                files = [f"{vae}/{_STEM}{part}.safetensors" for part in ("", "-?????-of-?????")]
+                snapshot_download(repository, revision=folder.name, allow_patterns=files)
     except OSError as error:
         raise ValueError(
             f"`{option}` is {name!r}, which is no folder here; as a name on the Hub it cannot be "

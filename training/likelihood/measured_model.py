@@ -11,7 +11,7 @@ from diffusers.utils import logging
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of
-from ddim_schedulers.export import VAE
+from ddim_schedulers.export import VAE_NAMES
 from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.scales import is_one
 from ddim_schedulers.training.common.repositories import fetch
@@ -187,8 +187,10 @@ def load_measured_model(
     found.finish(unet)
     measured_model = measured_model_of(unet.to(device), dict(config))
     codec = None
-    if (found.folder / VAE / "config.json").is_file():
-        codec = Codec(load_vae(str(found.folder / VAE), option="vqvae of the pipeline").to(device))
+    names = [name for name in VAE_NAMES if (found.folder / name / "config.json").is_file()]
+    if names:
+        vae = load_vae(str(found.folder / names[0]), option=f"{names[0]} of the pipeline")
+        codec = Codec(vae.to(device))
         codec.picture_shape((measured_model.channels, 1, 1))
     return replace(measured_model, saved=dict(config), commit=found.commit, codec=codec)
 
