@@ -69,7 +69,7 @@ def encode_and_refine(
     x, rows = x_0, []
     for t, pair in zip(scheduler.timesteps, refinement.pairs, strict=True):
         model_output = denoise(x, t)[:, : x.shape[1]]
-        x_t = scheduler.step(model_output, t, x).prev_sample
+        x_t = scheduler.step(model_output, t, x, return_dict=False)[0]
         if refinements:
             x_t, residual = refinement.refine(x, x_t, *pair)
             rows.append(residual)

@@ -1,6 +1,6 @@
 """Sampling from a picture (SDEdit, arXiv:2108.01073): noise is added, and taken away again."""
 
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +81,14 @@ def check_strength(image: Any, strength: float | None) -> None:  # noqa: ANN401
         raise ValueError(
             f"`strength` is {strength!r} without `image`; it must be None, or give the image."
         )
-    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not is_number or not 0 < strength <= 1:
+    if not isinstance(strength, int | float) or isinstance(strength, bool) or not 0 < strength <= 1:
         raise ValueError(
             f"`strength` is {strength!r} with `image`; it must be a number with 0 < strength <= 1, "
             "the share of the steps that are run."
         )
 
 
-def steps_of(strength: float, timesteps: Sequence[Any]) -> int:
+def steps_of(strength: float, timesteps: Sized) -> int:
     """Return how many steps are run: the last int(S strength) of S, as in diffusers.
 
     Args:

@@ -371,8 +371,13 @@ def _start(
         return encode_pictures(pipe.vae, x.to(device)).to(dtype)
     factor = pipe.vae_scale_factor
     shape = (config.in_channels, size[0] // factor, size[1] // factor)
-    is_right = isinstance(latents, torch.Tensor) and latents.is_floating_point()
-    if not is_right or latents.ndim != 4 or tuple(latents.shape[1:]) != shape or not len(latents):
+    if (
+        not isinstance(latents, torch.Tensor)
+        or not latents.is_floating_point()
+        or latents.ndim != 4
+        or tuple(latents.shape[1:]) != shape
+        or not len(latents)
+    ):
         kind = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(
             f"`latents` is {kind}; it must be a floating-point tensor (N, {shape[0]}, {shape[1]}, "

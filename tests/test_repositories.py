@@ -1,10 +1,12 @@
 """Pipelines of a Hub: one state by name, checked before it is built, safetensors alone."""
 
+import importlib.util
 import json
 import re
 import resource
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,11 @@ from ddim_schedulers.training.networks import places
 from ddim_schedulers.training.networks.models import load_unet
 from ddim_schedulers.training.train import train
 
+_spec = importlib.util.spec_from_file_location(
+    "latent_models", Path(__file__).with_name("latent_models.py")
+)
+LATENT_MODELS = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(LATENT_MODELS)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SAMPLE = ("--num_images", "1", "--num_inference_steps", "2", "--device", "cpu")
 
@@ -206,6 +213,21 @@ def test_what_no_verb_needs_is_not_fetched(hub, states):
     asked = Counter(path.rpartition("/")[2] for _, path, _, _ in hub.requests)
     assert asked["model_index.json"] and not {"evil.py", "diffusion_pytorch_model.bin"} & set(asked)
     assert not [path for _, path, _, _ in hub.requests if "vae" in path]
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vae"])
+def test_an_autoencoder_is_fetched_by_either_name(name, hub, tmp_path):
+    pipe = LATENT_MODELS.latent_pipeline()
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index[name] = index.pop("vqvae")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "vqvae").rename(tmp_path / name)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    hub.add_repo("me/latents", {str(f.relative_to(tmp_path)): f.read_bytes() for f in files})
+    loaded = read_saved("me/latents").vae
+    for key, value in pipe.vae.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key])
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ddim_schedulers.export import VAE_NAMES
 from ddim_schedulers.network_config import check_complete, check_saved
+from ddim_schedulers.reading import read_json
 
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
 _CONFIGS = ["model_index.json", "config.json", "scheduler_config.json"]
-_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json"]
-_CONFIGS += ["vqvae/config.json", "vae/config.json"]
+_CONFIGS += ["unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"]
 _STEM = "diffusion_pytorch_model"
 
 
@@ -143,6 +144,12 @@ def _download(name: str, option: str, allow_pickle: bool) -> Path:
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_CONFIGS))
         check_saved(folder)
+        vae = _vae_in(folder)
+        if vae is not None:
+            snapshot_download(
+                repository, revision=folder.name, allow_patterns=[f"{vae}/config.json"]
+            )
+            check_saved(folder)
         start = "unet/" if (folder / "unet" / "config.json").is_file() else ""
         for kind in (".safetensors", ".bin") if allow_pickle else (".safetensors",):
             files = [f"{start}{_STEM}{part}{kind}" for part in ("", "-?????-of-?????")]
@@ -151,13 +158,20 @@ def _download(name: str, option: str, allow_pickle: bool) -> Path:
             snapshot_download(repository, revision=folder.name, allow_patterns=files)
             if any((folder / start).glob(f"*{kind}")):
                 break
-        for vae in ("vqvae", "vae"):  # of a pipeline of latents
-            if (folder / vae / "config.json").is_file():
-                files = [f"{vae}/{_STEM}{part}.safetensors" for part in ("", "-?????-of-?????")]
-                snapshot_download(repository, revision=folder.name, allow_patterns=files)
+        if vae is not None:
+            files = [f"{vae}/{_STEM}{part}.safetensors" for part in ("", "-?????-of-?????")]
+            snapshot_download(repository, revision=folder.name, allow_patterns=files)
     except OSError as error:
         raise ValueError(
             f"`{option}` is {name!r}, which is no folder here; as a name on the Hub it cannot be "
             f"loaded: {' '.join(str(error).split())}"
         ) from error
     return folder
+
+
+def _vae_in(folder: Path) -> str | None:
+    """Return the component of an autoencoder that the index of a pipeline names, or None."""
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    named = [name for name in VAE_NAMES if index.get(name) not in (None, [None, None])]
+    return named[0] if named else None
