@@ -306,7 +306,7 @@ def test_mmps_is_the_posterior(noise, eta, monkeypatch):
         a = levels_of(pipe.scheduler, steps)[0]
         # the first N columns are of x_T, which is N(sqrt(a) mean, a cov + (1 - a) I) given y
         first, rest = L[:, :N], L[:, N:]
-        np.testing.assert_allclose(b + a**0.5 * first @ mean, mean, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(b + a**0.5 * first @ mean, mean, rtol=0, atol=1e-12)
         whole = first @ (a * cov + (1 - a) * np.eye(N)) @ first.T + rest @ rest.T
         errors.append(np.abs(whole - cov).max())
     assert errors[0] < 0.2 and errors[-1] < 0.05
