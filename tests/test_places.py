@@ -1,19 +1,24 @@
 """A pipeline, a run or a checkpoint: what the verbs find, and the verb `export`."""
 
+import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from ddim_schedulers import MarkovianDDPMScheduler
+from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import places
 from ddim_schedulers.training.train import train
 
+# SHA-256 of the weights that come with the package
+DIGITS = "225c8a226d8ef53b334c8a6b88686354363b8b19a47662708bfe599995d2de03"
 UNET = {
     "block_out_channels": [8],
     "down_block_types": ["DownBlock2D"],
@@ -165,3 +170,25 @@ def test_what_is_pushed_is_here_and_not_looked_for_on_the_hub(tmp_path, monkeypa
         "'nothere', which does not exist; it must be a pipeline's folder" in said
         and "Hub" not in said
     )
+
+
+def test_the_pipeline_that_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = places.find("digits")
+    weights = Path(found.name) / "unet" / "diffusion_pytorch_model.safetensors"
+    # made by the commands of its README; other weights need another line here
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == DIGITS
+    assert sum(p.stat().st_size for p in Path(found.name).rglob("*") if p.is_file()) < 2**20
+    pipe = GenerationPipeline.from_pretrained(found.name)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(seeds=range(32), num_inference_steps=20, output_type="pt").images
+    assert images.shape == (32, 1, 8, 8)
+    # a digit is dark at its border and light inside
+    assert float(images[..., 2:6, 2:6].mean()) > 0.35 > 0.2 > float(images[..., 0].mean())
+
+
+def test_a_folder_of_the_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "model_index.json").write_text("{}")
+    assert places.find("digits") == places.Place("digits")

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INDEX = "model_index.json"
+# Small trained pipelines that come with the package, by the name that stands for them where no
+# folder of that name is.
+SHIPPED = {"digits": Path(__file__).resolve().parent.parent / "examples" / "digits"}
 STATE = "state.json"
 WEIGHTS = ("averaged", "raw")
 
@@ -27,6 +30,7 @@ def find(
 ) -> Place:
     """Look for a pipeline without asking the Hub.
 
+    `digits` is the trained pipeline that comes with the package, unless there is a folder so named.
     Of a run the pipeline is taken; where there is none, or a checkpoint is younger, the newest
     checkpoint.
 
@@ -45,6 +49,8 @@ def find(
     if folder.is_file():
         raise ValueError(f"`{option}` is {place!r}, a file; it must be a pipeline's folder.")
     if not folder.is_dir():
+        if place in SHIPPED:
+            return Place(str(SHIPPED[place]))
         if not on_hub:
             raise ValueError(
                 f"`{option}` is {place!r}, which does not exist; it must be a pipeline's folder."
