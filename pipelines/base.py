@@ -230,18 +230,21 @@ class UnconditionalPipeline(DiffusionPipeline):
         return OutputBuffer(output_type, num_images, self.picture_shape, seeds, self.codec)
 
     @torch.no_grad()
-    def x0_of(self, images: ImageInput, batch_size: int = DEFAULT_BATCH_SIZE) -> torch.Tensor:
+    def x0_of(
+        self, images: ImageInput, batch_size: int = DEFAULT_BATCH_SIZE, name: str = "images"
+    ) -> torch.Tensor:
         """Return images as samples (N, C, H, W) of the network on the CPU.
 
         Args:
             images: see `to_model_space`; a pipeline of latents encodes them, to the mean where the
                 encoder gives a Gaussian.
             batch_size: images that are encoded at a time.
+            name: what messages call the argument.
 
         Raises:
             ValueError: for images that do not fit.
         """
-        pixels = to_model_space(images, self.picture_shape, self.state_dtype)
+        pixels = to_model_space(images, self.picture_shape, self.state_dtype, name)
         return (
             pixels if self.codec is None else self._by_parts(self.codec.encode, pixels, batch_size)
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -153,7 +154,8 @@ class GenerationPipeline(UnconditionalPipeline):
                 Not for stock multistep schedulers; a `solver_order` of ours has no history there.
             image: a picture to start from, one for all images or one for each (SDEdit): its x_t is
                 drawn from q(x_t | x_0) with the noise of each seed, and sampled from there. See
-                `to_model_space`. Schedulers as for `start_timestep`.
+                `to_model_space`; a pipeline of latents encodes it, to the mean where the encoder
+                gives a Gaussian. Schedulers as for `start_timestep`.
             strength: with `image`: share of the steps that are run, in (0, 1]. Small values keep
                 the picture, 1 keeps nothing but what x_T holds of it.
             eta: DDIM's eta, passed to schedulers that take one; None leaves theirs.
@@ -194,7 +196,8 @@ class GenerationPipeline(UnconditionalPipeline):
         if latents is not None:
             latents = self.check_latents(latents)
         starts = {"latents": latents, "start_timestep": start_timestep}
-        source = make_source(image, strength, self.image_shape, self.state_dtype, **starts)
+        encode = partial(self.x0_of, batch_size=batch_size, name="image")
+        source = make_source(image, strength, encode, **starts)
         conditions = Conditions(
             class_labels,
             guidance_scale,

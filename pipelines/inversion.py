@@ -59,7 +59,8 @@ class InversionOutput(BaseOutput):
         timesteps: tau in the order of encoding (increasing), S timesteps.
         network_calls: calls of the network for each image.
         residual: float64 (S, N): root mean square change of x_t in the last refinement of each
-            step, the residual of the iterate before it; None without refinement.
+            step, or with mixing of the iterate that is returned; see `Refinement.refine`. None
+            without refinement.
         converged: whether every residual is within the tolerance; None without refinement.
     """
 
@@ -95,7 +96,9 @@ class TranslationOutput(BaseOutput):
         images: the translated images, in the output type.
         inversion: what encoding with the first model returned; its latents are shared by both.
         cycle_error: float64 (N,): mean squared error per dimension on [0, 1] of the images that
-            were translated there and back, unclamped in between; None unless asked for.
+            were translated there and back, unclamped in between; None unless asked for. Of a
+            pipeline of latents that of the decoded images, which includes what the autoencoder
+            loses; between the two ways latents stay latents.
         back: the encoding of the way back; None unless asked for.
     """
 
@@ -126,6 +129,7 @@ class InversionPipeline(UnconditionalPipeline):
         timesteps: Sequence[int] | None = None,
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
+        mixing: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
         class_labels: ClassLabelInput | None = None,
     ) -> InversionOutput:
@@ -140,6 +144,8 @@ class InversionPipeline(UnconditionalPipeline):
             tolerance: root mean square change of x_t at which an image's iteration stops, > 0 (x_t
                 has a standard deviation of about 1). What has not reached it after `refinements` is
                 warned about.
+            mixing: how many earlier iterates Anderson's method combines with the last; 0 is the
+                plain iteration. 3 to 5 may converge where that does not. See `Refinement`.
             batch_size: images in one network call; bounds the memory. A sample stops on its own, so
                 the result does not depend on the batch.
             class_labels: of a conditional network: the class of all images, or one for each; see
@@ -160,6 +166,7 @@ class InversionPipeline(UnconditionalPipeline):
             timesteps=timesteps,
             refinements=refinements,
             tolerance=tolerance,
+            mixing=mixing,
             batch_size=batch_size,
             class_labels=class_labels,
         )
@@ -173,6 +180,7 @@ class InversionPipeline(UnconditionalPipeline):
         timesteps: Sequence[int] | None = None,
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
+        mixing: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
         class_labels: ClassLabelInput | None = None,
     ) -> InversionOutput:
@@ -194,7 +202,13 @@ class InversionPipeline(UnconditionalPipeline):
                 call = partial(predict, conditions.of(start, stop), batch_size=largest)
                 x = x0[start:stop].to(device)
                 encoding = encode_and_refine(
-                    call, x, inverse, refinements, tolerance, after_step=bar.update
+                    call,
+                    x,
+                    inverse,
+                    refinements,
+                    tolerance,
+                    mixing=mixing,
+                    after_step=bar.update,
                 )
                 check_finite(encoding.latents, start)
                 latents[start:stop] = encoding.latents.cpu()
@@ -250,6 +264,7 @@ class InversionPipeline(UnconditionalPipeline):
         timesteps: Sequence[int] | None = None,
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
+        mixing: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
         class_labels: ClassLabelInput | None = None,
         output_type: str = "pil",
@@ -262,6 +277,7 @@ class InversionPipeline(UnconditionalPipeline):
             timesteps: explicit trajectory instead, strictly decreasing.
             refinements: as in `__call__`.
             tolerance: as in `__call__`.
+            mixing: as in `__call__`.
             batch_size: as in `__call__`.
             class_labels: as in `__call__`, both ways.
             output_type: pil, np, pt or latent.
@@ -281,7 +297,9 @@ class InversionPipeline(UnconditionalPipeline):
             "batch_size": batch_size,
             "class_labels": class_labels,
         }
-        inversion = self.encode(x0, refinements=refinements, tolerance=tolerance, **common)
+        inversion = self.encode(
+            x0, refinements=refinements, tolerance=tolerance, mixing=mixing, **common
+        )
         again: Any = self.decode(inversion.latents, output_type="latent", **common)
         shown = self.pixels_of(again, batch_size)
         buffer = OutputBuffer(output_type, len(x0), self.picture_shape)
@@ -300,6 +318,7 @@ class InversionPipeline(UnconditionalPipeline):
         timesteps: Sequence[int] | None = None,
         refinements: int = 0,
         tolerance: float = DEFAULT_TOLERANCE,
+        mixing: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
         output_type: str = "pil",
     ) -> TranslationOutput:
@@ -312,7 +331,9 @@ class InversionPipeline(UnconditionalPipeline):
         Args:
             images: as in `__call__`.
             target: a pipeline of the other model, with `unet` and `scheduler`, for images of the
-                same size and channels. Each model steps with its own scheduler's noise levels.
+                same size and channels; a pipeline of latents fits one whose latents have the same
+                shape, each with its own autoencoder. Each model steps with its own scheduler's
+                noise levels.
             class_labels: of this model, as in `__call__`.
             target_class_labels: of the other model; another class of the same model will do.
             cycle: also translate back, and measure the error; this triples the network calls.
@@ -320,6 +341,7 @@ class InversionPipeline(UnconditionalPipeline):
             timesteps: explicit trajectory instead, strictly decreasing.
             refinements: as in `__call__`.
             tolerance: as in `__call__`.
+            mixing: as in `__call__`.
             batch_size: as in `__call__`.
             output_type: pil, np, pt or latent.
 
@@ -335,21 +357,28 @@ class InversionPipeline(UnconditionalPipeline):
             "batch_size": batch_size,
         }
         self._check_target(other, num_inference_steps, timesteps)
-        x0 = to_model_space(images, self.image_shape, self.state_dtype)
-        refined = {**common, "refinements": refinements, "tolerance": tolerance}
+        pixels = to_model_space(images, self.picture_shape, self.state_dtype)
+        x0 = self.x0_of(images, batch_size)
+        refined = {
+            **common,
+            "refinements": refinements,
+            "tolerance": tolerance,
+            "mixing": mixing,
+        }
         inversion = self.encode(x0, class_labels=class_labels, **refined)
         made: Any = other.decode(
             inversion.latents, class_labels=target_class_labels, output_type="latent", **common
         )
-        buffer = OutputBuffer(output_type, len(x0), self.image_shape)
-        buffer.add(0, made)
+        buffer = OutputBuffer(output_type, len(x0), self.picture_shape)
+        buffer.add(0, made if output_type == "latent" else other.pixels_of(made, batch_size))
         if not cycle:
             return TranslationOutput(buffer.result(), inversion)
         back = other.encode(made, class_labels=target_class_labels, **refined)
         again: Any = self.decode(
             back.latents, class_labels=class_labels, output_type="latent", **common
         )
-        return TranslationOutput(buffer.result(), inversion, unit_error(again, x0), back)
+        error = unit_error(self.pixels_of(again, batch_size), pixels)
+        return TranslationOutput(buffer.result(), inversion, error, back)
 
     def _check_target(
         self,
@@ -357,11 +386,15 @@ class InversionPipeline(UnconditionalPipeline):
         num_inference_steps: int | None,
         timesteps: Sequence[int] | None,
     ) -> None:
-        if other.image_shape != self.image_shape:
-            raise ValueError(
-                f"`target` makes images of shape {other.image_shape} (C, H, W); it must be "
-                f"{self.image_shape}, as this pipeline's."
-            )
+        for what, theirs, ours in (
+            ("images", other.picture_shape, self.picture_shape),
+            ("samples", other.image_shape, self.image_shape),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"`target` makes {what} of shape {theirs} (C, H, W); it must be {ours}, as "
+                    "this pipeline's."
+                )
         ends = []
         for scheduler in (self.decoding_scheduler(), other.decoding_scheduler()):
             tau = plan(scheduler, num_inference_steps, timesteps, "cpu")

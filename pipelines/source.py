@@ -1,12 +1,12 @@
 """Sampling from a picture (SDEdit, arXiv:2108.01073): noise is added, and taken away again."""
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ddim_schedulers.pipelines.images import ImageInput, to_model_space
+from ddim_schedulers.pipelines.images import ImageInput
 from ddim_schedulers.process import q_sample
 
 
@@ -15,7 +15,7 @@ class Source:
     """The pictures that sampling starts from, and how far back it goes.
 
     Attributes:
-        x_0: (1, C, H, W) for all images, or (N, C, H, W); on the CPU.
+        x_0: (1, C, H, W) for all images, or (N, C, H, W), in the space of the network; on the CPU.
         strength: share of the steps that are run, in (0, 1].
     """
 
@@ -43,8 +43,7 @@ class Source:
 def make_source(
     image: ImageInput | None,
     strength: float | None,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
+    x0_of: Callable[[ImageInput], torch.Tensor],
     **others: object,
 ) -> Source | None:
     """Return the source of a call, None without one.
@@ -52,8 +51,7 @@ def make_source(
     Args:
         image: see `to_model_space`.
         strength: in (0, 1].
-        shape: (C, H, W) of the network.
-        dtype: of the samples.
+        x0_of: encodes pictures as samples of the network, see `UnconditionalPipeline.x0_of`.
         **others: arguments that also say where sampling starts; None where not given.
 
     Raises:
@@ -66,7 +64,7 @@ def make_source(
     if both := [name for name, value in others.items() if value is not None]:
         raise ValueError(f"`image` and `{both[0]}` are both given; pass one of the two.")
     assert strength is not None
-    return Source(to_model_space(image, shape, dtype, "image"), float(strength))
+    return Source(x0_of(image), float(strength))
 
 
 def check_strength(image: Any, strength: float | None) -> None:  # noqa: ANN401

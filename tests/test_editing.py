@@ -15,19 +15,26 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DModel,
 )
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, InversionPipeline
+from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.pipelines.sampling_job import SamplingJob, sample_to_directory
 from ddim_schedulers.training import cli
 
-SPEC = importlib.util.spec_from_file_location(
-    "test_pipelines_inversion", Path(__file__).with_name("test_pipelines_inversion.py")
-)
-assert SPEC is not None and SPEC.loader is not None
-inversion = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(inversion)
+
+def neighbour(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+inversion, latent_models = neighbour("test_pipelines_inversion"), neighbour("latent_models")
 SIZE, Oracle = inversion.SIZE, inversion.Oracle
 pipeline, some_images = inversion.pipeline, inversion.some_images
 
@@ -206,6 +213,84 @@ def test_a_target_that_does_not_fit():
     early = InversionPipeline(unet=Oracle(), scheduler=DDIMScheduler(timestep_spacing="trailing"))
     with pytest.raises(ValueError, match="`target` begins at"):
         pipe.translate(some_images(), early, num_inference_steps=3)
+
+
+class SameShape(latent_models.ExactVae):
+    """Pictures and latents of one shape: only the sign says which of the two a tensor is."""
+
+    def encode(self, x):
+        return AutoencoderTinyOutput(latents=-x)
+
+    def decode(self, z):
+        return DecoderOutput(sample=-z)
+
+
+@pytest.fixture
+def same_shape(monkeypatch):
+    """A pipeline of latents whose pictures have the shape of the latents."""
+    monkeypatch.setattr(Codec, "factor", 1)
+    unet = latent_models.small_unet(side=8)
+    vae = SameShape()
+    vae.register_to_config(in_channels=4, out_channels=4)
+    return latent_models.latent_pipeline(vae, unet=unet)
+
+
+def test_a_picture_is_encoded_where_it_could_be_taken_for_a_latent(same_shape):
+    pictures = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 10, "seeds": [1, 2]}
+    path = same_shape(image=pictures, strength=0.1, return_path=True, **options).path
+    pixels = GenerationPipeline(unet=same_shape.unet, scheduler=same_shape.scheduler)
+    pixels.set_progress_bar_config(disable=True)
+    mirrored = pixels(image=1 - pictures, strength=0.1, return_path=True, **options).path
+    assert torch.allclose(path.x_t[0], mirrored.x_t[0], atol=1e-6)
+    pipe = same_shape.sibling(InversionPipeline)
+    made = pipe.translate(pictures, pipe, num_inference_steps=3, cycle=True, output_type="pt")
+    expected = pipe.reconstruct(pictures, num_inference_steps=3, output_type="pt")
+    assert torch.equal(made.inversion.latents, expected.inversion.latents)
+    assert torch.equal(made.images, expected.images)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny", "vq"])
+def test_editing_of_latents_encodes_and_decodes_pictures(kind):
+    pipe = latent_models.latent_pipeline(latent_models.small_vae(kind), InversionPipeline)
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    made = pipe.translate(images, pipe, num_inference_steps=3, cycle=True, output_type="pt")
+    expected = pipe.reconstruct(images, num_inference_steps=3, output_type="pt")
+    assert torch.equal(made.images, expected.images) and made.images.shape == images.shape
+    latents = pipe.translate(images, pipe, num_inference_steps=3, output_type="latent").images
+    assert latents.shape == (2, 4, 4, 4)
+    assert torch.allclose(made.images, ((pipe.pixels_of(latents) + 1) / 2).clamp(0, 1), atol=1e-6)
+    # what the autoencoder loses is part of the error, as of that of reconstruction
+    lost = pipe.pixels_of(pipe.x0_of(images)) - (images * 2 - 1)
+    options = {"num_inference_steps": 3, "refinements": 100, "tolerance": 1e-7, "mixing": 3}
+    exact = pipe.translate(images, pipe, cycle=True, **options).cycle_error
+    assert torch.allclose(exact, (lost.double() / 2).square().mean(dim=(1, 2, 3)), rtol=1e-2)
+    edited = pipe.sibling(GenerationPipeline)(
+        image=images, strength=0.5, seeds=[0, 1], num_inference_steps=4, output_type="pt"
+    )
+    assert edited.images.shape == images.shape
+    with pytest.raises(ValueError, match="`image` has shape"):
+        pipe.sibling(GenerationPipeline)(image=latents.sigmoid(), strength=0.5)
+    with pytest.raises(ValueError, match="`images` has shape"):
+        pipe.translate(latents.sigmoid(), pipe)
+
+
+def test_a_target_of_pixels_does_not_fit_latents_of_its_shape():
+    pipe = latent_models.latent_pipeline(cls=InversionPipeline)
+    pixels = InversionPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
+    for source, target in ((pipe, pixels), (pixels, pipe)):
+        with pytest.raises(ValueError, match="`target` makes images of shape"):
+            source.translate(torch.rand(1, *source.picture_shape), target)
+
+
+def test_mixing_converges_in_fewer_calls_and_is_checked():
+    pipe, images = pipeline(), some_images()
+    options = {"num_inference_steps": 5, "refinements": 12, "tolerance": 1e-9}
+    plain, mixed = (pipe(images, mixing=m, **options) for m in (0, 3))
+    assert mixed.residual.max() < 0.1 * plain.residual.max()
+    for call in (pipe, pipe.reconstruct, lambda i, **k: pipe.translate(i, pipe, **k)):
+        with pytest.raises(ValueError, match="`mixing` is -1"):
+            call(images, mixing=-1)
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "edit.md"
