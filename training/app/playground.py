@@ -401,7 +401,8 @@ class Playground:
             report(f"network call {calls}, t = {int(t.max())}", None)
 
         with self._lock:
-            handle = self.saved.unet.register_forward_pre_hook(before, with_kwargs=True)
+            module: Any = self.saved.unet
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
             try:
                 yield
             finally:
