@@ -398,7 +398,9 @@ def _pipeline_class(
         labelled = labels_in(_read_json(root / "unet" / "config.json")) is not None
         config = files.get(f"{VAE}/config.json")
         if not isinstance(config, Path):
-            raise ValueError(f"{root} is not a saved pipeline: its {VAE} has no config.json.")
+            raise ValueError(
+                f"`pipeline_dir` is {str(root)!r}, whose {VAE} has no config.json; it must have one."
+            )
         return latent_class(_read_json(config), labelled, form)
     if components != _PARTS or "scheduler" not in schedulers:
         return name
