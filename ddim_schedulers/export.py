@@ -399,7 +399,8 @@ def _pipeline_class(
         config = files.get(f"{VAE}/config.json")
         if not isinstance(config, Path):
             raise ValueError(
-                f"`pipeline_dir` is {str(root)!r}, whose {VAE} has no config.json; it must have one."
+                f"`pipeline_dir` is {str(root)!r}, whose {VAE} has no config.json; it must have "
+                "one."
             )
         return latent_class(_read_json(config), labelled, form)
     if components != _PARTS or "scheduler" not in schedulers:
