@@ -20,7 +20,7 @@ VERBS = set(
     Give Go Hand Hash Interpolate Join Keep Label Leave Let List Load Log Look Make Map Mark
     Measure Minimise Move Name Note Open Own Plan Plot Predict Prepare Print Push Put Raise Read
     Reconstruct Refine Refuse Rely Remove Replace Restore Return Round Run Sample Save Say Scale
-    Send Set Settle Share Shift Show Split Start Stop Store Sum Swap Take Tell Train Turn Undo
+    Send Serve Set Settle Share Shift Show Split Start Stop Store Sum Swap Take Tell Train Turn Undo
     Unpack Update Use Walk Warn Write
     """.split()
 )
