@@ -14,7 +14,7 @@ FOLDERS = ("ddim_schedulers", "pipelines", "training")
 # A docstring of a function begins with one of these. Another verb may be added; a noun may not.
 VERBS = set(
     """
-    Add Append Apply Ask Assign Bound Build Calibrate Call Change Check Choose Clip Close
+    Serve Add Append Apply Ask Assign Bound Build Calibrate Call Change Check Choose Clip Close
     Compare Compile Compute Continue Convert Copy Count Create Decode Delete Divide Do Draw Drop
     Embed Encode Estimate Evaluate Export Fetch Fill Find Fit Fix Follow Forget Gather Generate
     Give Go Hand Hash Interpolate Join Keep Label Leave Let List Load Log Look Make Map Mark
