@@ -88,7 +88,7 @@ def test_rescale_agrees_with_stock():
 
 
 def test_rescale_needs_two_steps():
-    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr.*>= 2"):
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr.*at least 2"):
         rescale_zero_terminal_snr(make_betas("linear", 1))
 
 

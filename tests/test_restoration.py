@@ -461,7 +461,7 @@ REFUSED = {
         {"operator": lambda: Broken(A_dagger=lambda y: y)},
         "`operator.A_dagger` of Broken changes the shape",
     ),
-    "too few seeds": ({"seeds": [1, 2, 3]}, "are 3 for 2 measurements"),
+    "too few seeds": ({"seeds": [1, 2, 3]}, "has 3 for 2 measurements"),
     "other seeds": ({"seeds": [1, 2], "num_samples": 2}, "contradict each other"),
     "samples": ({"num_samples": 0}, "`num_samples` is 0; it must be an integer >= 1"),
     "latents": ({"latents": torch.zeros(2, 3, 4, 4)}, "`latents` has shape"),
