@@ -164,7 +164,10 @@ INDEX = {
     [
         ('{"_class_name": ', "not valid JSON"),
         ("[1]", "must hold a JSON object"),
-        ({**INDEX, "../../outside": ["diffusers", "UNet2DModel"]}, "is no name; a name must consist of"),
+        (
+            {**INDEX, "../../outside": ["diffusers", "UNet2DModel"]},
+            "is no name; a name must consist of",
+        ),
         ({**INDEX, "/etc": ["diffusers", "UNet2DModel"]}, "is no name; a name must consist of"),
         ({**INDEX, "unet": ["diffusers"]}, "must name a library and a class"),
         ({**INDEX, "unet": [{"a": 1}, 5]}, "must name a library and a class"),
