@@ -204,6 +204,24 @@ def test_a_missing_extra_is_one_sentence(missing, monkeypatch, capsys):
     )
 
 
+def test_verbs_that_run_without_arguments_are_known():
+    alone = set()
+    for verb in set(cli.VERBS) - cli.OWN_PARSER:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(cli.module_of(verb)).add_arguments(parser)
+        if not any(action.required for action in parser._actions):
+            alone.add(verb)
+    assert alone == cli.WITHOUT_ARGUMENTS
+
+
+def test_the_demo_runs_without_arguments(tmp_path):
+    (tmp_path / "runs").write_text("a file where the demo wants a folder")
+    code = f"import runpy; raise SystemExit(runpy.run_path({cli.__file__!r})['main'](['demo']))"
+    done = run_python(code, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "`--output` is 'runs/digits'" in done.stderr
+
+
 def test_a_real_import_of_a_missing_extra(monkeypatch, capsys):
     def run(args):
         import sklearn.datasets  # noqa: F401

@@ -47,6 +47,8 @@ VERBS: dict[str, str] = {
 }
 OWN_PARSER: frozenset[str] = frozenset({"train"})
 
+WITHOUT_ARGUMENTS = {"demo"}  # these run; any other verb shows its help where no word follows
+
 # The modules that each extra brings, by the name under which they are imported.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
@@ -91,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     _check_flags(parser, argv[:end])
     args = parser.parse_args(argv[:end])
     show_traceback = args.traceback or os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
-    asks = not argv[end:] or not {"-h", "--help"}.isdisjoint(argv[end:])
+    bare = not argv[end:] and args.verb not in WITHOUT_ARGUMENTS
+    asks = bare or not {"-h", "--help"}.isdisjoint(argv[end:])
     helps = asks and _without_package()
     try:
         return _run(args.verb, argv[end:])
