@@ -179,6 +179,8 @@ def test_the_pipeline_that_comes_with_the_package(tmp_path, monkeypatch):
     # made by the commands of its README; other weights need another line here
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == DIGITS
     assert sum(p.stat().st_size for p in Path(found.name).rglob("*") if p.is_file()) < 2**20
+    config = json.loads((weights.parent / "config.json").read_text())
+    assert "_name_or_path" not in config  # where it was on the machine that made it
     pipe = GenerationPipeline.from_pretrained(found.name)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(seeds=range(32), num_inference_steps=20, output_type="pt").images
