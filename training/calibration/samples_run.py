@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,9 @@ from diffusers.utils import logging
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines.base import check_batch_size, chunks
-from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.pipelines.sampling import predict
-from ddim_schedulers.pipelines.workdir import Workdir
-from ddim_schedulers.reading import DamagedFileError
 from ddim_schedulers.solver_tables import (
     SOLVER_BASE,
     SolverTable,
@@ -48,9 +44,8 @@ from ddim_schedulers.training.calibration.samples_search import (
 )
 from ddim_schedulers.training.calibration.solver_run import NEUTRAL
 from ddim_schedulers.training.common.processes import Team, own_together
-from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_parts
 from ddim_schedulers.training.common.seeds import generator
-from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.data.images import ImageData
 from ddim_schedulers.training.evaluation.references import from_uint8
 from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
@@ -235,65 +230,16 @@ def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> Gener
     return scheduler
 
 
-class MeasurementFiles(Workdir[str, Tensors]):
-    """The measurements of one calibration, by name.
+class MeasurementFiles(SealedParts[str]):
+    """The measurements of one calibration, by name."""
 
-    Args:
-        work_dir: where they are.
-        settings: what they depend on.
-        tells: whether this process tells of damage.
-    """
-
-    argument = "work_dir"
-    holds = "an unfinished calibration"
-    remedy = "delete it, or choose another folder"
     settings_name = CLAIM
-
-    def __init__(self, work_dir: Path, settings: dict[str, Any], *, tells: bool) -> None:
-        super().__init__(work_dir)
-        self.settings, self.tells = settings, tells
-
-    def claim(self) -> None:
-        """Note what the measurements are of, or refuse those of another calibration.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        try:
-            before = self.kept_settings()
-        except DamagedFileError as error:
-            # the parts that were sealed for this very calibration are still recognised
-            logger.warning(f"{error} It is made again, and parts of this calibration are used.")
-            before = None
-        if before is None:
-            write_bytes(self.folder / CLAIM, to_json(self.settings))
-            return
-        self.require_same(before, self.settings)
+    unit = "calibration"
+    made = "measured"
 
     def path_of(self, item: str) -> Path:
         """Return where a measurement is, or will be."""
         return self.folder / f"part-{item}.safetensors"
-
-    @cached_property
-    def _about(self) -> str:
-        return json.dumps(self.settings, sort_keys=True)
-
-    def read(self, item: str) -> Tensors:
-        """Return the tensors of a measurement.
-
-        Raises:
-            DamagedFileError: it is not what was written.
-        """
-        return read_sealed(self.path_of(item), f"{self._about} {item}", unsealed=False)
-
-    def save(self, item: str, value: Tensors) -> None:
-        """Write the tensors of a measurement."""
-        write_bytes(self.path_of(item), pack_sealed(value, f"{self._about} {item}"))
-
-    def tell(self, error: DamagedFileError) -> None:
-        """Warn of a damaged measurement."""
-        if self.tells:
-            logger.warning(f"{error} It is measured again.")
 
 
 def calibrate_samples(
@@ -352,11 +298,7 @@ def calibrate_samples(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a run that is done, and the folder unless it holds anything else."""
-    for pattern in (CLAIM, CLASSIFIER_FILE, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
-        for path in work_dir.glob(pattern):
-            path.unlink(missing_ok=True)
-    if work_dir.is_dir() and not any(work_dir.iterdir()):
-        work_dir.rmdir()
+    discard_parts(work_dir, CLAIM, CLASSIFIER_FILE)
 
 
 class _Run:

@@ -20,10 +20,7 @@ from diffusers.utils import logging
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.parameterization import x0_coefficients
 from ddim_schedulers.pipelines.base import check_batch_size
-from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.ownership import Owner
-from ddim_schedulers.pipelines.workdir import Workdir
-from ddim_schedulers.reading import DamagedFileError
 from ddim_schedulers.solver_tables import (
     MAX_CALLS,
     SOLVER_BASE,
@@ -42,9 +39,8 @@ from ddim_schedulers.training.calibration.solver_fit import (
     Tensors,
 )
 from ddim_schedulers.training.common.processes import Team, own_together
-from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_parts
 from ddim_schedulers.training.common.seeds import generator
-from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
 logger = logging.get_logger(__name__)
@@ -194,63 +190,14 @@ class Predictor:
 Item = tuple[str, int]  # what is computed, and of which chunk
 
 
-class SolverFiles(Workdir[Item, Tensors]):
-    """The sums of one run, and the claim that says what they are of.
+class SolverFiles(SealedParts[Item]):
+    """The sums of one run, by name and chunk."""
 
-    Args:
-        work_dir: where they are.
-        settings: everything that they depend on, as JSON types.
-    """
-
-    argument = "work_dir"
-    holds = "an unfinished calibration"
-    remedy = "delete it, or choose another folder"
     settings_name = CLAIM
-
-    def __init__(self, work_dir: Path, settings: dict[str, Any]) -> None:
-        super().__init__(work_dir)
-        self.settings = settings
-
-    def claim(self) -> None:
-        """Note what the parts in the folder are of, or refuse those of another run.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        try:
-            before = self.kept_settings()
-        except DamagedFileError as error:
-            # the parts that were sealed for this very run are still recognised
-            logger.warning(f"{error} It is made again, and parts of this run are used.")
-            before = None
-        if before is None:
-            write_bytes(self.folder / CLAIM, to_json(self.settings))
-        else:
-            self.require_same(before, self.settings)
-
-    def about(self, item: Item) -> str:
-        """Return what a part is of, for its check sum."""
-        return f"{json.dumps(self.settings, sort_keys=True)} {item}"
 
     def path_of(self, item: Item) -> Path:
         """Return where a part is, or will be."""
         return self.folder / f"part-{item[0]}-{item[1]:05d}.safetensors"
-
-    def read(self, item: Item) -> Tensors:
-        """Return the tensors of a part.
-
-        Raises:
-            DamagedFileError: it is not what was written.
-        """
-        return read_sealed(self.path_of(item), self.about(item), unsealed=False)
-
-    def save(self, item: Item, value: Tensors) -> None:
-        """Write the tensors of a part."""
-        write_bytes(self.path_of(item), pack_sealed(value, self.about(item)))
-
-    def tell(self, error: DamagedFileError) -> None:
-        """Warn of a damaged part."""
-        logger.warning(f"{error} It is computed again.")
 
 
 class Parts:
@@ -344,11 +291,7 @@ def calibrate_solver(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a run that is done, and the folder unless it holds anything else."""
-    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
-        for path in work_dir.glob(pattern):
-            path.unlink(missing_ok=True)
-    if work_dir.is_dir() and not any(work_dir.iterdir()):
-        work_dir.rmdir()
+    discard_parts(work_dir, CLAIM)
 
 
 class _Calibration:

@@ -25,6 +25,7 @@ from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.common.processes import Team, own_together
+from ddim_schedulers.training.common.sealed_parts import discard_parts
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.common.storage import to_json
@@ -184,11 +185,7 @@ def _run(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
-    for pattern in (CLAIM, "part-*.safetensors", ".part-*.tmp", f".{CLAIM}.*.tmp"):
-        for path in work_dir.glob(pattern):
-            path.unlink(missing_ok=True)
-    if work_dir.is_dir() and not any(work_dir.iterdir()):
-        work_dir.rmdir()
+    discard_parts(work_dir, CLAIM)
 
 
 Part = tuple[int, int]  # the number of a chunk of images, and of a block of timesteps
