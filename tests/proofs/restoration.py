@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast of the network")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--frechet", type=int, default=1000, help="0: none")
     parser.add_argument("--calls", type=int, nargs="+", default=[20, 100])
@@ -107,6 +108,10 @@ def main() -> None:
     pipe = RestorationPipeline.from_pipe(pipe, scheduler=scheduler)
     pipe.unet.float()
     pipe = pipe.to(args.device)
+    pipe.unet.to(memory_format=torch.channels_last)
+    if args.bf16:
+        kind = torch.device(args.device).type
+        pipe.unet.forward = torch.autocast(kind, torch.bfloat16)(pipe.unet.forward)
     pipe.set_progress_bar_config(disable=True)
     channels, *size = pipe.image_shape
     everything = load_images(args.images, tuple(size))
