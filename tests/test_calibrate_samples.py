@@ -18,16 +18,15 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
-from ddim_schedulers.training.calibration import samples_run, samples_search
-from ddim_schedulers.training.calibration.samples_run import (
+from ddim_schedulers.training.calibration import samples_job, samples_run, samples_search
+from ddim_schedulers.training.calibration.samples_job import (
     Outcome,
     SamplesJob,
-    calibrate_samples,
     current_setting,
-    discard,
     entry_of,
     sampler_of,
 )
+from ddim_schedulers.training.calibration.samples_run import calibrate_samples, discard
 from ddim_schedulers.training.calibration.samples_search import (
     FLOORS,
     STUDENT,
@@ -472,7 +471,7 @@ def test_the_command_stores_what_wins_and_the_preset_uses_it(tmp_path, monkeypat
     file = folder / "scheduler" / "scheduler_config.json"
     before = file.read_text()
     small = Space(((0.0, None), (1.0, (0.2, 0.8))), (1.0, 1.5), (1.0,), rounds=0)
-    monkeypatch.setattr(samples_run, "SamplesJob", partial(SamplesJob, space=small))
+    monkeypatch.setattr(samples_job, "SamplesJob", partial(SamplesJob, space=small))
     words = ["calibrate", "--pipeline", str(folder), "--objective", "samples", "--cpu"]
     words += ["--data", "digits", "--calls", "3", "--num_images", "64", "--features"]
     assert main([*words, "pixels"]) == 2 and "name two" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from ddim_schedulers.export import export_folder
 from ddim_schedulers.solver_tables import stored_calls
 from ddim_schedulers.training.calibration import solver_fit, solver_run
 from ddim_schedulers.training.calibration.solver_fit import Constants
-from ddim_schedulers.training.calibration.solver_run import SolverJob, calibrate_solver
+from ddim_schedulers.training.calibration.solver_job import SolverJob
+from ddim_schedulers.training.calibration.solver_run import calibrate_solver
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.likelihood.calibration import add_to_calibration

@@ -24,11 +24,8 @@ import solver_presets as presets
 import torch
 from diffusers.utils import logging
 
-from ddim_schedulers.training.calibration.samples_run import (
-    SamplesJob,
-    calibrate_samples,
-    sampler_of,
-)
+from ddim_schedulers.training.calibration.samples_job import SamplesJob, sampler_of
+from ddim_schedulers.training.calibration.samples_run import calibrate_samples
 from ddim_schedulers.training.calibration.samples_search import Space
 from ddim_schedulers.training.evaluation.references import as_uint8_sees
 from ddim_schedulers.training.likelihood.measured_model import load_measured_model

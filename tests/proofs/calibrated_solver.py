@@ -27,7 +27,8 @@ from solver_presets import Model, build, plan, say, values_of
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.training.calibration.solver_fit import Constants
-from ddim_schedulers.training.calibration.solver_run import SolverJob, calibrate_solver
+from ddim_schedulers.training.calibration.solver_job import SolverJob
+from ddim_schedulers.training.calibration.solver_run import calibrate_solver
 from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
 STOCK = (

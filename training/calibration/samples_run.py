@@ -9,40 +9,36 @@ kept in files, so that an interrupted run goes on.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging
 
-from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
-from ddim_schedulers.pipelines.base import check_batch_size, chunks
+from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.pipelines.sampling import predict
-from ddim_schedulers.solver_tables import (
-    SOLVER_BASE,
-    SolverTable,
-    misfit,
-    pack_solver_table,
-    solver_table_of,
+from ddim_schedulers.training.calibration.samples_job import (
+    NEIGHBOURS,
+    Outcome,
+    SamplesJob,
+    current_setting,
+    sampler_of,
 )
 from ddim_schedulers.training.calibration.samples_search import (
     BLOCKS,
     FLOORS,
     Samples,
     Setting,
-    Space,
     Tensors,
     Verdict,
     choose,
     compare,
     search,
 )
-from ddim_schedulers.training.calibration.solver_run import NEUTRAL
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_parts
 from ddim_schedulers.training.common.seeds import generator
@@ -52,182 +48,13 @@ from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 from ddim_schedulers.training.metrics.distances import Gaussian, neighbour_metrics
 from ddim_schedulers.training.metrics.features import extract, space_fingerprint
 
-logger = logging.get_logger(__name__)
-
 METHOD = 1  # changes with everything that changes the numbers of a part
 CLAIM = "samples.json"
 CLASSIFIER_FILE = "classifier.safetensors"
 READ_BATCH = 2000
 HELD_OUT = "held-out"
-NEIGHBOURS = 5
 # How many settings, the best of the search first, are compared with the one that is there now.
 TRIES = 6
-
-
-@dataclass(frozen=True)
-class SamplesJob:
-    """What is calibrated.
-
-    Attributes:
-        calls: numbers of network calls, each with settings of its own.
-        num_images: samples of a setting that came to the end of a race, in eight blocks with noise
-            of their own; as many of held-out noise of each setting that is compared at the end.
-        seed: of the noise.
-        batch_size: samples in a network call.
-        space: what is searched.
-    """
-
-    calls: tuple[int, ...] = (5, 10, 20)
-    num_images: int = 2000
-    seed: int = 0
-    batch_size: int = 500
-    space: Space = field(default_factory=Space)
-
-    def check(self, big_t: int) -> None:
-        """Check the numbers against a chain of `big_t` timesteps.
-
-        Raises:
-            ValueError: naming the option, its value and what is allowed.
-        """
-        for calls in self.calls:
-            if not 1 <= calls <= big_t:
-                raise ValueError(f"`calls` is {calls}; it must be 1 to {big_t}")
-        if not self.calls or len(set(self.calls)) != len(self.calls):
-            raise ValueError(f"`calls` is {list(self.calls)}; it must be different numbers")
-        least = BLOCKS * (NEIGHBOURS + 1)
-        if self.num_images < least:
-            raise ValueError(f"`num_images` is {self.num_images}; it must be at least {least}")
-        check_batch_size(self.batch_size)
-
-    @property
-    def block(self) -> int:
-        """Return how many samples a block has."""
-        return -(-self.num_images // BLOCKS)
-
-    @property
-    def held_out(self) -> int:
-        """Return how many samples a verdict is made of."""
-        return self.block * BLOCKS
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found for one number of calls.
-
-    Attributes:
-        calls: S.
-        current: the setting that was there.
-        chosen: the verdict on the setting that takes its place, or None where none does.
-        tried: every verdict, in order; the chosen one is the last.
-        evaluations: of the network, a sample each, of all processes in this session.
-    """
-
-    calls: int
-    current: Setting
-    chosen: Verdict | None
-    tried: tuple[Verdict, ...]
-    evaluations: int
-
-    @property
-    def setting(self) -> Setting:
-        """Return the setting that is in place now."""
-        return self.current if self.chosen is None else self.chosen.setting
-
-    def entry(self, config: Mapping[str, Any], spaces: Sequence[str], n: int) -> dict[str, Any]:
-        """Return the entry of `calibration["solver"]` with what was chosen, which there must be.
-
-        Args:
-            config: of the pipeline's scheduler, as ours reads it.
-            spaces: names of the feature spaces.
-            n: held-out samples.
-        """
-        assert self.chosen is not None
-        evidence = {"features": spaces[0], "n": n, **self.chosen.record()}
-        return {**entry_of(config, self.calls, self.setting), "samples": evidence}
-
-    def lines(self, spaces: Sequence[str]) -> list[str]:
-        """Return what was found, in words."""
-        said = [f"{self.calls} calls: {self.setting}"]
-        if self.chosen is None:
-            said[0] += " (as before)"
-        for verdict in self.tried:
-            gain = f"{verdict.before:.4g} -> {verdict.distance:.4g}, gain {verdict.gain}"
-            why = verdict.why_not
-            said.append(
-                f"  Frechet in {spaces[0]} {gain}"
-                + (f"; kept out, {why}" if why else "; chosen")
-                + f" ({verdict.setting})"
-            )
-            said += [
-                f"    {g.name}: {g.before:.4g} -> {g.value:.4g} +- {g.more.std_error:.2g}"
-                for g in verdict.guards
-            ]
-        return said
-
-
-def stored_entry(config: Mapping[str, Any], calls: int) -> dict[str, Any]:
-    """Return what is there now for a number of calls: a stored table, or the analytic steps.
-
-    Args:
-        config: of the pipeline's scheduler, as ours reads it.
-        calls: S.
-    """
-    found = ((config.get("calibration") or {}).get("solver") or {}).get(str(calls))
-    if found is not None:
-        return dict(found)
-    analytic = GeneralizedDDIMScheduler.from_config(
-        config, **{**NEUTRAL, **SOLVER_BASE, **FEW_STEPS}
-    )
-    analytic.set_timesteps(calls)
-    timesteps = [t for t, _ in analytic.planned_pairs()]
-    clip = float(analytic.config.clip_sample_range) if analytic.config.clip_sample else None
-    table = SolverTable(
-        timesteps,
-        [[0.0] * (i + 2) for i in range(calls)],
-        0.0,
-        clip,
-        clip,
-        [*analytic.alpha_bar[timesteps].tolist(), analytic.alpha_bar_end],
-    )
-    return pack_solver_table(table)
-
-
-def entry_of(config: Mapping[str, Any], calls: int, setting: Setting) -> dict[str, Any]:
-    """Return the entry of `calibration["solver"]` with a setting in the place of its own."""
-    kept = {k: v for k, v in stored_entry(config, calls).items() if k != "samples"}
-    return {**kept, **setting.config()}
-
-
-def current_setting(config: Mapping[str, Any], calls: int) -> Setting:
-    """Return the setting that is there now for a number of calls."""
-    return Setting.of(stored_entry(config, calls))
-
-
-def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> GeneralizedDDIMScheduler:
-    """Return the scheduler that takes `calls` steps with a setting, planned.
-
-    Args:
-        config: of the pipeline's scheduler, as ours reads it.
-        calls: S.
-        setting: what is chosen.
-
-    Raises:
-        ValueError: if a stored table does not fit the config.
-    """
-    stored = {"solver": {str(calls): entry_of(config, calls, setting)}}
-    scheduler = GeneralizedDDIMScheduler.from_config(
-        config, **{**NEUTRAL, **SOLVER_BASE, **CALIBRATED, "calibration": stored}
-    )
-    process = scheduler.alpha_bar, scheduler.alpha_bar_end
-    table = solver_table_of(stored, calls, len(scheduler))
-    assert table is not None
-    if why := misfit(table, scheduler.config, *process):
-        raise ValueError(
-            f"`calibration['solver']['{calls}']` does not fit the scheduler's config: {why}; it "
-            "must be calibrated again by `--objective solver`, or removed"
-        )
-    scheduler.set_timesteps(calls)
-    return scheduler
 
 
 class MeasurementFiles(SealedParts[str]):

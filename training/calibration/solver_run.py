@@ -9,21 +9,17 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.parameterization import x0_coefficients
-from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.solver_tables import (
-    MAX_CALLS,
-    SOLVER_BASE,
     SolverTable,
     analytic_steps,
     differences_of,
@@ -33,110 +29,21 @@ from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.calibration.solver_fit import (
     END,
     Chunk,
-    Constants,
     Fit,
     Table,
     Tensors,
 )
+from ddim_schedulers.training.calibration.solver_job import NEUTRAL, Outcome, SolverJob
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_parts
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
-logger = logging.get_logger(__name__)
-
 METHOD = 1  # changes with everything that changes the numbers of a sum
 CLAIM = "solver.json"
-CHUNK = 128
 # Where the timesteps are before they are fitted: t / T = (1 - i / S) ** power, of the powers the
 # one whose step-by-step fit ends nearest.
 POWERS = (1.0, 1.25, 1.5)
-# The scheduler that tables are differences from, whatever the config says of these.
-NEUTRAL: dict[str, Any] = {
-    **SOLVER_BASE,
-    "calibration": None,
-    "end_scale": 1.0,
-    "eps_scale": 1.0,
-    "eta": None,
-    "eta_interval": None,
-    "original_inference_steps": None,
-    "reverse_variance": "sigma",
-    "sigma": None,
-    "timesteps": None,
-}
-
-
-@dataclass(frozen=True)
-class SolverJob:
-    """What is calibrated.
-
-    Attributes:
-        calls: numbers of network calls; each gets a table.
-        num_samples: n, that tables are fitted to.
-        held_out: samples of other noise that they are tested on.
-        steps: of the fine trajectory.
-        seed: of the noise.
-        batch_size: samples in a network call, where there are as many: chunks have at most
-            `CHUNK`, but derivatives are computed side by side.
-        constants: of the method.
-    """
-
-    calls: tuple[int, ...] = (5, 7, 10, 15, 20)
-    num_samples: int = 128
-    held_out: int = 64
-    steps: int = 100
-    seed: int = 0
-    batch_size: int = 64
-    constants: Constants = Constants()
-
-    @property
-    def chunk(self) -> int:
-        """Return how many samples a chunk has."""
-        return min(self.batch_size, CHUNK)
-
-    def check(self, big_t: int) -> None:
-        """Check the numbers against a chain of `big_t` timesteps.
-
-        Raises:
-            ValueError: naming the option, its value and what is allowed.
-        """
-        most = min(big_t, 2 * MAX_CALLS)
-        if not 2 <= self.steps <= most:
-            raise ValueError(f"`trajectory_steps` is {self.steps}; it must be 2 to {most}")
-        for calls in self.calls:
-            if not 1 <= calls <= self.steps // 2:
-                raise ValueError(
-                    f"`calls` is {calls}; it must be 1 to {self.steps // 2}, half of "
-                    f"`trajectory_steps`={self.steps}"
-                )
-        if not self.calls or len(set(self.calls)) != len(self.calls):
-            raise ValueError(f"`calls` is {list(self.calls)}; it must be different numbers")
-        for name, value in (("num_images", self.num_samples), ("held_out", self.held_out)):
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1")
-        check_batch_size(self.batch_size)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found for one number of calls.
-
-    Attributes:
-        calls: S.
-        entry: of `calibration["solver"]`.
-        held_out: mean squared error at the clamped end points, on noise that was not fitted.
-        analytic: the same of the formulas (`FEW_STEPS`).
-    """
-
-    calls: int
-    entry: dict[str, Any]
-    held_out: float
-    analytic: float
-
-    @property
-    def is_better(self) -> bool:
-        """Tell whether the table is nearer to the fine trajectory than the formulas."""
-        return self.held_out < self.analytic
 
 
 class Predictor:
@@ -485,36 +392,3 @@ def _clamped_miss(x: torch.Tensor, goal: torch.Tensor, limit: float) -> torch.Te
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return lines of a table: held-out errors, and what is stored."""
-    lines = [f"{'calls':>6} {'analytic':>10} {'table':>10} {'ratio':>7}"]
-    for each in outcomes:
-        ratio = each.held_out / each.analytic if each.analytic else math.inf
-        clip = each.entry["clip"]
-        said = f"timesteps {' '.join(map(str, each.entry['timesteps']))}, " + (
-            "no clipping" if clip is None else f"clipping at {clip:g}"
-        )
-        if not each.is_better:
-            said = "no better than the analytic one: not stored"
-        lines.append(
-            f"{each.calls:>6} {each.analytic:>10.4g} {each.held_out:>10.4g} {ratio:>7.3f}  {said}"
-        )
-    return lines
-
-
-def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
-    """Return a line for each new table that replaces one with settings chosen by pictures.
-
-    Args:
-        before: the former `calibration["solver"]`, or None.
-        stored: the new entries, by their number of calls.
-    """
-    tables = before if isinstance(before, Mapping) else {}
-    return [
-        f"{calls} calls: eta and the scales that --objective samples chose for the table before "
-        "are gone; run it again, or take this back with --undo"
-        for calls in stored
-        if isinstance(tables.get(calls), Mapping) and "samples" in tables[calls]
-    ]

@@ -36,7 +36,7 @@ def run(
     args: argparse.Namespace, target: Path, team: AccelerateTeam, work_dir: Path, owner: Owner
 ) -> int:
     """Choose settings for each number of calls, and write those that are better."""
-    from ddim_schedulers.training.calibration import samples_run
+    from ddim_schedulers.training.calibration import samples_job, samples_run
     from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
@@ -50,7 +50,7 @@ def run(
         )
     names = args.features or [*(WITH_CLASSES if has_classes else WITHOUT_CLASSES)]
     data = load_measured_data(args, model, class_conditional=CLASSIFIER in names)
-    job = samples_run.SamplesJob(
+    job = samples_job.SamplesJob(
         calls=tuple(args.calls or CALLS),
         num_images=NUM_IMAGES if args.num_images is None else args.num_images,
         seed=args.seed,

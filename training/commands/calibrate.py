@@ -193,7 +193,7 @@ def _run_pass(
 def _fit_solver(
     args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
 ) -> int:
-    from ddim_schedulers.training.calibration import solver_run
+    from ddim_schedulers.training.calibration import solver_job, solver_run
     from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.measured_data import labels_in_turn
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
@@ -201,8 +201,8 @@ def _fit_solver(
     measured_model = load_measured_model(
         args.pipeline, team.state.device, allow_pickle=args.allow_pickle
     )
-    job = solver_run.SolverJob(
-        calls=solver_run.SolverJob.calls if args.calls is None else tuple(args.calls),
+    job = solver_job.SolverJob(
+        calls=solver_job.SolverJob.calls if args.calls is None else tuple(args.calls),
         num_samples=128 if args.num_images is None else args.num_images,
         held_out=args.held_out,
         steps=args.trajectory_steps,
@@ -225,8 +225,8 @@ def _fit_solver(
                 {"solver": better}, target, measured_model.saved
             )
         solver_run.discard(work_dir)
-        print(*solver_run.summary(outcomes), sep="\n")
-        for line in solver_run.lost(before.get("solver"), better):
+        print(*solver_job.summary(outcomes), sep="\n")
+        for line in solver_job.lost(before.get("solver"), better):
             print(line)
         print(
             f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "
