@@ -162,3 +162,14 @@ def test_examples_have_the_texts_of_a_card(name):
         str(Path(str(files("ddim_schedulers.training"))) / "configs" / f"{name}-evaluate.yaml")
     )
     assert config.card is not None and config.card["title"] == name
+
+
+def test_the_card_of_a_network_with_classes_asks_for_one(results):
+    results["classes"] = ["cat", "dog"]
+    card = render_example(results)
+    assert "asked for by name or number: cat, dog." in card
+    assert 'pipe(class_labels="cat", guidance_scale=2.0' in card
+    assert "- class-conditional" in card and "pipeline_tag" not in card
+    assert "DiffusionPipeline.from_pretrained" not in card  # its class cannot sample a class
+    del results["classes"]
+    assert "asked for by name" not in render_example(results)

@@ -50,9 +50,12 @@ def render_example(results: dict[str, Any]) -> str:
 
     card = results["card"]
     check_card(card)
+    classes = results.get("classes")  # an earlier version recorded none
+    # the Hub's task stays the nearest one; the tag tells that a class is asked for
+    task = "unconditional-image-generation"
     measured = [
         EvalResult(
-            task_type="unconditional-image-generation",
+            task_type=task,
             dataset_type=results["data"]["name"],
             dataset_name=results["data"]["name"],
             metric_type="frechet_distance",
@@ -67,8 +70,8 @@ def render_example(results: dict[str, Any]) -> str:
     data = ModelCardData(
         library_name="diffusers",
         license=card["licence"],
-        tags=["ddim-schedulers", "ddpm", "ddim", "unconditional-image-generation"],
-        pipeline_tag="unconditional-image-generation",
+        tags=["ddim-schedulers", "ddpm", "ddim", "class-conditional" if classes else task],
+        pipeline_tag=None if classes else task,
         datasets=card["datasets"],
         model_name=card["title"],
         eval_results=measured or None,
@@ -91,6 +94,7 @@ def render_example(results: dict[str, Any]) -> str:
             if table["cells"]
         ],
         made=made,
+        classes=classes,
         **{**{"discussion": ""}, **{k: v for k, v in card.items() if k in CARD_TEXTS}},
     )
     return re.sub(r"\n{3,}", "\n\n", str(text)).strip() + "\n"

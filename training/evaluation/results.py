@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.files import write_json
 from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.training.common.processes import own_together
@@ -124,6 +125,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
     if CLASSIFIER in config.features:
         classifier = classifier_facts(evaluation.real.classifier_path())
     network: Any = evaluation.pipe.unet
+    classes = class_labels_of(network)
     return {
         "data": {
             "name": Path(config.data.data).name,
@@ -132,6 +134,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
             "held_out_n": len(evaluation.real.held_out),
             "found": evaluation.real.train.inventory.counts(),
         },
+        "classes": None if classes is None else [classes.name(i) for i in classes.ids],
         "features": config.features,
         "reference_fingerprints": {
             name: evaluation.real.features[name].fingerprint for name in config.features
