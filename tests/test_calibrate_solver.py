@@ -18,6 +18,7 @@ from ddim_schedulers.training.calibration.solver_job import SolverJob
 from ddim_schedulers.training.calibration.solver_run import calibrate_solver
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.common.sealed_parts import SealedParts
 from ddim_schedulers.training.likelihood.calibration import add_to_calibration
 from ddim_schedulers.training.likelihood.measured_model import measured_model_of
 
@@ -147,22 +148,18 @@ def test_any_interruption_gives_the_same(tmp_path):
     alone, cost = calibrate_solver(model, job, work_dir=tmp_path / "one")
     stops, seen = [2, 9, 25], 0
 
-    def over(name, make):
+    shared, spent = SealedParts.shared, []
+
+    def stopping(self, items, make):
         nonlocal seen
         seen += 1
         if stops and seen > stops[0]:
             stops.pop(0)
             raise _Stop
-        return real(self_of[0], name, make)
-
-    real, self_of, spent = solver_run.Parts.over, [], []
-
-    def patched(self, name, make):
-        self_of[:] = [self]
-        return over(name, make)
+        return shared(self, items, make)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver_run.Parts, "over", patched)
+        patch.setattr(SealedParts, "shared", stopping)
         while stops:
             seen = 0
             with pytest.raises(_Stop):

@@ -34,7 +34,6 @@ OTHERS = {
     "ddim_schedulers/archives.py": 1,  # its caller puts the file before it
     "ddim_schedulers/plain_files.py": 1,  # its caller puts the file before it
     "ddim_schedulers/scheduling_ddim_inverse.py": 1,  # Python's own words for an unknown argument
-    "training/calibration/solver_run.py": 1,  # no argument is wrong: the network diverges
 }
 # `name is value; it must be ...` without backticks round the name, or a name of several words.
 BARE_NAME = re.compile(r"(?:[a-z]\w* (?:is|are) [^;]*; (?:it|they) must|[a-z]+_\w+ )")

@@ -61,8 +61,6 @@ class MeasurementFiles(SealedParts[str]):
     """The measurements of one calibration, by name."""
 
     settings_name = CLAIM
-    unit = "calibration"
-    made = "measured"
 
     def path_of(self, item: str) -> Path:
         """Return where a measurement is, or will be."""
@@ -112,7 +110,6 @@ def calibrate_samples(
         raise ValueError(f"`features` is {[*spaces]}; one decides and another guards: name two")
     begun = time.perf_counter()
     with own_together(work_dir, "calibrate", team, transient=True) as owner:
-        work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
         run = _Run(model, data, spaces, job, work_dir, team, owner, progress)
         outcomes = [run.outcome(calls) for calls in job.calls]
     cost = {
@@ -141,14 +138,12 @@ class _Run:
         progress: Callable[[str], object] | None,
     ) -> None:
         self.model, self.data, self.spaces, self.job = model, data, spaces, job
-        self.team, self.owner, self.progress = team, owner, progress or (lambda line: None)
+        self.team, self.progress = team, progress or (lambda line: None)
         self.device = next(model.unet.parameters()).device
         self.shape = data.shape
         self.evaluations = 0
-        self.files = MeasurementFiles(work_dir, self._settings(), tells=team.index == 0)
-        if team.index == 0:
-            self.files.claim()
-        team.wait()
+        self.files = MeasurementFiles(work_dir, self._settings(), team, owner)
+        self.files.claim()
         self._measure_data()
 
     def _settings(self) -> dict[str, Any]:
@@ -173,37 +168,20 @@ class _Run:
             )
         )
 
-    def _shared(self, names: Sequence[str], make: Callable[[int], Tensors]) -> list[Tensors]:
-        """Return the measurements of these names, from their files or made by `make(place)`."""
-        todo = set(self.files.missing(names))
-        places = [place for place, name in enumerate(names) if name in todo]
-        self.team.wait()  # nobody writes before all have seen what is left
-        for place in places[self.team.index :: self.team.count]:
-            made = make(place)
-            self.owner.check()
-            self.files.save(names[place], made)
-        self.team.wait()
-        if missing := [name for name in names if not self.files.path_of(name).exists()]:
-            raise ValueError(
-                f"`work_dir`: {len(missing)} of {len(names)} parts are not in {self.files.folder}; "
-                "it must be a folder that all processes see"
-            )
-        return [self.files.read(name) for name in names]
-
     # -- the data
 
     def _measure_data(self) -> None:
-        parts = chunks(len(self.data), READ_BATCH)
+        parts = {f"data-{a:08d}": (a, b) for a, b in chunks(len(self.data), READ_BATCH)}
 
-        def sums(place: int) -> Tensors:
-            images = to_uint8(self.data.batch(range(*parts[place]))[0])
-            self.progress(f"data: {parts[place][1]} of {len(self.data)} images")
+        def sums(name: str) -> Tensors:
+            images = to_uint8(self.data.batch(range(*parts[name]))[0])
+            self.progress(f"data: {parts[name][1]} of {len(self.data)} images")
             found = {"pixels": _pixel_sums(images)}
-            for name, network in self.spaces.items():
-                found |= _feature_sums(name, extract(network, from_uint8(images)))
+            for space, network in self.spaces.items():
+                found |= _feature_sums(space, extract(network, from_uint8(images)))
             return found
 
-        each = self._shared([f"data-{start:08d}" for start, _ in parts], sums)
+        each = self.files.shared([*parts], sums)
         total = {key: torch.stack([part[key] for part in each]).sum(0) for key in each[0]}
         self.real = {
             name: Gaussian.of_sums(*(total[f"{name}.{k}"] for k in ("count", "total", "outer")))
@@ -214,12 +192,12 @@ class _Run:
         order = np.random.default_rng(self.job.seed).permutation(len(self.data))
         rows = np.sort(np.resize(order, n))  # again from the start where the data are fewer
 
-        def features(place: int) -> Tensors:
+        def features(_: str) -> Tensors:
             images = to_uint8(self.data.batch(rows)[0])
             return {"features": extract(next(iter(self.spaces.values())), from_uint8(images))}
 
         shuffled = np.random.default_rng(self.job.seed).permutation(n)
-        (kept,) = self._shared(["data-rows"], features)
+        (kept,) = self.files.shared(["data-rows"], features)
         self.real_rows = kept["features"][shuffled].split(self.job.block)
 
     # -- the samples
@@ -266,12 +244,13 @@ class _Run:
         start: int,
         stop: int,
     ) -> list[Tensors]:
-        names = [
-            f"{kind}-{calls}-{_digest([base.config(), ends])}-{start}-{stop}" for base in bases
-        ]
+        named = {
+            f"{kind}-{calls}-{_digest([base.config(), ends])}-{start}-{stop}": base
+            for base in bases
+        }
 
-        def make(place: int) -> Tensors:
-            finished = self._sample(kind, calls, bases[place], start, stop)
+        def make(name: str) -> Tensors:
+            finished = self._sample(kind, calls, named[name], start, stop)
             blocks = finished.split(self.job.block)
             each = [
                 [self._measured((block * end).cpu(), start + i, kind == HELD_OUT) for end in ends]
@@ -282,7 +261,7 @@ class _Run:
                 for key in each[0][0]
             }
 
-        return self._shared(names, make)
+        return self.files.shared([*named], make)
 
     def _measured(self, finished: torch.Tensor, block: int, guarded: bool) -> Tensors:
         images = to_uint8(finished)

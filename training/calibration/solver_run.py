@@ -18,7 +18,6 @@ import torch
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.parameterization import x0_coefficients
-from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.solver_tables import (
     SolverTable,
     analytic_steps,
@@ -107,34 +106,6 @@ class SolverFiles(SealedParts[Item]):
         return self.folder / f"part-{item[0]}-{item[1]:05d}.safetensors"
 
 
-class Parts:
-    """Results of chunks, kept in files and shared among processes."""
-
-    def __init__(self, files: SolverFiles, chunks: int, team: Team, owner: Owner) -> None:
-        self.files, self.chunks, self.team, self.owner = files, chunks, team, owner
-
-    def part(self, name: str, c: int, make: Callable[[int], Tensors]) -> Tensors:
-        """Return a result of one chunk, from its file if there is one that is whole."""
-        found = self.files.load((name, c))
-        if found is None:
-            found = {key: tensor.detach().cpu() for key, tensor in make(c).items()}
-            if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-                raise ValueError(
-                    f"The samples of {name!r} are not finite: without clipping this network's "
-                    "samples diverge, and there is nothing to follow."
-                )
-            self.owner.check()
-            self.files.save((name, c), found)
-        return found
-
-    def over(self, name: str, make: Callable[[int], Tensors]) -> list[Tensors]:
-        """Return the results of all chunks, in order."""
-        mine = range(self.team.index, self.chunks, self.team.count)
-        shares = self.team.gather([{c: self.part(name, c, make) for c in mine}])
-        found = {c: part for share in shares for c, part in share.items()}
-        return [found[c] for c in range(self.chunks)]
-
-
 def calibrate_solver(
     model: MeasuredModel,
     job: SolverJob,
@@ -181,12 +152,9 @@ def calibrate_solver(
         **json.loads(json.dumps(asdict(job))),
     }
     with own_together(work_dir, "calibrate", team, transient=True) as owner:
-        work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
-        files = SolverFiles(work_dir, own)
-        if team.index == 0:
-            files.claim()
-        team.wait()
-        calibration = _Calibration(model, job, files, team, owner, progress, autocast)
+        files = SolverFiles(work_dir, own, team, owner)
+        files.claim()
+        calibration = _Calibration(model, job, files, progress, autocast)
         outcomes = [calibration.outcome(calls) for calls in job.calls]
     cost = {
         "evaluations": sum(team.gather([calibration.predictor.evaluations])),
@@ -207,12 +175,11 @@ class _Calibration:
         model: MeasuredModel,
         job: SolverJob,
         files: SolverFiles,
-        team: Team,
-        owner: Owner,
         progress: Callable[[str], object] | None,
         autocast: torch.dtype | None,
     ) -> None:
-        self.model, self.job, self.progress = model, job, progress or (lambda line: None)
+        self.model, self.job, self.files = model, job, files
+        self.progress = progress or (lambda line: None)
         self.predictor = Predictor(model, autocast)
         self.grid = make_timesteps("trailing", job.steps, len(model.alpha_bar))
         self.limit = model.clip
@@ -223,11 +190,6 @@ class _Calibration:
             model.config, **{**NEUTRAL, **CALIBRATED, "solver_calibrated": False}
         )
 
-        def parts(samples: int) -> Parts:
-            chunks = math.ceil(samples / job.chunk)
-            return Parts(files, chunks, team, owner)
-
-        self.fitted, self.tested = parts(job.num_samples), parts(job.held_out)
         self._chunks: dict[int, Chunk] = {}
         self._goals: dict[int, torch.Tensor] = {}
 
@@ -246,6 +208,14 @@ class _Calibration:
             if tau not in found:
                 found.append(tau)
         return found
+
+    def _fitted(self, name: str, make: Callable[[int], Tensors]) -> list[Tensors]:
+        """Return results of all chunks of the samples that tables are fitted to."""
+        return self._over(name, self.job.num_samples, make)
+
+    def _over(self, name: str, samples: int, make: Callable[[int], Tensors]) -> list[Tensors]:
+        chunks = range(math.ceil(samples / self.job.chunk))
+        return self.files.shared([(name, c) for c in chunks], lambda item: make(item[1]))
 
     # -- samples
 
@@ -285,11 +255,11 @@ class _Calibration:
         if c not in self._chunks:
             x_T = self._noise("solver", self.job.num_samples, c)
 
-            def make(c: int) -> Tensors:
-                self.progress(f"fine trajectories, chunk {c + 1} of {self.fitted.chunks}")
+            def make(_: Item) -> Tensors:
+                self.progress(f"fine trajectories, chunk {c + 1}")
                 return self._fine(x_T, self.kept, c)
 
-            states = self.fitted.part("fine", c, make)["states"].to(x_T.device)
+            states = self.files.part(("fine", c), make)["states"].to(x_T.device)
             self._chunks[c] = Chunk(x_T, dict(zip(self.kept, states, strict=True)))
         return self._chunks[c]
 
@@ -298,11 +268,11 @@ class _Calibration:
         x_T = self._noise("solver-held-out", self.job.held_out, c)
         if c not in self._goals:
 
-            def make(c: int) -> Tensors:
-                self.progress(f"fine trajectories held out, chunk {c + 1} of {self.tested.chunks}")
+            def make(_: Item) -> Tensors:
+                self.progress(f"fine trajectories held out, chunk {c + 1}")
                 return self._fine(x_T, (), c)
 
-            states = self.tested.part("fine-held-out", c, make)["states"]
+            states = self.files.part(("fine-held-out", c), make)["states"]
             self._goals[c] = states[-1].to(x_T.device)
         return x_T, self._goals[c]
 
@@ -351,7 +321,7 @@ class _Calibration:
                 clip,
                 self.limit,
                 self._chunk,
-                self.fitted.over,
+                self._fitted,
                 self.job.constants,
                 self.progress,
                 self.job.batch_size,
@@ -381,7 +351,7 @@ class _Calibration:
                 found[name] = miss.double().square().sum()
             return {**found, "count": torch.tensor(float(goal.numel()), dtype=torch.float64)}
 
-        parts = self.tested.over(f"{calls}-held-out", of)
+        parts = self._over(f"{calls}-held-out", self.job.held_out, of)
         total = {name: float(torch.stack([p[name] for p in parts]).sum()) for name in parts[0]}
         return total["stored"] / total["count"], total["analytic"] / total["count"]
 

@@ -15,23 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 
 from ddim_schedulers.betas import alpha_bar_before
 from ddim_schedulers.likelihood import predict_x0
 from ddim_schedulers.pipelines.base import check_batch_size
-from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.ownership import Owner
-from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError, read_json
 from ddim_schedulers.training.common.processes import Team, own_together
-from ddim_schedulers.training.common.sealed_parts import discard_parts
-from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
+from ddim_schedulers.training.common.sealed_parts import SealedParts, Tensors, discard_parts
+from ddim_schedulers.training.common.seals import read_sealed
 from ddim_schedulers.training.common.seeds import generator
-from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
-
-logger = logging.get_logger(__name__)
 
 STATISTICS = ("gamma", "eps_error", "x0_error")
 TIMESTEPS_PER_PART = 50
@@ -153,34 +147,23 @@ def _run(
     blocks = [asked[i : i + TIMESTEPS_PER_PART] for i in range(0, len(asked), TIMESTEPS_PER_PART)]
     chunks = math.ceil(len(images) / batch_size)
     parts = [(c, b) for c in range(chunks) for b in range(len(blocks))]
-    work_dir.mkdir(parents=True, exist_ok=True)  # on each machine
-    kept = SweepFiles(work_dir, images.shape, blocks, batch_size, tells=team.index == 0)
-    if team.index == 0:
-        kept.claim(settings_of(measured_model, images, asked, clip, seed, batch_size))
-    team.wait()
-    todo = kept.missing(parts)
-    mine = todo[team.index :: team.count]
-    team.wait()  # nobody writes before all have seen what is left
-    for number, (c, b) in enumerate(mine):
-        start, stop = c * batch_size, (c + 1) * batch_size
-        model = measured_model.of(start, stop)
-        values = measure(model, images[start:stop], blocks[b], clip, seed, c)
-        owner.check()
-        kept.save((c, b), values)
-        if progress is not None:
-            progress(f"part {number + 1} of {len(mine)}")
-    team.wait()
-    if missing := [p for p in parts if not kept.path_of(p).exists()]:
-        raise ValueError(
-            f"`work_dir` is {str(work_dir)!r}, which lacks {len(missing)} of {len(parts)} parts; "
-            "it must be a folder that all processes see"
-        )
-    read = [[kept.read((c, b)) for b in range(len(blocks))] for c in range(chunks)]
+    settings = settings_of(measured_model, images, asked, clip, seed, batch_size)
+    kept = SweepFiles(work_dir, settings, images.shape, blocks, batch_size, team, owner)
+    kept.claim()
+    calls = 0
+
+    def make(part: Part) -> Tensors:
+        nonlocal calls
+        (c, b), start = part, part[0] * batch_size
+        calls += len(blocks[b])
+        model = measured_model.of(start, start + batch_size)
+        return measure(model, images[start : start + batch_size], blocks[b], clip, seed, c)
+
+    found = kept.shared(parts, make, progress or (lambda line: None))
+    read = [found[c * len(blocks) : (c + 1) * len(blocks)] for c in range(chunks)]
     statistics = torch.cat([torch.cat([p["statistics"] for p in row], 2) for row in read], 1)
     first = torch.cat([row[0]["x0_hat"] for row in read])
-    team.wait()  # nobody deletes the parts before all have read them
-    calls = sum(len(blocks[b]) for _, b in todo)
-    return ErrorSweep(asked, statistics, first, calls)
+    return ErrorSweep(asked, statistics, first, sum(team.gather([calls])))
 
 
 def discard(work_dir: Path) -> None:
@@ -191,61 +174,46 @@ def discard(work_dir: Path) -> None:
 Part = tuple[int, int]  # the number of a chunk of images, and of a block of timesteps
 
 
-class SweepFiles(Workdir[Part, dict[str, torch.Tensor]]):
+class SweepFiles(SealedParts[Part]):
     """The parts of one pass, and the claim that says what they are of.
 
     Args:
         work_dir: where they are.
+        settings: see `settings_of`.
         images: shape (N, C, H, W) of all images.
         blocks: the timesteps of each block.
         batch_size: images in a chunk.
-        tells: whether this process tells of damage.
+        team: the processes.
+        owner: of the folder.
     """
 
-    argument = "work_dir"
     holds = "an unfinished pass"
-    remedy = "delete it, or choose another folder"
     settings_name = CLAIM
+    unit = "pass"
+    # an earlier version noted less, and not which inputs of `network` differ
+    newer = (SEALED, *NETWORK_PARTS)
 
     def __init__(
         self,
         work_dir: Path,
+        settings: dict[str, Any],
         images: torch.Size,
         blocks: list[list[int]],
         batch_size: int,
-        *,
-        tells: bool,
+        team: Team,
+        owner: Owner,
     ) -> None:
-        super().__init__(work_dir)
-        self.images, self.blocks, self.batch_size, self.tells = images, blocks, batch_size, tells
+        super().__init__(work_dir, {**settings, SEALED: True}, team, owner)
+        self.images, self.blocks, self.batch_size = images, blocks, batch_size
 
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Note what the parts in the folder are of, or refuse those of another pass.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        try:
-            before = self.kept_settings()
-        except DamagedFileError as error:
-            # the parts that were sealed for this very pass are still recognised
-            logger.warning(f"{error} It is made again, and parts of this pass are used.")
-            before = None
-        if before is None:
-            write_bytes(self.folder / CLAIM, to_json({**settings, SEALED: True}))
-            return
-        # which inputs of `network` differ is not known of a pass of an earlier version
-        unknown = {name: settings[name] for name in NETWORK_PARTS if name not in before}
-        self.require_same({SEALED: True, **unknown, **before}, {SEALED: True, **settings})
+    @cached_property
+    def _about(self) -> str:
+        return json.dumps(self.claimed, sort_keys=True)
 
     @cached_property
     def claimed(self) -> dict[str, Any]:
         """Return the claim, once it is made."""
         return read_json(self.folder / CLAIM, finite=True)
-
-    def about(self, part: Part) -> str:
-        """Return what a part is of, for its check sum."""
-        return f"{json.dumps(self.claimed, sort_keys=True)} {part}"
 
     def path_of(self, item: Part) -> Path:
         """Return where a part is, or will be."""
@@ -259,7 +227,7 @@ class SweepFiles(Workdir[Part, dict[str, torch.Tensor]]):
         """
         path, (c, b) = self.path_of(item), item
         # a pass of an earlier version goes on with the parts that it has
-        found = read_sealed(path, self.about(item), unsealed=SEALED not in self.claimed)
+        found = read_sealed(path, f"{self._about} {item}", unsealed=SEALED not in self.claimed)
         rows = min(self.batch_size, self.images[0] - c * self.batch_size)
         block = self.blocks[b]
         first = (rows, *self.images[1:]) if 0 in block else (0,)
@@ -269,15 +237,6 @@ class SweepFiles(Workdir[Part, dict[str, torch.Tensor]]):
         if found["statistics"].dtype != torch.float64 or bool((found["statistics"] < 0).any()):
             raise DamagedFileError(path, "its statistics are no mean squares")
         return found
-
-    def save(self, item: Part, value: dict[str, torch.Tensor]) -> None:
-        """Write the tensors of a part."""
-        write_bytes(self.path_of(item), pack_sealed(value, self.about(item)))
-
-    def tell(self, error: DamagedFileError) -> None:
-        """Warn of a damaged part."""
-        if self.tells:
-            logger.warning(f"{error} It is measured again.")
 
 
 def settings_of(
