@@ -16,13 +16,8 @@ from .modes import outside_modes
 from .reverse_noise import ANY_MEMBER
 from .scheduling_base import FamilySchedulerMixin, logger
 from .sigmas import as_sigma, check_eta, check_sigma, sigma_eta
-from .solver_tables import (
-    SolverTable,
-    difference_columns,
-    misfit,
-    solver_table_of,
-    stored_calls,
-)
+from .solver_rows import difference_columns
+from .solver_tables import SolverTable, misfit, solver_table_of, stored_calls
 from .step_inputs import (
     check_on_plan,
     check_one_timestep,

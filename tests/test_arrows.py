@@ -42,6 +42,7 @@ FLOORS = [
         "reverse_noise",
         "scales",
         "sigmas",
+        "solver_rows",
         "solver_tables",
         "tables",
         "timesteps",

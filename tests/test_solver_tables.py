@@ -24,13 +24,8 @@ from ddim_schedulers import (
 )
 from ddim_schedulers.pipelines.guidance import BoundNetwork
 from ddim_schedulers.pipelines.sampling import denoise
-from ddim_schedulers.solver_tables import (
-    DECIMALS,
-    analytic_steps,
-    differences_of,
-    full_rows,
-    solver_table_of,
-)
+from ddim_schedulers.solver_rows import analytic_steps, differences_of, full_rows
+from ddim_schedulers.solver_tables import DECIMALS, solver_table_of
 
 T = 1000
 TAU = [999, 640, 300, 90]

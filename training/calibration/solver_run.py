@@ -18,12 +18,8 @@ import torch
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.parameterization import x0_coefficients
-from ddim_schedulers.solver_tables import (
-    SolverTable,
-    analytic_steps,
-    differences_of,
-    pack_solver_table,
-)
+from ddim_schedulers.solver_rows import analytic_steps, differences_of
+from ddim_schedulers.solver_tables import SolverTable, pack_solver_table
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.calibration.solver_fit import (
     END,
