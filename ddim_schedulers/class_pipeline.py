@@ -92,6 +92,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         shape = (len(labels), config.in_channels, height, width)
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(self.scheduler, "note_guidance"):  # ours, whose stored samplers belong to one w
+            self.scheduler.note_guidance(guidance_scale)
+            if negative_label is not None:
+                self.scheduler.without_table("guidance")
         step = self.scheduler.step
         takes = inspect.signature(step).parameters
         settings = {"eta": eta, "generator": generator}

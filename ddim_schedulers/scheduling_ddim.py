@@ -17,7 +17,14 @@ from .reverse_noise import ANY_MEMBER
 from .scheduling_base import FamilySchedulerMixin, logger
 from .sigmas import as_sigma, check_eta, check_sigma, sigma_eta
 from .solver_rows import difference_columns
-from .solver_tables import SolverTable, misfit, solver_table_of, stored_calls
+from .solver_tables import (
+    Guidance,
+    SolverTable,
+    guidance_of,
+    misfit,
+    solver_table_of,
+    stored_calls,
+)
 from .step_inputs import (
     check_on_plan,
     check_one_timestep,
@@ -177,6 +184,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         solver_calibrated: bool = False,
     ) -> None:
         self._said_of_tables: set[str] = set()
+        self._guidance: Guidance | None = None
         self._sigma: torch.Tensor | None = None
         self._zeros_of_sigma: frozenset[int] = frozenset()
         self._warned_of_eta = False
@@ -242,6 +250,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             )
         if member is not None and num_inference_steps is None and timesteps is None:
             num_inference_steps = len(member) if self.config.timesteps is None else None
+        self._guidance = None
         stored = self._stored_for(num_inference_steps, timesteps, member)
         if stored is None:
             planned = self._resolve_timesteps(num_inference_steps, timesteps)
@@ -325,6 +334,25 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             self._without_table(why)
             self._set_plan(self._plan, self._stride)
 
+    @property
+    def follows_table(self) -> bool:
+        """Tell whether the plan follows a stored sampler."""
+        return self._stored is not None
+
+    def note_guidance(self, scale: float, interval: Sequence[float] | None = None) -> None:
+        """Note the classifier-free guidance of the run: a stored sampler belongs to one of it.
+
+        A loop calls it after `set_timesteps`. Until it does, the run counts as unguided. A stored
+        sampler that was made at another scale or interval is not used, as in `without_table`.
+
+        Args:
+            scale: w; 1 is no guidance.
+            interval: [low, high], shares of t / T where it acts; None for everywhere.
+        """
+        self._guidance = guidance_of(scale, interval)
+        if self._stored is not None and self._stored.guidance != self._guidance:
+            self.without_table("guidance")
+
     def _check_table_fits(
         self, sample: torch.Tensor, timestep: int | torch.Tensor, eta: float
     ) -> None:
@@ -332,6 +360,8 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         stored = self._stored
         assert stored is not None
         check_one_timestep(timestep, self._settings.solver_order)
+        if stored.guidance != self._guidance:
+            return self.without_table("guidance")
         if stored.shape is not None and list(sample.shape[1:]) != stored.shape:
             return self.without_table("shape")
         if self.config.eta is None and check_eta(eta) not in (0, stored.eta):

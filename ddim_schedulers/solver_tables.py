@@ -43,6 +43,8 @@ FURTHER = (
     "end_scale",
     "eps_scale",
     "eta_interval",
+    "guidance_interval",
+    "guidance_scale",
     "shape",
     "analytic",
     "held_out",
@@ -73,6 +75,8 @@ class SolverTable(NamedTuple):
         eta_interval: where eta acts, in shares of t / T; None for everywhere.
         eps_scale: as the setting of that name.
         end_scale: as the setting of that name.
+        guidance_scale: w of the classifier-free guidance that it was made at; None for none.
+        guidance_interval: where guidance acts, in shares of t / T; None for everywhere.
     """
 
     timesteps: list[int]
@@ -85,6 +89,25 @@ class SolverTable(NamedTuple):
     eta_interval: list[float] | None = None
     eps_scale: float | list[float] = 1.0
     end_scale: float = 1.0
+    guidance_scale: float | None = None
+    guidance_interval: list[float] | None = None
+
+    @property
+    def guidance(self) -> "Guidance | None":
+        """Return the guidance that it was made at, to be compared."""
+        return guidance_of(self.guidance_scale, self.guidance_interval)
+
+
+# The scale w, and the interval where it acts; None for everywhere.
+Guidance = tuple[float, tuple[float, float] | None]
+
+
+def guidance_of(scale: float | None, interval: Sequence[float] | None) -> Guidance | None:
+    """Return classifier-free guidance in one form; None for none, which w = 1 is."""
+    if scale is None or scale == 1:
+        return None
+    ends = None if interval is None else (float(interval[0]), float(interval[1]))
+    return float(scale), None if ends == (0, 1) else ends
 
 
 def pack_solver_table(table: SolverTable, **how: Any) -> dict[str, Any]:
@@ -95,8 +118,11 @@ def pack_solver_table(table: SolverTable, **how: Any) -> dict[str, Any]:
         **how: any of `FURTHER` that say how the table was made: `n` samples, mean squared errors
             `held_out` of it and `analytic` of the formulas at the end points of other samples;
             `samples`, what eta and the scales gained.
+
+    Raises:
+        ValueError: for a table that could not be read back, naming what is out of range.
     """
-    return {
+    packed = {
         "version": VERSION,
         "timesteps": list(table.timesteps),
         "weights": [[round(value, DECIMALS) for value in row] for row in table.weights],
@@ -110,6 +136,12 @@ def pack_solver_table(table: SolverTable, **how: Any) -> dict[str, Any]:
         "shape": table.shape,
         **how,
     }
+    if table.guidance is not None:  # an earlier version reads tables without guidance alone
+        packed["guidance_scale"] = table.guidance_scale
+        packed["guidance_interval"] = table.guidance_interval
+    big_t = max(table.timesteps, default=0) + 1  # at least
+    _read(packed, str(len(table.timesteps)), big_t)
+    return packed
 
 
 def stored_calls(calibration: Any) -> list[int]:
@@ -209,7 +241,7 @@ def _checked(entry: Mapping[str, Any], name: str, calls: int, big_t: int) -> Sol
             raise say(part, allowed)
         return float(value)
 
-    interval = entry.get("eta_interval")
+    intervals = {name: entry.get(name) for name in ("eta_interval", "guidance_interval")}
     for part in ("eps_scale", "end_scale"):
         given = entry.get(part, 1.0)
         is_line = part == "eps_scale" and isinstance(given, list | tuple)
@@ -218,9 +250,10 @@ def _checked(entry: Mapping[str, Any], name: str, calls: int, big_t: int) -> Sol
     try:
         timesteps = check_timesteps(entry["timesteps"], big_t)
         check_scales(entry.get("eps_scale", 1.0), entry.get("end_scale", 1.0))
-        check_numbers("eta_interval", interval)
-        if interval is not None:
-            check_interval("eta_interval", interval)
+        for part, interval in intervals.items():
+            check_numbers(part, interval)
+            if interval is not None:
+                check_interval(part, interval)
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from error
     if len(timesteps) != calls:
@@ -230,6 +263,10 @@ def _checked(entry: Mapping[str, Any], name: str, calls: int, big_t: int) -> Sol
     eta = number("eta", lambda value: value >= 0, "a finite number >= 0")
     clip = number("clip", lambda value: value > 0, "None or a finite number > 0")
     clips = number("clips", lambda value: value > 0, "None or a finite number > 0")
+    guidance = number("guidance_scale", lambda value: True, "None or a finite number")
+    if guidance is None and intervals["guidance_interval"] is not None:
+        raise say("guidance_interval", "None where there is no 'guidance_scale'")
+    ends = {k: None if v is None else [float(share) for share in v] for k, v in intervals.items()}
     for part in ("held_out", "analytic"):
         number(part, lambda value: value >= 0, "None or a finite number >= 0")
     number("n", lambda value: value >= 1, "None or a number >= 1")
@@ -241,9 +278,11 @@ def _checked(entry: Mapping[str, Any], name: str, calls: int, big_t: int) -> Sol
         clips if "clips" in entry else clip,
         _levels(entry["alpha_bar"], name, calls),
         _shape(entry.get("shape"), name),
-        None if interval is None else [float(share) for share in interval],
+        ends["eta_interval"],
         entry.get("eps_scale", 1.0),
         float(entry.get("end_scale", 1.0)),
+        guidance,
+        ends["guidance_interval"],
     )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from ddim_schedulers.class_labels import class_labels_of
 from ddim_schedulers.pipelines.interfaces import Network
 
 if TYPE_CHECKING:
@@ -175,6 +176,14 @@ class ClassifierFreeNetwork(BoundNetwork):
         super().__init__(conditional, interval=interval, guides=scale != 1)
         self.conditional, self.negative = conditional, negative[:, None]
         self.scale, self.rescale = scale, rescale
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether it is w of one class and the null class alone, as stored samplers know."""
+        classes = class_labels_of(self.conditional.networks[0])
+        null = None if classes is None else classes.null_class
+        mixes = self.conditional.weights is not None
+        return not self.rescale and not mixes and bool((self.negative == null).all())
 
     def predict(self, x: torch.Tensor, t: Timestep) -> torch.Tensor:
         """Return the guided prediction."""

@@ -22,7 +22,7 @@ from ddim_schedulers.pipelines.compatibility import (
     has_argument,
     is_deterministic,
 )
-from ddim_schedulers.pipelines.guidance import BoundNetwork
+from ddim_schedulers.pipelines.guidance import BoundNetwork, ClassifierFreeNetwork
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
 from ddim_schedulers.pipelines.noise import Generators
 from ddim_schedulers.scheduling_base import FamilySchedulerMixin
@@ -218,7 +218,8 @@ def denoise(
     """Run the loop: one network call and one `scheduler.step` for each timestep.
 
     At the edge of a guidance interval a scheduler of a higher order forgets its history. A stored
-    table was fitted to the network without guidance, so a guided loop goes on without it.
+    table belongs to the guidance that it was fitted to, also across the edge; a loop with any other
+    goes on without it.
 
     Args:
         network: the denoiser.
@@ -235,12 +236,13 @@ def denoise(
     inverse = isinstance(scheduler, GeneralizedDDIMInverseScheduler)
     # a sampler without noise has no use for the variance that a network may have learned
     mean_alone = inverse or (is_deterministic(scheduler) and not arguments.get("eta"))
-    if isinstance(network, BoundNetwork) and isinstance(scheduler, GeneralizedDDIMScheduler):
-        if network.changes_predictions:
-            scheduler.without_table("guidance")  # it was fitted to the network alone
+    ours = scheduler if isinstance(scheduler, GeneralizedDDIMScheduler) else None
+    if ours is not None and ours.follows_table:
+        _note_guidance(ours, network)
     for index, t in enumerate(timesteps):
         if isinstance(network, BoundNetwork) and index > 0:
-            if network.changes_between(timesteps[index - 1], t):
+            follows_table = ours is not None and ours.follows_table
+            if not follows_table and network.changes_between(timesteps[index - 1], t):
                 forget_history(scheduler)  # a step across the edge would mix two fields
         model_output = predict(network, x_t, t, batch_size)
         if mean_alone:
@@ -252,6 +254,17 @@ def denoise(
             after_step(step)
         x_t = step.x_s
     return x_t
+
+
+def _note_guidance(scheduler: GeneralizedDDIMScheduler, network: Network) -> None:
+    """Let the scheduler keep its stored table only where that was made for this guidance."""
+    if not isinstance(network, BoundNetwork) or not network.changes_predictions:
+        scheduler.note_guidance(1.0)
+    elif isinstance(network, ClassifierFreeNetwork) and network.is_plain:
+        ends = network.interval
+        scheduler.note_guidance(network.scale, None if ends is None else (ends.low, ends.high))
+    else:
+        scheduler.without_table("guidance")
 
 
 def alpha_bar_table(scheduler: Scheduler) -> torch.Tensor:

@@ -22,9 +22,9 @@ from ddim_schedulers.training.calibration import samples_job, samples_run, sampl
 from ddim_schedulers.training.calibration.samples_job import (
     Outcome,
     SamplesJob,
-    current_setting,
     entry_of,
     sampler_of,
+    stored_entry,
 )
 from ddim_schedulers.training.calibration.samples_run import calibrate_samples, discard
 from ddim_schedulers.training.calibration.samples_search import (
@@ -270,7 +270,7 @@ def test_the_best_scale_of_gaussian_data_is_found(tmp_path):
     gain = outcome.chosen.gain
     assert abs(gain.value - (before - found)) < 3 * STUDENT * gain.std_error
     assert cost["evaluations"] == outcome.evaluations > 0
-    entry = outcome.entry(_model(1.03).config, ["pixels", "details"], 400)
+    entry = outcome.entry(_model(1.03).config, ["pixels", "details"], SamplesJob((10,), 400))
     assert entry["samples"]["gain"] > 0 and entry["samples"]["features"] == "pixels"
     assert {k: entry[k] for k in outcome.setting.config()} == outcome.setting.config()
     scheduler = GeneralizedDDIMScheduler.from_config(
@@ -414,8 +414,8 @@ def test_a_stored_table_keeps_its_weights_and_is_the_one_to_beat():
     entry |= {"alpha_bar": [*GeneralizedDDIMScheduler().alpha_bar[[990, 400]].tolist(), 1.0]}
     entry |= {"weights": [[0.0, 0.01], [0.0, -0.02, 0.02]], "eps_scale": 1.01}
     config["calibration"] = {"solver": {"2": entry}}
-    assert current_setting(config, 2) == Setting(eps_scale=1.01)
-    assert current_setting(config, 3) == Setting()
+    assert Setting.of(stored_entry(config, 2)) == Setting(eps_scale=1.01)
+    assert Setting.of(stored_entry(config, 3)) == Setting()
     new = entry_of(config, 2, Setting(0.4, None, 1.02, 1.0))
     assert new == {**entry, "eta": 0.4, "eta_interval": None, "eps_scale": 1.02, "end_scale": 1.0}
     assert sampler_of(config, 2, Setting()).timesteps.tolist() == [990, 400]
@@ -483,7 +483,9 @@ def test_the_command_stores_what_wins_and_the_preset_uses_it(tmp_path, monkeypat
         assert file.read_text() == before
         verdict = Verdict(Setting(1.0, (0.2, 0.8), 1.5), 1.0, 2.0, Estimate(1.0, 0.1), ())
         outcome = Outcome(3, Setting(), verdict, (verdict,), 0)
-        entry = outcome.entry(_scheduler_config(folder), ["pixels", "details"], 64)
+        entry = outcome.entry(
+            _scheduler_config(folder), ["pixels", "details"], SamplesJob((3,), 64)
+        )
         add_to_calibration({"solver": {"3": entry}}, file)
     scheduler = GeneralizedDDIMScheduler.from_config(json.loads(file.read_text()), **CALIBRATED)
     entry = scheduler.config.calibration["solver"]["3"]

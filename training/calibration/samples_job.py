@@ -7,12 +7,15 @@ from typing import Any
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.solver_tables import (
+    MAX_CALLS,
     SOLVER_BASE,
     SolverTable,
+    guidance_of,
     misfit,
     pack_solver_table,
     solver_table_of,
 )
+from ddim_schedulers.training.calibration.predictor import UNGUIDED, Guiding, check_calls
 from ddim_schedulers.training.calibration.samples_search import BLOCKS, Setting, Space, Verdict
 from ddim_schedulers.training.calibration.solver_job import NEUTRAL
 
@@ -30,6 +33,7 @@ class SamplesJob:
         seed: of the noise.
         batch_size: samples in a network call.
         space: what is searched.
+        guiding: how the network is guided.
     """
 
     calls: tuple[int, ...] = (5, 10, 20)
@@ -37,6 +41,7 @@ class SamplesJob:
     seed: int = 0
     batch_size: int = 500
     space: Space = field(default_factory=Space)
+    guiding: Guiding = UNGUIDED
 
     def check(self, big_t: int) -> None:
         """Check the numbers against a chain of `big_t` timesteps.
@@ -44,11 +49,7 @@ class SamplesJob:
         Raises:
             ValueError: naming the option, its value and what is allowed.
         """
-        for calls in self.calls:
-            if not 1 <= calls <= big_t:
-                raise ValueError(f"`calls` is {calls}; it must be 1 to {big_t}")
-        if not self.calls or len(set(self.calls)) != len(self.calls):
-            raise ValueError(f"`calls` is {list(self.calls)}; it must be different numbers")
+        check_calls(self.calls, min(big_t, MAX_CALLS))
         least = BLOCKS * (NEIGHBOURS + 1)
         if self.num_images < least:
             raise ValueError(f"`num_images` is {self.num_images}; it must be at least {least}")
@@ -88,17 +89,20 @@ class Outcome:
         """Return the setting that is in place now."""
         return self.current if self.chosen is None else self.chosen.setting
 
-    def entry(self, config: Mapping[str, Any], spaces: Sequence[str], n: int) -> dict[str, Any]:
+    def entry(
+        self, config: Mapping[str, Any], spaces: Sequence[str], job: SamplesJob
+    ) -> dict[str, Any]:
         """Return the entry of `calibration["solver"]` with what was chosen, which there must be.
 
         Args:
             config: of the pipeline's scheduler, as ours reads it.
             spaces: names of the feature spaces.
-            n: held-out samples.
+            job: what was calibrated.
         """
         assert self.chosen is not None
-        evidence = {"features": spaces[0], "n": n, **self.chosen.record()}
-        return {**entry_of(config, self.calls, self.setting), "samples": evidence}
+        evidence = {"features": spaces[0], "n": job.held_out, **self.chosen.record()}
+        entry = entry_of(config, self.calls, self.setting, job.guiding)
+        return {**entry, "samples": evidence}
 
     def lines(self, spaces: Sequence[str]) -> list[str]:
         """Return what was found, in words."""
@@ -120,16 +124,23 @@ class Outcome:
         return said
 
 
-def stored_entry(config: Mapping[str, Any], calls: int) -> dict[str, Any]:
+def stored_entry(
+    config: Mapping[str, Any], calls: int, guiding: Guiding = UNGUIDED
+) -> dict[str, Any]:
     """Return what is there now for a number of calls: a stored table, or the analytic steps.
+
+    A table that was made at other guidance does not count.
 
     Args:
         config: of the pipeline's scheduler, as ours reads it.
         calls: S.
+        guiding: how the network is guided.
     """
     found = ((config.get("calibration") or {}).get("solver") or {}).get(str(calls))
     if found is not None:
-        return dict(found)
+        own = guidance_of(found.get("guidance_scale"), found.get("guidance_interval"))
+        if own == guidance_of(guiding.scale, guiding.interval):
+            return dict(found)
     analytic = GeneralizedDDIMScheduler.from_config(
         config, **{**NEUTRAL, **SOLVER_BASE, **FEW_STEPS}
     )
@@ -143,33 +154,34 @@ def stored_entry(config: Mapping[str, Any], calls: int) -> dict[str, Any]:
         clip,
         clip,
         [*analytic.alpha_bar[timesteps].tolist(), analytic.alpha_bar_end],
+        **guiding.settings(),
     )
     return pack_solver_table(table)
 
 
-def entry_of(config: Mapping[str, Any], calls: int, setting: Setting) -> dict[str, Any]:
+def entry_of(
+    config: Mapping[str, Any], calls: int, setting: Setting, guiding: Guiding = UNGUIDED
+) -> dict[str, Any]:
     """Return the entry of `calibration["solver"]` with a setting in the place of its own."""
-    kept = {k: v for k, v in stored_entry(config, calls).items() if k != "samples"}
+    kept = {k: v for k, v in stored_entry(config, calls, guiding).items() if k != "samples"}
     return {**kept, **setting.config()}
 
 
-def current_setting(config: Mapping[str, Any], calls: int) -> Setting:
-    """Return the setting that is there now for a number of calls."""
-    return Setting.of(stored_entry(config, calls))
-
-
-def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> GeneralizedDDIMScheduler:
+def sampler_of(
+    config: Mapping[str, Any], calls: int, setting: Setting, guiding: Guiding = UNGUIDED
+) -> GeneralizedDDIMScheduler:
     """Return the scheduler that takes `calls` steps with a setting, planned.
 
     Args:
         config: of the pipeline's scheduler, as ours reads it.
         calls: S.
         setting: what is chosen.
+        guiding: how the network is guided.
 
     Raises:
         ValueError: if a stored table does not fit the config.
     """
-    stored = {"solver": {str(calls): entry_of(config, calls, setting)}}
+    stored = {"solver": {str(calls): entry_of(config, calls, setting, guiding)}}
     scheduler = GeneralizedDDIMScheduler.from_config(
         config, **{**NEUTRAL, **SOLVER_BASE, **CALIBRATED, "calibration": stored}
     )
@@ -182,4 +194,6 @@ def sampler_of(config: Mapping[str, Any], calls: int, setting: Setting) -> Gener
             "must be calibrated again by `--objective solver`, or removed"
         )
     scheduler.set_timesteps(calls)
+    if guiding.scale is not None:
+        scheduler.note_guidance(guiding.scale, guiding.interval)
     return scheduler

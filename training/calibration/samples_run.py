@@ -20,13 +20,13 @@ import torch
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.ownership import Owner
-from ddim_schedulers.pipelines.sampling import predict
+from ddim_schedulers.training.calibration.predictor import Predictor
 from ddim_schedulers.training.calibration.samples_job import (
     NEIGHBOURS,
     Outcome,
     SamplesJob,
-    current_setting,
     sampler_of,
+    stored_entry,
 )
 from ddim_schedulers.training.calibration.samples_search import (
     BLOCKS,
@@ -101,6 +101,7 @@ def calibrate_samples(
     """
     team = Team() if team is None else team
     job.check(len(model.alpha_bar))
+    job.guiding.check(model)
     if model.config.get("thresholding"):
         raise ValueError(
             "`thresholding` is True in the scheduler's config; a stored table goes with clipping "
@@ -139,9 +140,9 @@ class _Run:
     ) -> None:
         self.model, self.data, self.spaces, self.job = model, data, spaces, job
         self.team, self.progress = team, progress or (lambda line: None)
-        self.device = next(model.unet.parameters()).device
+        self.predictor = Predictor(model, job.guiding)
+        self.device = self.predictor.device
         self.shape = data.shape
-        self.evaluations = 0
         self.files = MeasurementFiles(work_dir, self._settings(), team, owner)
         self.files.claim()
         self._measure_data()
@@ -151,7 +152,11 @@ class _Run:
         for start, stop in chunks(len(self.data), READ_BATCH):
             digest.update(to_uint8(self.data.batch(range(start, stop))[0]).tobytes())
         config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
-        job = {k: v for k, v in asdict(self.job).items() if k not in ("calls", "space")}
+        left_out = ("calls", "space", "guiding")
+        job = {k: v for k, v in asdict(self.job).items() if k not in left_out}
+        job |= self.job.guiding.settings()
+        if self.model.labels is not None:
+            job["labels"] = self.model.labels.tolist()
         return json.loads(
             json.dumps(
                 {
@@ -204,8 +209,8 @@ class _Run:
 
     def outcome(self, calls: int) -> Outcome:
         """Return what was found for one number of calls."""
-        before = self.evaluations
-        current = current_setting(self.model.config, calls)
+        before = self.predictor.evaluations
+        current = Setting.of(stored_entry(self.model.config, calls, self.job.guiding))
         ends = sorted({*self.job.space.end_scales, current.end_scale})
         first = next(iter(self.spaces))
 
@@ -232,7 +237,7 @@ class _Run:
                 yield verdict
 
         chosen, tried = choose(verdicts())
-        spent = sum(self.team.gather([self.evaluations - before]))
+        spent = sum(self.team.gather([self.predictor.evaluations - before]))
         return Outcome(calls, current, chosen, tuple(tried), spent)
 
     def _measure(
@@ -282,15 +287,17 @@ class _Run:
         assert len(guards) == len(FLOORS)
         return {**found, "guards": torch.tensor(guards, dtype=torch.float64)}
 
-    @torch.no_grad()
     def _sample(self, kind: str, calls: int, base: Setting, start: int, stop: int) -> torch.Tensor:
         """Return finished samples of blocks start .. stop - 1, before any clamping."""
-        scheduler = sampler_of(self.model.config, calls, base)
+        scheduler = sampler_of(self.model.config, calls, base, self.job.guiding)
         x = self._noise(kind, start, stop, "x_T")
         for i, t in enumerate(scheduler.timesteps):
-            parts = [predict(self.model.unet, part, t) for part in x.split(self.job.batch_size)]
-            output = torch.cat(parts)[:, : self.model.channels]
-            self.evaluations += len(x)
+            output = torch.cat(
+                [
+                    self.predictor.output(x[a:b], t, start * self.job.block + a)
+                    for a, b in chunks(len(x), self.job.batch_size)
+                ]
+            )
             z = self._noise(kind, start, stop, i) if base.eta else None
             stepped: Any = scheduler.step(output, t, x, variance_noise=z)
             x = stepped.prev_sample

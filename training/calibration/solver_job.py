@@ -7,6 +7,7 @@ from typing import Any
 
 from ddim_schedulers.pipelines.base import check_batch_size
 from ddim_schedulers.solver_tables import MAX_CALLS, SOLVER_BASE
+from ddim_schedulers.training.calibration.predictor import UNGUIDED, Guiding, check_calls
 from ddim_schedulers.training.calibration.solver_fit import Constants
 
 CHUNK = 128
@@ -38,6 +39,7 @@ class SolverJob:
         batch_size: samples in a network call, where there are as many: chunks have at most
             `CHUNK`, but derivatives are computed side by side.
         constants: of the method.
+        guiding: how the network is guided.
     """
 
     calls: tuple[int, ...] = (5, 7, 10, 15, 20)
@@ -47,6 +49,7 @@ class SolverJob:
     seed: int = 0
     batch_size: int = 64
     constants: Constants = Constants()
+    guiding: Guiding = UNGUIDED
 
     @property
     def chunk(self) -> int:
@@ -62,14 +65,8 @@ class SolverJob:
         most = min(big_t, 2 * MAX_CALLS)
         if not 2 <= self.steps <= most:
             raise ValueError(f"`trajectory_steps` is {self.steps}; it must be 2 to {most}")
-        for calls in self.calls:
-            if not 1 <= calls <= self.steps // 2:
-                raise ValueError(
-                    f"`calls` is {calls}; it must be 1 to {self.steps // 2}, half of "
-                    f"`trajectory_steps`={self.steps}"
-                )
-        if not self.calls or len(set(self.calls)) != len(self.calls):
-            raise ValueError(f"`calls` is {list(self.calls)}; it must be different numbers")
+        half = f", half of `trajectory_steps`={self.steps}"
+        check_calls(self.calls, self.steps // 2, half)
         for name, value in (("num_images", self.num_samples), ("held_out", self.held_out)):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1")
@@ -116,16 +113,26 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
-    """Return a line for each new table that replaces one with settings chosen by pictures.
+    """Return a line for each new table that replaces what it is no better version of.
 
     Args:
         before: the former `calibration["solver"]`, or None.
         stored: the new entries, by their number of calls.
     """
-    tables = before if isinstance(before, Mapping) else {}
-    return [
-        f"{calls} calls: eta and the scales that --objective samples chose for the table before "
-        "are gone; run it again, or take this back with --undo"
-        for calls in stored
-        if isinstance(tables.get(calls), Mapping) and "samples" in tables[calls]
-    ]
+    tables, lines = before if isinstance(before, Mapping) else {}, []
+    for calls, entry in stored.items():
+        old = tables.get(calls)
+        if not isinstance(old, Mapping):
+            continue
+        scales = [each.get("guidance_scale") or 1 for each in (old, entry)]
+        if scales[0] != scales[1]:
+            lines.append(
+                f"{calls} calls: the table before, made at guidance scale {scales[0]:g}, is gone; "
+                "take this back with --undo"
+            )
+        elif "samples" in old and "samples" not in entry:
+            lines.append(
+                f"{calls} calls: eta and the scales that --objective samples chose for the table "
+                "before are gone; run it again, or take this back with --undo"
+            )
+    return lines

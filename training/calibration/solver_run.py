@@ -5,7 +5,6 @@ and chunk, so that an interrupted run goes on: it does again what it did, from t
 first sum that is missing.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
-from ddim_schedulers.parameterization import x0_coefficients
+from ddim_schedulers.pipelines.sampling import Step, denoise
 from ddim_schedulers.solver_rows import analytic_steps, differences_of
-from ddim_schedulers.solver_tables import SolverTable, pack_solver_table
+from ddim_schedulers.solver_tables import MAX_WEIGHT, SolverTable, pack_solver_table
 from ddim_schedulers.timesteps import make_timesteps
+from ddim_schedulers.training.calibration.predictor import Predictor
 from ddim_schedulers.training.calibration.solver_fit import (
     END,
     Chunk,
@@ -39,54 +39,6 @@ CLAIM = "solver.json"
 # Where the timesteps are before they are fitted: t / T = (1 - i / S) ** power, of the powers the
 # one whose step-by-step fit ends nearest.
 POWERS = (1.0, 1.25, 1.5)
-
-
-class Predictor:
-    """The network as a function of (x, t) that says x0_hat, and how often it was asked.
-
-    Args:
-        model: network and process.
-        autocast: run the network in this dtype by `torch.autocast`, None for its own.
-    """
-
-    def __init__(self, model: MeasuredModel, autocast: torch.dtype | None = None) -> None:
-        self.model, self.autocast = model, autocast
-        self.device = next(model.unet.parameters()).device
-        self.evaluations = 0
-
-    def output(
-        self, x: torch.Tensor, t: int, first: int = 0, period: int | None = None
-    ) -> torch.Tensor:
-        """Return what the network says of x (B, C, H, W), without a variance, in its dtype.
-
-        Args:
-            x: samples.
-            t: of all of them.
-            first: the number of the first sample; its class is that of its place in `labels`,
-                which are taken in turn.
-            period: x holds so many samples, several times; None for once.
-        """
-        self.evaluations += len(x)
-        conditions = {}
-        if (labels := self.model.labels) is not None:
-            places = (first + torch.arange(len(x)) % (period or len(x))) % len(labels)
-            conditions["class_labels"] = labels[places].to(x.device)
-        context: Any = contextlib.nullcontext()
-        if self.autocast is not None:
-            context = torch.autocast(self.device.type, dtype=self.autocast)
-        steps = torch.full((len(x),), t, device=x.device)
-        with torch.no_grad(), context:
-            output = self.model.unet(x.to(self.model.dtype), steps, **conditions).sample
-        return output[:, : self.model.channels].to(x.dtype)
-
-    def __call__(
-        self, x: torch.Tensor, t: int, first: int = 0, period: int | None = None
-    ) -> torch.Tensor:
-        """Return x0_hat before any clipping; the arguments are those of `output`."""
-        now = self.model.alpha_bar[t]
-        before = self.model.alpha_bar[t - 1] if t else torch.ones_like(now)
-        of_x, of_m = x0_coefficients(self.model.prediction_type, now, before)
-        return x * float(of_x) + self.output(x, t, first, period) * float(of_m)
 
 
 Item = tuple[str, int]  # what is computed, and of which chunk
@@ -132,12 +84,14 @@ def calibrate_solver(
     """
     team = Team() if team is None else team
     job.check(len(model.alpha_bar))
+    job.guiding.check(model)
     if model.config.get("thresholding"):
         raise ValueError(
             "`thresholding` is True in the scheduler's config; a table goes with clipping or with "
             "none"
         )
     begun = time.perf_counter()
+    numbers = {k: v for k, v in asdict(job).items() if k != "guiding"}
     own = {
         "method": METHOD,
         "network": model.fingerprint(),
@@ -145,7 +99,8 @@ def calibrate_solver(
         "autocast": str(autocast),
         "device": Predictor(model).device.type,
         "labels": None if model.labels is None else model.labels.tolist(),
-        **json.loads(json.dumps(asdict(job))),
+        **job.guiding.settings(),
+        **json.loads(json.dumps(numbers)),
     }
     with own_together(work_dir, "calibrate", team, transient=True) as owner:
         files = SolverFiles(work_dir, own, team, owner)
@@ -176,7 +131,7 @@ class _Calibration:
     ) -> None:
         self.model, self.job, self.files = model, job, files
         self.progress = progress or (lambda line: None)
-        self.predictor = Predictor(model, autocast)
+        self.predictor = Predictor(model, job.guiding, autocast)
         self.grid = make_timesteps("trailing", job.steps, len(model.alpha_bar))
         self.limit = model.clip
         self.starts = {calls: self._starts(calls) for calls in job.calls}
@@ -240,12 +195,24 @@ class _Calibration:
         )
         scheduler.set_timesteps(timesteps=self.grid)
         states = []
-        for t in self.grid:
-            if t in kept:
-                states.append(x)
-            output = self.predictor.output(x, t, c * self.job.chunk)
-            x = scheduler.step(output, t, x, return_dict=False)[0]
-        return {"states": torch.stack([*states, x])}
+
+        def keep(step: Step) -> None:
+            if int(step.timestep) in kept:
+                states.append(step.x_t)
+
+        end = self._run(scheduler, x, c, keep)
+        return {"states": torch.stack([*states, end])}
+
+    def _run(
+        self,
+        scheduler: GeneralizedDDIMScheduler,
+        x: torch.Tensor,
+        c: int,
+        keep: Callable[[Step], None] | None = None,
+    ) -> torch.Tensor:
+        """Return where the loop of the pipelines ends, from x_T of a chunk."""
+        network = self.predictor.network(len(x), c * self.job.chunk)
+        return denoise(network, scheduler, x, scheduler.timesteps, {}, keep)
 
     def _chunk(self, c: int) -> Chunk:
         if c not in self._chunks:
@@ -285,6 +252,8 @@ class _Calibration:
         table = fit.improve(table, self.job.constants.iterations - 1)
         steps = analytic_steps(table.timesteps, self.model.alpha_bar, self.analytic.alpha_bar_end)
         weights = [row.tolist() for row in differences_of(table.rows, *steps[:2])]
+        if max(abs(weight) for row in weights for weight in row) > MAX_WEIGHT:
+            weights = [[0.0] * len(row) for row in weights]  # a fit that no config can hold is none
         levels = self.model.alpha_bar[table.timesteps].tolist()
         stored = SolverTable(
             timesteps=table.timesteps,
@@ -294,6 +263,7 @@ class _Calibration:
             clips=self.limit,
             alpha_bar=[*levels, self.analytic.alpha_bar_end],
             shape=list(self._noise("solver", 1, 0).shape[1:]),
+            **self.job.guiding.settings(),
         )
         entry = pack_solver_table(stored)
         held_out, analytic = self._test(calls, entry)
@@ -339,10 +309,7 @@ class _Calibration:
             x_T, goal = self._goal(c)
             for name, scheduler in (("stored", with_table), ("analytic", self.analytic)):
                 scheduler.set_timesteps(calls)
-                x = x_T
-                for t, _ in scheduler.planned_pairs():
-                    output = self.predictor.output(x, t, c * self.job.chunk)
-                    x = scheduler.step(output, t, x, return_dict=False)[0]
+                x = self._run(scheduler, x_T, c)
                 miss = x - goal if self.limit is None else _clamped_miss(x, goal, self.limit)
                 found[name] = miss.double().square().sum()
             return {**found, "count": torch.tensor(float(goal.numel()), dtype=torch.float64)}

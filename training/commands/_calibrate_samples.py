@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.pipelines.ownership import Owner
+    from ddim_schedulers.training.calibration.predictor import Guiding
     from ddim_schedulers.training.common.processes import AccelerateTeam
     from ddim_schedulers.training.data.images import ImageData
 
@@ -32,31 +33,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def guiding_of(args: argparse.Namespace) -> Guiding:
+    """Return the guidance that the options ask for."""
+    from ddim_schedulers.training.calibration.predictor import Guiding
+
+    interval = args.guidance_interval
+    return Guiding(args.guidance_scale, None if interval is None else tuple(interval))
+
+
 def run(
     args: argparse.Namespace, target: Path, team: AccelerateTeam, work_dir: Path, owner: Owner
 ) -> int:
     """Choose settings for each number of calls, and write those that are better."""
-    from ddim_schedulers.training.calibration import samples_job, samples_run
+    from ddim_schedulers.training.calibration import samples_job, samples_run, solver_job
     from ddim_schedulers.training.likelihood import calibration
-    from ddim_schedulers.training.likelihood.measured_data import load_measured_data
+    from ddim_schedulers.training.likelihood.measured_data import (
+        labels_in_turn,
+        load_measured_data,
+    )
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
     model = load_measured_model(args.pipeline, team.state.device, allow_pickle=args.allow_pickle)
     has_classes = bool(args.label_column or args.class_names or args.data == "digits")
-    if model.classes is not None:
+    if model.codec is not None:
         raise ValueError(
-            f"`--pipeline` is {args.pipeline!r}, whose network has classes; it must have none for "
-            "--objective samples"
+            f"`--pipeline` is {args.pipeline!r}, whose network makes latents; it must make pixels "
+            "for --objective samples"
         )
     names = args.features or [*(WITH_CLASSES if has_classes else WITHOUT_CLASSES)]
-    data = load_measured_data(args, model, class_conditional=CLASSIFIER in names)
     job = samples_job.SamplesJob(
         calls=tuple(args.calls or CALLS),
         num_images=NUM_IMAGES if args.num_images is None else args.num_images,
         seed=args.seed,
         batch_size=args.batch_size,
+        guiding=guiding_of(args),
     )
     job.check(len(model.alpha_bar))
+    model = model.labelled(labels_in_turn(args.labels, model, job.held_out))
+    job.guiding.check(model)
+    data = load_measured_data(args, model, class_conditional=CLASSIFIER in names)
 
     def progress(line: str) -> None:
         print(f"process {team.index}: {line}", file=sys.stderr, flush=True)
@@ -68,15 +83,18 @@ def run(
     if team.index == 0:
         owner.check()
         better = {
-            str(each.calls): each.entry(model.config, names, job.held_out)
+            str(each.calls): each.entry(model.config, names, job)
             for each in outcomes
             if each.chosen is not None
         }
+        before = {}
         if better:
-            calibration.add_to_calibration({"solver": better}, target, model.saved)
+            before = calibration.add_to_calibration({"solver": better}, target, model.saved)
         samples_run.discard(work_dir)
         for each in outcomes:
             print(*each.lines(names), sep="\n")
+        for line in solver_job.lost(before.get("solver"), better):
+            print(line)
         print(
             f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "
             f"{cost['processes']} processes; "

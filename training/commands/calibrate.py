@@ -17,9 +17,10 @@ HELP = "Measure a pipeline for the optimal noise and trajectory, or fit a sample
 # What acts in each kind of call; the rest is refused rather than ignored.
 _WHERE = {"pipeline", "revision", "allow_pickle", "output"}
 _RUN = {"objective", "num_images", "batch_size", "seed", "cpu"}
-_OF_SOLVER = {"calls", "held_out"}
-_OF_SAMPLES = {"calls", "features"}
-_IDLE_IN_SAMPLES = {"clip", "held_out", "labels", "trajectory_steps", "undo"}
+_OF_TABLES = {"calls", "guidance_scale", "guidance_interval"}
+_OF_SOLVER = {*_OF_TABLES, "held_out"}
+_OF_SAMPLES = {*_OF_TABLES, "features"}
+_IDLE_IN_SAMPLES = {"clip", "held_out", "trajectory_steps", "undo"}
 _ACTS = {
     "--undo": _WHERE | {"undo", "cpu"},
     "--objective trajectory": _WHERE | _RUN | {"trajectory_steps", "labels"},
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     from ddim_schedulers.training.commands._model_options import add_repository_arguments
     from ddim_schedulers.training.likelihood.measured_data import (
-        add_condition_arguments,
         add_data_arguments,
+        add_label_arguments,
     )
 
     parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline")
@@ -49,7 +50,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the stored table or of the formulas (likelihood)",
     )
     add_data_arguments(parser, required=False)
-    add_condition_arguments(parser)
+    add_label_arguments(parser)
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="CLASS",
+        help="for a network with classes: 'data' for the class of each image, and for samples all "
+        "classes in turn; 'null' for the null class; of samples also classes, names or numbers, "
+        "that are taken in turn (data)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        metavar="W",
+        help="solver, samples: calibrate with classifier-free guidance at this scale; the preset "
+        "then takes the table at this scale alone (no guidance)",
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="solver, samples: the shares of t / T between which guidance acts (everywhere)",
+    )
     _calibrate_samples.add_arguments(parser)
     parser.add_argument(
         "--num_images",
@@ -116,6 +139,12 @@ def run(args: argparse.Namespace) -> int:
 
     _refuse_idle(args)
     args.pipeline = pinned(args.pipeline, args.revision)
+    if args.objective == "likelihood" and args.labels is not None:
+        if args.labels not in (["data"], ["null"]):
+            raise ValueError(
+                f"`--labels` is {args.labels}; it must be data or null with --objective likelihood"
+            )
+        (args.labels,) = args.labels
     if args.undo:
         return _undo(args)
     if args.objective == "trajectory":
@@ -208,9 +237,10 @@ def _fit_solver(
         steps=args.trajectory_steps,
         seed=args.seed,
         batch_size=args.batch_size,
+        guiding=_calibrate_samples.guiding_of(args),
     )
     outcomes, cost = solver_run.calibrate_solver(
-        measured_model.labelled(labels_in_turn(args, measured_model, job.num_samples)),
+        measured_model.labelled(labels_in_turn(args.labels, measured_model, job.num_samples)),
         job,
         work_dir=work_dir,
         team=team,
@@ -274,7 +304,7 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
     measured_model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
     num_samples = 48 if args.num_images is None else args.num_images
     measured, cost = calibration.measure_trajectory(
-        measured_model.labelled(labels_in_turn(args, measured_model, num_samples)),
+        measured_model.labelled(labels_in_turn(args.labels, measured_model, num_samples)),
         num_samples=num_samples,
         steps=args.trajectory_steps,
         seed=args.seed,

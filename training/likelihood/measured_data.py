@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     import torch
 
+    from ddim_schedulers.class_labels import ClassLabels
     from ddim_schedulers.training.data.images import ImageData
     from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
@@ -170,21 +171,40 @@ def encoded(measured_model: MeasuredModel, images: torch.Tensor, seed: int) -> t
 
 
 def labels_in_turn(
-    args: argparse.Namespace, measured_model: MeasuredModel, count: int
+    given: list[str] | None, measured_model: MeasuredModel, count: int
 ) -> torch.Tensor | None:
     """Return classes for `count` samples; None for a network without classes.
 
+    Args:
+        given: `--labels` of samples: `data` or None for all classes in turn, `null` for the null
+            class, or names and numbers of classes that are taken in turn.
+        measured_model: the network.
+        count: N.
+
     Raises:
-        ValueError: as `kind_of_labels`.
+        ValueError: for classes that the network does not have.
     """
     import torch
 
-    kind = kind_of_labels(args, measured_model)
-    if kind is None or measured_model.classes is None:
+    classes = measured_model.classes
+    if classes is None:
+        if given:
+            raise ValueError(
+                f"`--labels` is {given}; it must be left out, as the network has no classes"
+            )
         return None
-    if kind == "null":
+    if given == ["null"]:
+        _check_null(classes)
         return null_labels(measured_model, count)
-    return torch.tensor(measured_model.classes.balanced(count))
+    if given in (None, ["data"]):
+        return torch.tensor(classes.balanced(count))
+    numbers = [classes.number(label, "--labels") for label in given]
+    return torch.tensor([numbers[i % len(numbers)] for i in range(count)])
+
+
+def _check_null(classes: ClassLabels) -> None:
+    if classes.null_class is None:
+        raise ValueError("`--labels` is 'null'; it must be data: the network has no null class")
 
 
 def null_labels(measured_model: MeasuredModel, count: int) -> torch.Tensor:
@@ -211,8 +231,8 @@ def kind_of_labels(args: argparse.Namespace, measured_model: MeasuredModel) -> s
             )
         return None
     kind = args.labels or "data"
-    if kind == "null" and classes.null_class is None:
-        raise ValueError("`--labels` is 'null'; it must be data: the network has no null class")
+    if kind == "null":
+        _check_null(classes)
     if kind == "null" and len(given) > 1:
         raise ValueError(
             f"`--{given[1]}` is {getattr(args, given[1])!r}; it must be left out with --labels null"
