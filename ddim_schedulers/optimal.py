@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .parameterization import Coefficients
 from .reverse_noise import Steps, fixed_noise, x0_weight
 from .sigmas import sigma_eta
 
@@ -242,15 +241,3 @@ def best_trajectory(cost: torch.Tensor, num_inference_steps: int) -> list[int]:
     for origin in reversed(came_from):
         path.append(int(origin[path[-1]]))
     return [big_t - 1, *reversed(path)]
-
-
-def gaussian_eps(alpha_bar: torch.Tensor, mean: float, variance: float) -> Coefficients:
-    """Return (k_x, k_1) of the perfect eps_hat = k_x x_t + k_1 for data N(mean, variance I).
-
-    E[eps | x_t] = sqrt(b_t) (x_t - sqrt(a_t) mean) / (a_t variance + b_t), the case in which every
-    quantity of this module has a closed form: gamma_t = b_t / (a_t variance + b_t) and
-    Var(x_0 | x_t) = variance b_t / (a_t variance + b_t).
-    """
-    marginal = alpha_bar * variance + (1 - alpha_bar)
-    slope = (1 - alpha_bar).sqrt() / marginal
-    return slope, -slope * alpha_bar.sqrt() * mean

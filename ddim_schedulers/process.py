@@ -41,12 +41,6 @@ def q_sample(x0: torch.Tensor, noise: torch.Tensor, alpha_bar_t: Coefficient) ->
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
-def q_t_given_0(x0: torch.Tensor, alpha_bar_t: Coefficient) -> Gaussian:
-    """Return q(x_t | x_0) (DDPM, Eq. 4), for alpha_bar_t in [0, 1]."""
-    a = _alpha_bar(alpha_bar_t)
-    return Gaussian(a.sqrt() * x0, 1 - a)
-
-
 def q_t_given_s(x_s: torch.Tensor, alpha_bar_t: Coefficient, alpha_bar_s: Coefficient) -> Gaussian:
     """Return q(x_t | x_s) of the Markovian process (DDPM, Eq. 2, over several steps at once).
 

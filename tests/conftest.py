@@ -1,6 +1,5 @@
 """Settings and fixtures that every test shares."""
 
-import importlib.util
 import json
 import math
 import os
@@ -200,11 +199,7 @@ def closed_form():
 @pytest.fixture
 def loopback_hub(monkeypatch):
     """A running Hub on 127.0.0.1 (tests/loopback_hub.py) that this process's client may reach."""
-    path = Path(__file__).with_name("loopback_hub.py")
-    spec = importlib.util.spec_from_file_location("loopback_hub", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["loopback_hub"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    import loopback_hub as module
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -298,20 +293,10 @@ def processes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_ddpm():
     """Makes a `DDPMPipeline` with random weights around a scheduler: 8 x 8 grey images."""
-    from diffusers import DDPMPipeline, UNet2DModel
+    from diffusers import DDPMPipeline
+    from tiny_models import tiny_unet
 
     def make(scheduler, channels=1):
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=channels,
-            out_channels=channels,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-        )
-        return DDPMPipeline(unet, scheduler)
+        return DDPMPipeline(tiny_unet(channels, blocks=(8, 8)), scheduler)
 
     return make

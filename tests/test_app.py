@@ -6,9 +6,8 @@ import shlex
 
 import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DModel
 from PIL import Image
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -24,18 +23,7 @@ with_gradio = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=4,
-    )
+    unet = tiny_unet(blocks=(8, 8), num_class_embeds=4)
     note_class_labels(unet, 3, ["ant", "bee", "cat"])
     folder = tmp_path_factory.mktemp("app") / "pipeline"
     scheduler = GeneralizedDDIMScheduler(num_train_timesteps=100)

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.export import export_folder
@@ -32,18 +33,7 @@ STEPS = 12
 
 
 def _unet(channels=1, out=1, **settings):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=out,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        **settings,
-    )
+    return tiny_unet(channels, blocks=(8, 8), out_channels=out, **settings)
 
 
 def _stock(**settings):

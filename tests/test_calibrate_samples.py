@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
+from tiny_models import tiny_unet
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.training.calibration import samples_job, samples_run, samples_search
@@ -456,17 +457,7 @@ def test_one_feature_space_alone_is_refused(tmp_path):
 def test_the_command_stores_what_wins_and_the_preset_uses_it(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "pipeline"
     config = {"num_train_timesteps": 12, "beta_end": 0.5, "clip_sample": True}
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+    unet = tiny_unet(blocks=(8, 8))
     DDPMPipeline(unet, DDPMScheduler(**config)).save_pretrained(folder)
     file = folder / "scheduler" / "scheduler_config.json"
     before = file.read_text()

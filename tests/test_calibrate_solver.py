@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
+from tiny_models import tiny_unet
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.export import export_folder
@@ -124,17 +125,7 @@ class _Stop(Exception):
 
 
 def _unet(out=1, seed=0):
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=out,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+    return tiny_unet(blocks=(8, 8), seed=seed, out_channels=out)
 
 
 SMALL = {"calls": (2, 3), "num_samples": 5, "held_out": 3, "steps": 12, "batch_size": 2}

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from tiny_models import tiny_unet
 
 from ddim_schedulers.class_labels import (
     ClassLabels,
@@ -18,23 +18,8 @@ from ddim_schedulers.settings import SETTINGS_KEY
 NAMES = ("cat", "dog", "7")
 
 
-def network(**config):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        **config,
-    )
-
-
 def test_the_null_class_and_the_names_stay_with_a_network(tmp_path, caplog):
-    unet = network(num_class_embeds=4)
+    unet = tiny_unet(num_class_embeds=4)
     note_class_labels(unet, 3, NAMES)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     check_saved(tmp_path)
@@ -50,8 +35,8 @@ def test_the_null_class_and_the_names_stay_with_a_network(tmp_path, caplog):
 
 
 def test_a_network_of_others_has_numbers_alone():
-    assert class_labels_of(network()) is None
-    labels = class_labels_of(network(num_class_embeds=3))
+    assert class_labels_of(tiny_unet()) is None
+    labels = class_labels_of(tiny_unet(num_class_embeds=3))
     assert labels == ClassLabels(3)
     assert labels.ids == (0, 1, 2)
     assert labels.name(1) == "1"
@@ -110,7 +95,7 @@ def test_configs_that_contradict_themselves_are_refused(config, key):
 
 
 def test_names_that_do_not_fit_are_not_noted():
-    unet = network(num_class_embeds=3)
+    unet = tiny_unet(num_class_embeds=3)
     with pytest.raises(ValueError):
         note_class_labels(unet, 2, ["a"])
     with pytest.raises(ValueError, match="`id2label`"):
@@ -119,7 +104,7 @@ def test_names_that_do_not_fit_are_not_noted():
 
 
 def test_a_repository_with_such_a_config_is_refused_before_it_is_loaded(tmp_path):
-    unet = network(num_class_embeds=3)
+    unet = tiny_unet(num_class_embeds=3)
     unet.register_to_config(**{SETTINGS_KEY: {"null_class": 7}})
     unet.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config.json': `null_class` is '7'"):

@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,22 +9,13 @@ import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from tiny_runs import UNET, quick_config, same_files
 
 from ddim_schedulers.pipelines.image_files import BadImageError
 from ddim_schedulers.training import train
-from ddim_schedulers.training.config import TrainingConfig
-from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.trainer.result import NonFiniteError
 from ddim_schedulers.training.trainer.trainer import Trainer
 
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
 BROKEN = {"bytes": b"nothing", "path": "broken.png"}
 
 
@@ -49,29 +39,14 @@ def settings(tmp_path):
             features = Features({"image": ImageFeature()})
             Dataset.from_dict({"image": rows}, features=features).to_parquet(str(path))
         values = {
-            "output_dir": str(tmp_path / name),
-            "model": str(tmp_path / "unet.json"),
             "data": str(path),
             "streaming": True,
             "shuffle_buffer": 7,
-            "cpu": True,
-            "batch_size": 8,
             "max_train_steps": 7,
-            "lr": 1e-3,
-            "lr_warmup_steps": 2,
-            "ema_decay": 0.9,
-            "progress_bar": False,
-            "log_every": 4,
-            "checkpoint_every": 0,
         }
-        return TrainingConfig(**values | changes)
+        return quick_config(tmp_path, name, **values | changes)
 
     return make
-
-
-def files(config):
-    folder = checkpoints.folder_of(Path(config.output_dir) / "checkpoints", config.max_train_steps)
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
 def test_resume_is_exact_in_the_middle_of_an_epoch(settings):
@@ -87,8 +62,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(settings):
     parts += [train.train(settings("parts", **options, resume="latest"))]
     assert sum((part.losses for part in parts), []) == whole.losses
     assert len(whole.losses) == 7
-    one, two = files(settings("whole")), files(settings("parts"))
-    assert len(one) == 3 and one == two
+    assert same_files(settings("whole"), settings("parts"), 7)
 
 
 def test_what_is_trained_on_must_be_the_same_after_a_resume(settings):

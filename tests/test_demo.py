@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddim_schedulers.training import demo
 from ddim_schedulers.training.common.storage import slug
-from ddim_schedulers.training.metrics.features import load_classifier
+from ddim_schedulers.training.metrics.classifier import load_classifier
 
 
 @pytest.fixture(scope="module")

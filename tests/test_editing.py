@@ -1,6 +1,5 @@
 """SDEdit and translation: pictures that sampling starts from, and those of another model."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,30 +12,18 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    UNet2DModel,
 )
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
+from test_pipelines_inversion import SIZE, Oracle, pipeline, some_images
+from tiny_models import ExactVae, latent_pipeline, latent_unet, tiny_unet, tiny_vae
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, InversionPipeline
 from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.pipelines.sampling_job import SamplingJob, sample_to_directory
 from ddim_schedulers.training import cli
-
-
-def neighbour(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inversion, latent_models = neighbour("test_pipelines_inversion"), neighbour("latent_models")
-SIZE, Oracle = inversion.SIZE, inversion.Oracle
-pipeline, some_images = inversion.pipeline, inversion.some_images
 
 CALL = {"num_inference_steps": 10, "output_type": "latent"}
 
@@ -215,7 +202,7 @@ def test_a_target_that_does_not_fit():
         pipe.translate(some_images(), early, num_inference_steps=3)
 
 
-class SameShape(latent_models.ExactVae):
+class SameShape(ExactVae):
     """Pictures and latents of one shape: only the sign says which of the two a tensor is."""
 
     def encode(self, x):
@@ -229,10 +216,10 @@ class SameShape(latent_models.ExactVae):
 def same_shape(monkeypatch):
     """A pipeline of latents whose pictures have the shape of the latents."""
     monkeypatch.setattr(Codec, "factor", 1)
-    unet = latent_models.small_unet(side=8)
+    unet = latent_unet(8)
     vae = SameShape()
     vae.register_to_config(in_channels=4, out_channels=4)
-    return latent_models.latent_pipeline(vae, unet=unet)
+    return latent_pipeline(vae, unet=unet)
 
 
 def test_a_picture_is_encoded_where_it_could_be_taken_for_a_latent(same_shape):
@@ -252,7 +239,7 @@ def test_a_picture_is_encoded_where_it_could_be_taken_for_a_latent(same_shape):
 
 @pytest.mark.parametrize("kind", ["kl", "tiny", "vq"])
 def test_editing_of_latents_encodes_and_decodes_pictures(kind):
-    pipe = latent_models.latent_pipeline(latent_models.small_vae(kind), InversionPipeline)
+    pipe = latent_pipeline(tiny_vae(kind), InversionPipeline)
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     made = pipe.translate(images, pipe, num_inference_steps=3, cycle=True, output_type="pt")
     expected = pipe.reconstruct(images, num_inference_steps=3, output_type="pt")
@@ -275,7 +262,7 @@ def test_editing_of_latents_encodes_and_decodes_pictures(kind):
 
 
 def test_a_target_of_pixels_does_not_fit_latents_of_its_shape():
-    pipe = latent_models.latent_pipeline(cls=InversionPipeline)
+    pipe = latent_pipeline(cls=InversionPipeline)
     pixels = InversionPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
     for source, target in ((pipe, pixels), (pixels, pipe)):
         with pytest.raises(ValueError, match="`target` makes images of shape"):
@@ -297,19 +284,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "edit.md"
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
 def test_the_code_of_the_page_runs(block, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
     monkeypatch.chdir(tmp_path)
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained("my-model")
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained("my-model")
     found = {}
     exec(compile(block, PAGE.name, "exec"), found)
     assert {"edited", "made", "found"} & set(found)

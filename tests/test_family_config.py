@@ -1,14 +1,13 @@
 """A config of any diffusers class, of any year: the process is kept, or the config is refused."""
 
-import importlib.util
 import inspect
 import json
 import warnings
-from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
+import scheduler_vintages as vintages
 import torch
 
 from ddim_schedulers import (
@@ -18,13 +17,6 @@ from ddim_schedulers import (
     betas,
     to_portable,
 )
-
-# tests are imported one by one (`importmode=importlib`)
-spec = importlib.util.spec_from_file_location(
-    "scheduler_vintages", Path(__file__).with_name("scheduler_vintages.py")
-)
-vintages = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(vintages)
 
 CLASSES = (GeneralizedDDIMScheduler, MarkovianDDPMScheduler, GeneralizedDDIMInverseScheduler)
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -10,13 +10,13 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -725,23 +725,8 @@ def test_variations_keep_their_class():
         pipe.variations(3, [500], [7, 8], guidance_scael=2, **settings)
 
 
-def small_unet(classes, channels=1):
-    torch.manual_seed(1)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    ).eval()
-
-
 def test_a_real_network_guided_and_in_half_precision():
-    network = small_unet(4)
+    network = tiny_unet(seed=1, num_class_embeds=4)
     note_class_labels(network, 3)
     asked = Conditions([0, 1, 2, 0], guidance_scale=4.0)
     x = torch.randn(4, 1, 8, 8)

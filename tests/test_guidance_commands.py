@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -23,18 +24,7 @@ NAMES = ["cat", "hot dog", "T-shirt/top"]
 
 
 def tiny_unet(classes=4, null=3, names=NAMES, seed=0):
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=SIZE,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    ).eval()
+    unet = tiny_models.tiny_unet(seed=seed, num_class_embeds=classes)
     if classes is not None:
         note_class_labels(unet, null, names)
         torch.nn.init.normal_(unet.class_embedding.weight)

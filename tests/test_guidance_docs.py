@@ -4,8 +4,8 @@ import copy
 import re
 from pathlib import Path
 
-import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -14,18 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "guidance.md"
 
 
 def test_the_code_runs(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
+    unet = tiny_unet(num_class_embeds=3)
     note_class_labels(unet, 2, ["cat", "dog"])
     scheduler = GeneralizedDDIMScheduler(timesteps=[900, 500, 100])  # three steps are enough here
     earlier = DDPMPipeline(unet=copy.deepcopy(unet), scheduler=scheduler)

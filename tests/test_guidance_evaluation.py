@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -27,18 +28,7 @@ GRID = [
 
 
 def tiny_unet(seed, classes=11):
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    ).eval()
+    unet = tiny_models.tiny_unet(seed=seed, num_class_embeds=classes)
     if classes is not None:
         note_class_labels(unet, 10, [f"digit {i}" for i in range(10)])
     return unet

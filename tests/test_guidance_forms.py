@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, export
 from ddim_schedulers.class_labels import note_class_labels
@@ -23,18 +24,7 @@ SEEDS = [0, 1, 2]
 
 
 def network(classes=3, null=2, names=("cat", "dog")):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    ).eval()
+    unet = tiny_unet(num_class_embeds=classes)
     if classes is not None:
         note_class_labels(unet, null, names)
         torch.nn.init.normal_(unet.class_embedding.weight)

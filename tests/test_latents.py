@@ -1,14 +1,14 @@
 """Pipelines of latents: encoded at the start, decoded at the end, saved so that nothing is lost."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, LDMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, LDMPipeline
 from PIL import Image
+from tiny_models import ExactVae, latent_pipeline, latent_unet, tiny_unet, tiny_vae
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -26,14 +26,6 @@ from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.evaluation.config import parse_evaluation
 from ddim_schedulers.training.evaluation.report import evaluate
 
-_spec = importlib.util.spec_from_file_location(
-    "latent_models", Path(__file__).with_name("latent_models.py")
-)
-_models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_models)
-ExactVae, latent_pipeline = _models.ExactVae, _models.latent_pipeline
-small_unet, small_vae = _models.small_unet, _models.small_vae
-
 KINDS = ("kl", "tiny", "vq")
 FEW = {"num_inference_steps": 3, "eta": 0.0}
 
@@ -41,7 +33,7 @@ FEW = {"num_inference_steps": 3, "eta": 0.0}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (0.5, 0.0), (2.5, -0.75)])
 def test_the_scale_is_applied_both_ways(kind, scale, shift):
-    vae = small_vae(kind)
+    vae = tiny_vae(kind)
     note_scale(vae, scale, shift)
     assert scale_in(type(vae).from_config(vae.config).config) == (scale, shift)
     codec, x = Codec(vae), torch.rand(2, 1, 8, 8) * 2 - 1
@@ -54,7 +46,7 @@ def test_the_scale_is_applied_both_ways(kind, scale, shift):
 
 
 def test_draws_of_the_encoder_are_those_of_diffusers():
-    vae = small_vae()
+    vae = tiny_vae()
     x, noise = torch.rand(3, 1, 8, 8), torch.randn(3, 4, 4, 4)
     with torch.no_grad():
         posterior = vae.encode(x).latent_dist
@@ -81,8 +73,8 @@ def test_samples_are_the_decoded_latents_in_every_output_type():
 
 @pytest.mark.parametrize("where", ["vae", "vqvae"])
 def test_the_autoencoder_may_be_given_by_either_name(where):
-    vae = small_vae()
-    parts = {"unet": small_unet(), "scheduler": GeneralizedDDIMScheduler()}
+    vae = tiny_vae()
+    parts = {"unet": latent_unet(), "scheduler": GeneralizedDDIMScheduler()}
     pipe = GenerationPipeline(**parts, **{where: vae})
     assert pipe.vae is vae and pipe.components["vqvae"] is vae
     with pytest.raises(ValueError, match="`vae` and `vqvae` are both given"):
@@ -124,7 +116,7 @@ def _steps():
 
 
 def test_guidance_samples_latents_and_they_are_decoded():
-    unet = small_unet(num_class_embeds=3)
+    unet = latent_unet(num_class_embeds=3)
     note_class_labels(unet, 2, ("cat", "dog"))
     pipe = latent_pipeline(unet=unet)
     call = {"seeds": [1, 2], "class_labels": "dog", "guidance_scale": 2.0, **FEW}
@@ -143,27 +135,27 @@ def test_restoration_refuses_latents_and_says_why():
 def test_an_autoencoder_that_does_not_fit_is_refused():
     cases = {
         "it must be one of AutoencoderKL": torch.nn.Identity(),
-        "latents of 3 channels; they must have 4": small_vae(latent_channels=3),
-        "without its encoder": small_vae(),
-        "maps 1 channels to 3": small_vae(out_channels=3),
-        "`vae.config.scaling_factor` is nan": small_vae(scaling_factor=float("nan")),
-        "`vae.config.shift_factor` is 'x'": small_vae(shift_factor="x"),
+        "latents of 3 channels; they must have 4": tiny_vae(latent_channels=3),
+        "without its encoder": tiny_vae(),
+        "maps 1 channels to 3": tiny_vae(out_channels=3),
+        "`vae.config.scaling_factor` is nan": tiny_vae(scaling_factor=float("nan")),
+        "`vae.config.shift_factor` is 'x'": tiny_vae(shift_factor="x"),
     }
     del cases["without its encoder"].encoder
     for message, vae in cases.items():
         with pytest.raises(ValueError, match=message):
             latent_pipeline(vae)
     pipe = latent_pipeline()
-    pipe.vqvae = small_vae(latent_channels=3)  # as for a scheduler, the next call sees it
+    pipe.vqvae = tiny_vae(latent_channels=3)  # as for a scheduler, the next call sees it
     with pytest.raises(ValueError, match="latents of 3 channels"):
         pipe(seeds=[0], **FEW)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_ldm_loads_and_decodes_as_there(kind, tmp_path):
-    vae = small_vae(kind)
+    vae = tiny_vae(kind)
     note_scale(vae, 0.7, 0.0)
-    stock = LDMPipeline(vqvae=vae, unet=small_unet(), scheduler=_plain())
+    stock = LDMPipeline(vqvae=vae, unet=latent_unet(), scheduler=_plain())
     stock.save_pretrained(tmp_path)
     stock.set_progress_bar_config(disable=True)
     pipe = GenerationPipeline.from_pretrained(tmp_path)
@@ -199,7 +191,7 @@ def test_every_form_keeps_the_decoder_and_its_scale(form, tmp_path):
 
 @pytest.mark.parametrize("what", ["shift", "classes"])
 def test_what_ldm_would_lose_is_refused_in_the_portable_form(what, tmp_path):
-    pipe = latent_pipeline(unet=small_unet(num_class_embeds=3 if what == "classes" else None))
+    pipe = latent_pipeline(unet=latent_unet(num_class_embeds=3 if what == "classes" else None))
     note_scale(pipe.vae, 0.6, 0.5 if what == "shift" else 0.0)
     with pytest.raises(ValueError, match=f"`form` is 'portable'.*{what}"):
         save_pipeline(pipe, tmp_path / "portable", "portable")
@@ -250,16 +242,7 @@ def test_a_folder_with_another_class_as_vae_is_refused(tmp_path):
 
 
 def test_a_pipeline_of_pixels_is_saved_as_ever(tmp_path):
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    )
-    pipe = GenerationPipeline(unet=unet, scheduler=GeneralizedDDIMScheduler())
+    pipe = GenerationPipeline(unet=tiny_unet(), scheduler=GeneralizedDDIMScheduler())
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert {key for key in index if key[0] != "_"} == {"unet", "scheduler"}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from scipy.optimize import minimize
+from tiny_models import gaussian_eps
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler, to_portable
 from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
 from ddim_schedulers.likelihood import expected_bound, make_chain
-from ddim_schedulers.optimal import gaussian_eps
 from ddim_schedulers.training.likelihood import learned_betas
 from ddim_schedulers.training.likelihood.learned_betas import LearnedBetas, learn_betas, save_betas
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_unet
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -235,23 +236,9 @@ def test_nothing_is_dropped_that_the_config_does_not_tell_of(cls):
 # -- the command line
 
 
-def _unet(out_channels):
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=out_channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
-
-
 def _save_both(folder, scheduler):
     """The same network with and without a second half of its channels."""
-    narrow, wide = _unet(1), _unet(2)
+    narrow, wide = tiny_unet(), tiny_unet(out_channels=2)
     weights = wide.state_dict()
     for name, value in narrow.state_dict().items():
         weights[name][: len(value)] = value

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_models import gaussian_eps
 
 from ddim_schedulers import likelihood
 from ddim_schedulers.betas import alpha_bar_before, alpha_bar_from_betas, make_betas
@@ -23,7 +24,7 @@ from ddim_schedulers.likelihood import (
     prior_kl,
     variational_bound,
 )
-from ddim_schedulers.optimal import gaussian_eps, step_kl, x0_variance
+from ddim_schedulers.optimal import step_kl, x0_variance
 from ddim_schedulers.parameterization import target
 
 pytestmark = pytest.mark.usefixtures("float64")

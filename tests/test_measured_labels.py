@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
+from tiny_models import tiny_unet
 
 from ddim_schedulers.class_labels import note_class_labels
 from ddim_schedulers.training.cli import main
@@ -17,21 +18,10 @@ STEPS = 6
 
 
 def network(count=11, out=1):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=out,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        num_class_embeds=count,
-    )
+    unet = tiny_unet(blocks=(8, 8), out_channels=out, num_class_embeds=count)
     if count == 11:
         note_class_labels(unet, NULL)
-    return unet.eval()
+    return unet
 
 
 class Bound(torch.nn.Module):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import gaussian_eps
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -18,7 +19,6 @@ from ddim_schedulers.betas import alpha_bar_from_betas, make_betas
 from ddim_schedulers.optimal import (
     best_trajectory,
     cost_matrix,
-    gaussian_eps,
     late_noise_cap,
     optimal_timesteps,
     statistics_of,

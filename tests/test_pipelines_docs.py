@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
+from tiny_models import tiny_unet
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
 TEXT = PAGE.read_text()
@@ -17,19 +17,8 @@ MADE_BY_PROOFS = {"reconstruction_error.png"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
     folder = tmp_path_factory.mktemp("docs") / "my-model"
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(folder)
     return folder
 
 

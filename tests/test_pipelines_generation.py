@@ -24,6 +24,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+from tiny_models import tiny_unet
 
 from ddim_schedulers import (
     GeneralizedDDIMInverseScheduler,
@@ -41,21 +42,6 @@ MEMBERS = {
     "ddpm": lambda: MarkovianDDPMScheduler(),
     "stock ddpm": lambda: DDPMScheduler(),
 }
-
-
-def tiny_unet(channels=1, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=SIZE,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        **kwargs,
-    ).eval()
 
 
 class Oracle(ModelMixin, ConfigMixin):

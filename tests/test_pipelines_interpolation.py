@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines import (
@@ -22,19 +23,8 @@ STEPS = {"num_inference_steps": 5, "output_type": "latent"}
 
 
 def pipeline(scheduler=None):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=SIZE,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
     pipe = InterpolationPipeline(
-        unet=unet.double(), scheduler=scheduler or GeneralizedDDIMScheduler()
+        unet=tiny_unet().double(), scheduler=scheduler or GeneralizedDDIMScheduler()
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

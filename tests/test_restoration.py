@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, RestorationPipeline
@@ -24,21 +25,6 @@ from ddim_schedulers.pipelines.restoration.operators import (
 SHAPE = (3, 8, 8)
 
 
-def tiny_unet(channels=3, **settings):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        **settings,
-    ).eval()
-
-
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -46,7 +32,7 @@ def quiet(pipe):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return quiet(RestorationPipeline(tiny_unet(), GeneralizedDDIMScheduler()))
+    return quiet(RestorationPipeline(tiny_unet(3), GeneralizedDDIMScheduler()))
 
 
 def half():
@@ -118,7 +104,7 @@ def test_an_operator_that_measures_nothing_leaves_the_family(method, eta, pipe):
     "make", [DDPMScheduler, MarkovianDDPMScheduler, DDIMScheduler], ids=lambda c: c.__name__
 )
 def test_so_it_does_with_other_schedulers(make):
-    pipe = quiet(RestorationPipeline(tiny_unet(), make()))
+    pipe = quiet(RestorationPipeline(tiny_unet(3), make()))
     sampler = quiet(GenerationPipeline.from_pipe(pipe))
     common = {"num_inference_steps": 5, "seeds": [3], "output_type": "latent"}
     nothing = Inpainting(torch.zeros(8, 8), SHAPE)
@@ -224,7 +210,7 @@ def test_the_range_of_the_measurement(pipe):
 def test_the_papers_formulas(prediction_type, pipe):
     """DDNM (its program) and DDRM, Eq. 7-8 by the singular vectors of boxes, step by step."""
     scheduler = GeneralizedDDIMScheduler(prediction_type=prediction_type, clip_sample=False)
-    network = quiet(RestorationPipeline(tiny_unet(), scheduler))
+    network = quiet(RestorationPipeline(tiny_unet(3), scheduler))
     operator, eta, noise, steps = box_superresolution(SHAPE, 2), 0.85, 0.3, 4
     y = operator.A(images(1)) + noise * torch.randn(1, 3, 4, 4)
     flat = operator.A(torch.eye(192).view(192, *SHAPE)).flatten(1).T.double()
@@ -283,7 +269,7 @@ def test_the_scheduler_clips_before_the_projection(pipe):
     operator = box_superresolution(SHAPE, 2)
     y = operator.A(images(1))
     plain = GeneralizedDDIMScheduler(clip_sample=False)
-    free = quiet(RestorationPipeline(tiny_unet(), plain))
+    free = quiet(RestorationPipeline(tiny_unet(3), plain))
     settings = {"num_inference_steps": 3, "seeds": 2, "output_type": "latent"}
     clipped = pipe(y, operator, **settings).images
     assert float((clipped - operator.A_dagger(y)).abs().max()) <= 2 + 1e-5
@@ -291,7 +277,7 @@ def test_the_scheduler_clips_before_the_projection(pipe):
 
 
 def test_half_precision_weights_keep_the_measurement(pipe):
-    other = quiet(RestorationPipeline(tiny_unet().to(torch.bfloat16), GeneralizedDDIMScheduler()))
+    other = quiet(RestorationPipeline(tiny_unet(3).to(torch.bfloat16), GeneralizedDDIMScheduler()))
     operator = grey_from_colour(SHAPE)
     y = operator.A(images())
     for method in METHODS:
@@ -303,7 +289,7 @@ def test_half_precision_weights_keep_the_measurement(pipe):
 
 
 def test_labels_and_guidance_compose():
-    unet = tiny_unet(num_class_embeds=4, class_embed_type=None)
+    unet = tiny_unet(3, num_class_embeds=4, class_embed_type=None)
     with torch.no_grad():  # a new network gives all its classes nearly the same
         unet.class_embedding.weight.mul_(5)
     pipe = quiet(RestorationPipeline(unet, GeneralizedDDIMScheduler()))
@@ -502,7 +488,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("said", SCHEDULERS)
 def test_schedulers_that_do_more_than_the_family_are_refused(said):
-    pipe = quiet(RestorationPipeline(tiny_unet(), SCHEDULERS[said]()))
+    pipe = quiet(RestorationPipeline(tiny_unet(3), SCHEDULERS[said]()))
     with pytest.raises(ValueError, match="`scheduler`") as caught:
         pipe(measurement(), boxes(), num_inference_steps=4)
     assert said in str(caught.value)
@@ -510,9 +496,9 @@ def test_schedulers_that_do_more_than_the_family_are_refused(said):
 
 def test_explicit_sigma_and_its_contradictions():
     config = {"sigma": [0.3, 0.2, 0.0], "timesteps": [900, 500, 100]}
-    pipe = quiet(RestorationPipeline(tiny_unet(), GeneralizedDDIMScheduler(**config)))
+    pipe = quiet(RestorationPipeline(tiny_unet(3), GeneralizedDDIMScheduler(**config)))
     silent = quiet(
-        RestorationPipeline(tiny_unet(), GeneralizedDDIMScheduler(timesteps=config["timesteps"]))
+        RestorationPipeline(tiny_unet(3), GeneralizedDDIMScheduler(timesteps=config["timesteps"]))
     )
     y, settings = measurement(), {"seeds": [1, 2], "output_type": "pt"}
     noisy = pipe(y, boxes(), **settings)
@@ -526,14 +512,14 @@ def test_explicit_sigma_and_its_contradictions():
 def test_levels_without_signal():
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = GeneralizedDDIMScheduler(prediction_type="v_prediction", **config)
-    pipe = quiet(RestorationPipeline(tiny_unet(), scheduler))
+    pipe = quiet(RestorationPipeline(tiny_unet(3), scheduler))
     y = measurement()
     for method in ("ddnm", "ddrm", "repaint", "dps", "pigdm"):
         assert len(pipe(y, boxes(), method=method, num_inference_steps=4).images) == 2
     with pytest.raises(ValueError, match=r"t=999 with alpha_bar = 0, by whose root `method`"):
         pipe(y, boxes(), method="mmps", num_inference_steps=4)
     stock = DDIMScheduler(**config)
-    other = quiet(RestorationPipeline(tiny_unet(), stock))
+    other = quiet(RestorationPipeline(tiny_unet(3), stock))
     with pytest.raises(ValueError, match="a network that predicts eps says nothing about x_0"):
         other(y, boxes(), num_inference_steps=4)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from tiny_models import tiny_unet
 
 from ddim_schedulers.pipelines import RestorationPipeline
 from ddim_schedulers.pipelines.restoration import job as module
@@ -33,24 +34,10 @@ SIDE = 16
 SHAPE = (3, SIDE, SIDE)
 
 
-def tiny_unet(channels=3):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=SIDE,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(folder)
+    DDPMPipeline(unet=tiny_unet(3, SIDE), scheduler=DDPMScheduler()).save_pretrained(folder)
     return str(folder)
 
 
@@ -69,7 +56,7 @@ def pictures(tmp_path_factory):
 
 
 def pipeline():
-    pipe = RestorationPipeline(tiny_unet(), DDPMScheduler())
+    pipe = RestorationPipeline(tiny_unet(3, SIDE), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -7,23 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import UNET, quick_config
 
-from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.sources import ArraySource, FolderSource, Reading
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.train import train
 from ddim_schedulers.training.trainer import contents, same_run
 from ddim_schedulers.training.trainer.contents import images_fingerprint
 from ddim_schedulers.training.trainer.trainer import Trainer
-
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
 
 
 def picture(path, seed):
@@ -42,19 +33,15 @@ def settings(tmp_path):
     def make(**changes):
         values = {
             "data": str(tmp_path / "images"),
-            "model": str(tmp_path / "unet.json"),
             "loss": "gamma",
             "gamma": str(tmp_path / "gamma.npy"),
             "num_train_timesteps": 10,
-            "output_dir": str(tmp_path / "run"),
-            "cpu": True,
             "batch_size": 4,
             "max_train_steps": 4,
             "stop_after": 1,
-            "progress_bar": False,
             "resume": "latest",
         }
-        return TrainingConfig(**values | changes)
+        return quick_config(tmp_path, "run", **values | changes)
 
     return make
 

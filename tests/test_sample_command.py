@@ -22,10 +22,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
 )
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny_unet
 
 from ddim_schedulers import (
     CALIBRATED,
@@ -46,20 +46,6 @@ from ddim_schedulers.pipelines.sampling_job import SamplingJob, process_of, samp
 from ddim_schedulers.training import cli
 
 SIZE = 8
-
-
-def tiny_unet(channels=1):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=SIZE,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UNet2DModel,
 )
 from diffusers.pipelines.ddpm import pipeline_ddpm
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 
@@ -118,17 +118,13 @@ def _images(pipeline, components, **arguments):
 
 
 def _unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
+    return tiny_unet(
+        3,
+        32,
+        (8, 8),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).eval()
+    )
 
 
 def _ddpm_images(pipeline, steps):

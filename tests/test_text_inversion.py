@@ -1,8 +1,6 @@
 """`invert`: the latents that Stable Diffusion and SDXL decode to given pictures, or a word."""
 
-import importlib.util
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +11,21 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from test_swap_pipelines import (
+    SIZE,
+    build,
+    controlnet,
+    inpaint,
+    instruct,
+    sdxl,
+    stable_diffusion,
+    swap,
+    with_eta,
+)
 
 from ddim_schedulers import GeneralizedDDIMInverseScheduler, GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import encode_and_refine, invert
 from ddim_schedulers.pipelines.refinement import AndersonMixing
-
-SPEC = importlib.util.spec_from_file_location(
-    "test_swap_pipelines", Path(__file__).with_name("test_swap_pipelines.py")
-)
-assert SPEC is not None and SPEC.loader is not None
-tiny = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny)
-SIZE, build, swap = tiny.SIZE, tiny.build, tiny.swap
-with_eta, sdxl, controlnet = tiny.with_eta, tiny.sdxl, tiny.controlnet
 
 SET_BY_INVERSION = ("num_inference_steps", "output_type", "eta", "guidance_rescale")
 
@@ -164,7 +164,7 @@ def test_an_image_to_image_pipeline_serves():
     assert torch.equal(found.latents, expected.latents)
 
 
-@pytest.mark.parametrize("case", [tiny.inpaint, tiny.instruct], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", [inpaint, instruct], ids=lambda case: case.__name__)
 def test_another_loop_is_refused_with_the_reason(case):
     pipe, _ = build(case)
     with pytest.raises(ValueError, match="`pipe` is a .*which has no inverse here: it"):
@@ -176,7 +176,7 @@ def test_a_subclass_with_a_loop_of_its_own_is_refused():
         def __call__(self, prompt):
             return super().__call__(prompt)
 
-    pipe = tiny.stable_diffusion(Own)
+    pipe = stable_diffusion(Own)
     with pytest.raises(ValueError, match="not known to be the plain one"):
         invert(swap(pipe), latents=torch.zeros(1, 4, SIZE, SIZE), prompt="")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import UNET
 
 CHILD = '''
 """Trains each of the given configs and writes what came out. Run by the test through torchrun."""
@@ -89,16 +90,8 @@ def torchrun(folder: Path, words: list[str]) -> None:
 def folder(tmp_path_factory, processes):
     """A folder in which all runs have happened, on one and on two processes."""
     root = tmp_path_factory.mktemp("distributed")
-    unet = {
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-    (root / "unet.json").write_text(json.dumps(unet))
-    (root / "noisy_unet.json").write_text(json.dumps(unet | {"dropout": 0.1}))
+    (root / "unet.json").write_text(json.dumps(UNET))
+    (root / "noisy_unet.json").write_text(json.dumps(UNET | {"dropout": 0.1}))
 
     def settings(name, **changes):
         return {

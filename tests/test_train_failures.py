@@ -10,42 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import PLAIN_UNET, quick_config
 
 from ddim_schedulers.pipelines.ownership import OwnershipLostError
 from ddim_schedulers.training import train
-from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data.images import ImageData
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.trainer.result import NonFiniteError
 from ddim_schedulers.training.trainer.trainer import Trainer
 
-UNET = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-
 
 @pytest.fixture
 def settings(tmp_path):
-    (tmp_path / "unet.json").write_text(json.dumps(UNET))
+    (tmp_path / "unet.json").write_text(json.dumps(PLAIN_UNET))
 
     def make(**changes):
         values = {
-            "output_dir": str(tmp_path / "run"),
-            "model": str(tmp_path / "unet.json"),
-            "cpu": True,
             "batch_size": 4,
             "max_train_steps": 40,
-            "lr_warmup_steps": 2,
-            "progress_bar": False,
             "log_every": 2,
             "checkpoint_every": 2,
             "resume": "latest",
         }
-        return TrainingConfig(**values | changes)
+        return quick_config(tmp_path, "run", **values | changes)
 
     return make
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import UNET, quick_config, same_files
 
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of, note_class_labels
 from ddim_schedulers.export import export_folder
@@ -20,14 +21,6 @@ from ddim_schedulers.training.sharing.cards import render
 from ddim_schedulers.training.train import main, train
 from ddim_schedulers.training.trainer.trainer import Trainer
 
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
 FITS = {"channels": 1, "size": (8, 8)}
 COLOURS = ["black", "grey", "white"]
 
@@ -43,23 +36,13 @@ def settings(tmp_path):
 
     def make(name="run", **changes):
         values = {
-            "output_dir": str(tmp_path / name),
-            "model": str(tmp_path / "unet.json"),
             "data": str(tmp_path / "set.npz"),
             "array_key": "images",
             "class_conditional": True,
             "validation_fraction": 0.2,
-            "cpu": True,
-            "batch_size": 8,
             "max_train_steps": 6,
-            "lr": 1e-3,
-            "lr_warmup_steps": 2,
-            "ema_decay": 0.9,
-            "progress_bar": False,
-            "log_every": 4,
-            "checkpoint_every": 0,
         }
-        return TrainingConfig(**values | changes)
+        return quick_config(tmp_path, name, **values | changes)
 
     return make
 
@@ -79,14 +62,6 @@ def saved(tmp_path):
         return str(tmp_path / name)
 
     return save
-
-
-def same_files(one, two, step):
-    """Whether two runs have the same bytes in every tensor file of a checkpoint."""
-    a, b = (checkpoints.folder_of(Path(c.output_dir) / "checkpoints", step) for c in (one, two))
-    names = sorted(p.relative_to(a) for p in a.rglob("*.safetensors"))
-    assert len(names) >= 3
-    return all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
 
 
 def test_a_run_leaves_a_network_with_the_null_class_and_the_names(settings):

@@ -1,6 +1,5 @@
 """Training behind an autoencoder: exact where the codec is, the same cached or on the fly."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -12,12 +11,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LDMPipeline
 from PIL import Image as PIL
 from safetensors.torch import load_file, save_file
+from tiny_models import ExactVae, tiny_vae
+from tiny_runs import PLAIN_UNET, quick_config
 
 from ddim_schedulers.export import export_folder
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.codec import Codec, note_scale
 from ddim_schedulers.training.commands._loading import read_saved
-from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.data import latents as of_data
 from ddim_schedulers.training.data.images import load_data
 from ddim_schedulers.training.networks.autoencoders import load_vae
@@ -27,48 +27,24 @@ from ddim_schedulers.training.train import train
 from ddim_schedulers.training.trainer import latents as of_trainer
 from ddim_schedulers.training.trainer.trainer import Trainer
 
-_spec = importlib.util.spec_from_file_location(
-    "latent_models", Path(__file__).with_name("latent_models.py")
-)
-_models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_models)
-ExactVae, small_vae = _models.ExactVae, _models.small_vae
-
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-
 
 @pytest.fixture
 def settings(tmp_path):
     """Settings of a quick run behind a random AutoencoderKL, on 40 grey images of 8x8."""
-    (tmp_path / "unet.json").write_text(json.dumps(UNET))
+    (tmp_path / "unet.json").write_text(json.dumps(PLAIN_UNET | {"block_out_channels": [8, 16]}))
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
-    small_vae().save_pretrained(tmp_path / "kl")
+    tiny_vae().save_pretrained(tmp_path / "kl")
 
     def make(name="run", **changes):
         values = {
-            "output_dir": str(tmp_path / name),
-            "model": str(tmp_path / "unet.json"),
             "data": str(tmp_path / "images.npy"),
             "vae": str(tmp_path / "kl"),
             "validation_fraction": 0.2,
-            "cpu": True,
-            "batch_size": 8,
             "max_train_steps": 6,
-            "lr": 1e-3,
-            "lr_warmup_steps": 2,
-            "ema_decay": 0.9,
-            "progress_bar": False,
             "log_every": 1,
-            "checkpoint_every": 0,
         }
-        return TrainingConfig(**values | changes)
+        return quick_config(tmp_path, name, **values | changes)
 
     return make
 
@@ -122,7 +98,7 @@ def test_a_resumed_run_is_the_run_without_a_break(settings, tmp_path):
     (tmp_path / "kl").rename(tmp_path / "elsewhere")
     later = train(settings("parts", resume="latest", vae=str(tmp_path / "elsewhere")))
     assert first + later.losses == pytest.approx(whole, 1e-5) and len(whole) == 6
-    small_vae(seed=5).save_pretrained(tmp_path / "other")
+    tiny_vae(seed=5).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="`resume`.*vae was"):
         train(settings("parts", resume="latest", vae=str(tmp_path / "other")))
 
@@ -176,7 +152,7 @@ def test_latents_are_encoded_once_and_again_for_other_contents(settings, tmp_pat
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert train(settings(random_flip=True)).losses == losses  # a damaged file is made again
     assert sum(calls) == 32 + 2 * 32
-    small_vae(seed=5).save_pretrained(tmp_path / "kl")
+    tiny_vae(seed=5).save_pretrained(tmp_path / "kl")
     calls.clear()
     shutil.rmtree(tmp_path / "run/checkpoints")
     train(settings())
@@ -187,7 +163,7 @@ def test_latents_are_encoded_once_and_again_for_other_contents(settings, tmp_pat
 def test_processes_share_the_encoding_and_find_the_same(settings, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(of_data, "CHUNK", 10)
     data = load_data(settings())[0]
-    codec = Codec(small_vae(kind))
+    codec = Codec(tiny_vae(kind))
     caches = [
         of_data.LatentCache(tmp_path / name, "f", data, True, print) for name in ("one", "two")
     ]
@@ -218,7 +194,7 @@ def test_each_epoch_draws_anew_from_seed_step_and_position(settings):
 
 def test_the_scale_is_measured_unless_the_configs_is_right(settings, tmp_path):
     def of(scaling_factor, shift_factor=None, **changes):
-        vae = small_vae(scaling_factor=scaling_factor, shift_factor=shift_factor)
+        vae = tiny_vae(scaling_factor=scaling_factor, shift_factor=shift_factor)
         vae.save_pretrained(tmp_path / "kl")
         return Trainer(settings(**changes)).latents.codec
 
@@ -235,7 +211,7 @@ def test_the_scale_is_measured_unless_the_configs_is_right(settings, tmp_path):
 
 
 def test_a_shift_is_measured_stored_and_not_lost(settings, tmp_path):
-    vae = small_vae("vq")
+    vae = tiny_vae("vq")
     with torch.no_grad():
         vae.quant_conv.bias += 5.0
     vae.save_pretrained(tmp_path / "kl")
@@ -289,20 +265,20 @@ def broken(vae, how, folder):
     ],
 )
 def test_a_wrong_autoencoder_is_refused_before_training(settings, tmp_path, how, message):
-    broken(small_vae(), how, tmp_path / "kl")
+    broken(tiny_vae(), how, tmp_path / "kl")
     with pytest.raises(ValueError, match=rf"(?s)(vae|kl).*{message}"):
         train(settings())
     assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_what_does_not_fit_is_refused_before_training(settings, tmp_path):
-    small_vae(channels=3).save_pretrained(tmp_path / "colour")
+    tiny_vae(channels=3).save_pretrained(tmp_path / "colour")
     wide = {"block_out_channels": (4, 4, 4, 8)}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4}
     blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
-    small_vae(**wide, **blocks).save_pretrained(tmp_path / "deep")
+    tiny_vae(**wide, **blocks).save_pretrained(tmp_path / "deep")
     np.save(tmp_path / "odd.npy", np.zeros((4, 6, 8), dtype=np.uint8))
-    flat = small_vae("tiny")
+    flat = tiny_vae("tiny")
     for weight in flat.encoder.parameters():
         torch.nn.init.zeros_(weight)
     flat.save_pretrained(tmp_path / "flat")

@@ -9,6 +9,7 @@ import time
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
+from tiny_runs import PLAIN_UNET
 
 from ddim_schedulers.training import cli, train
 from ddim_schedulers.training.sharing import hub
@@ -17,13 +18,6 @@ from ddim_schedulers.training.sharing import hub
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 TOKEN = "hf_RecogniseMe0123456789abcdefghijklm"
-UNET = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 
 
 @pytest.fixture
@@ -31,7 +25,7 @@ def argv(tmp_path):
     """The command line of a run of two steps that ends with a push."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    (tmp_path / "unet.json").write_text(json.dumps(UNET))
+    (tmp_path / "unet.json").write_text(json.dumps(PLAIN_UNET))
     words = ["--model", str(tmp_path / "unet.json"), "--output_dir", str(tmp_path / "run")]
     words += ["--max_train_steps", "2", "--batch_size", "4", "--cpu", "--no_progress_bar"]
     return [*words, "--push_to_hub", "true", "--hub_repo_id", "me/digits"]

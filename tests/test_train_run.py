@@ -20,11 +20,12 @@ from diffusers.models.upsampling import Upsample2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import UNET, checkpoint, quick_config, same_files
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.training import train
-from ddim_schedulers.training.config import OptimisationConfig, TrainingConfig
+from ddim_schedulers.training.config import OptimisationConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoints import CheckpointError
 from ddim_schedulers.training.trainer import saving, signals, trainer
@@ -39,16 +40,6 @@ from ddim_schedulers.training.trainer.signals import StopSignals
 from ddim_schedulers.training.trainer.trainer import Trainer
 from ddim_schedulers.training.trainer.training_log import TrainingLog, Window
 
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
-
-
 # of a cached question of diffusers for torch's version
 dynamo_warns_of_diffusers = pytest.mark.filterwarnings(
     "ignore:Dynamo detected a call to a `functools"
@@ -62,20 +53,7 @@ def settings(tmp_path):
     (tmp_path / "dropout.json").write_text(json.dumps(UNET | {"dropout": 0.1}))
 
     def make(name, **changes):
-        values = {
-            "output_dir": str(tmp_path / name),
-            "model": str(tmp_path / "unet.json"),
-            "cpu": True,
-            "batch_size": 8,
-            "max_train_steps": 10,
-            "lr": 1e-3,
-            "lr_warmup_steps": 2,
-            "ema_decay": 0.9,
-            "progress_bar": False,
-            "log_every": 4,
-            "checkpoint_every": 0,
-        }
-        return TrainingConfig(**values | changes)
+        return quick_config(tmp_path, name, **{"max_train_steps": 10, **changes})
 
     return make
 
@@ -85,20 +63,11 @@ def run(config):
 
 
 def weights(config, step, part="unet"):
-    folder = checkpoints.folder_of(config_root(config), step)
-    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
+    return load_file(checkpoint(config, step) / part / "diffusion_pytorch_model.safetensors")
 
 
 def config_root(config):
     return Path(config.output_dir) / "checkpoints"
-
-
-def same_files(a, b, step):
-    """Whether two runs have the same bytes in every tensor file of a checkpoint."""
-    one, two = (checkpoints.folder_of(config_root(c), step) for c in (a, b))
-    names = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
-    assert len(names) >= 3
-    return all((one / n).read_bytes() == (two / n).read_bytes() for n in names)
 
 
 def test_resume_is_exact_in_the_middle_of_an_epoch_with_everything_on(settings, tmp_path):
@@ -194,7 +163,7 @@ def test_what_a_dead_session_wrote_is_not_there_twice(settings, monkeypatch):
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(settings):
     config = settings("a", checkpoint_every=4)
     expected = run(config)
-    broken = checkpoints.folder_of(config_root(config), 10) / "optimizer.safetensors"
+    broken = checkpoint(config, 10) / "optimizer.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="step-00000010 is damaged"):
         again = run(settings("a", checkpoint_every=4, resume="latest"))
@@ -301,8 +270,7 @@ def test_a_step_that_is_not_finite_is_not_applied(settings, monkeypatch, what):
     a, b = weights(before, 5), weights(config, 6)
     assert all(torch.equal(a[k], b[k]) for k in a)
     moments = [
-        load_file(checkpoints.folder_of(config_root(c), n) / "optimizer.safetensors")
-        for c, n in ((before, 5), (config, 6))
+        load_file(checkpoint(c, n) / "optimizer.safetensors") for c, n in ((before, 5), (config, 6))
     ]
     assert all(torch.equal(moments[0][k], moments[1][k]) for k in moments[0])
     assert all(torch.isfinite(v).all() for v in weights(config, 6, "unet_ema").values())
@@ -428,7 +396,7 @@ def test_without_averaging_the_raw_weights_are_named(settings):
     result = run(config)
     assert result.weights == "raw" and result.evaluations[0]["weights"] == "raw"
     assert "raw weights" in result.summary()
-    assert not (checkpoints.folder_of(config_root(config), 3) / "unet_ema").exists()
+    assert not (checkpoint(config, 3) / "unet_ema").exists()
 
 
 @pytest.mark.parametrize(

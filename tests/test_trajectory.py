@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from tiny_models import gaussian_eps
 
 from ddim_schedulers import GeneralizedDDIMInverseScheduler, GeneralizedDDIMScheduler, trajectory
-from ddim_schedulers.optimal import gaussian_eps
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.trajectory import (

@@ -10,9 +10,7 @@ from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.workdir import Workdir
 from ddim_schedulers.reading import DamagedFileError
 from ddim_schedulers.training.common.seals import pack_sealed, read_sealed
-from ddim_schedulers.training.metrics.features import (
-    classifier_facts,
-)
+from ddim_schedulers.training.metrics.classifier import classifier_facts
 
 
 class FeatureFiles(Workdir[str, dict[str, torch.Tensor]]):

@@ -23,6 +23,7 @@ from ddim_schedulers.training.data.labels import classes_of
 from ddim_schedulers.training.evaluation.caches import ClassifierFile, FeatureFiles
 from ddim_schedulers.training.evaluation.config import CLASSIFIER, EvaluationConfig
 from ddim_schedulers.training.metrics import features as spaces
+from ddim_schedulers.training.metrics.classifier import save_classifier, train_classifier
 from ddim_schedulers.training.metrics.distances import (
     frechet_distance,
     inception_score,
@@ -148,7 +149,7 @@ class RealImages:
         self.team.wait()  # nobody writes before all have looked
         if not there and self.team.index == 0:
             labels, called = labels_of(self.train, self.config)
-            network, facts = spaces.train_classifier(
+            network, facts = train_classifier(
                 lambda rows: as_uint8_sees(self.train.batch(rows)[0]),
                 labels,
                 self.train.shape,
@@ -157,7 +158,7 @@ class RealImages:
                 progress=self.progress,
             )
             network.called = tuple(called)
-            spaces.save_classifier(network, facts, path)
+            save_classifier(network, facts, path)
         self.team.wait()
         return path
 

@@ -14,8 +14,9 @@ from ddim_schedulers.training.common.processes import own_together
 from ddim_schedulers.training.common.versions import device_name, versions
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.config import CLASSIFIER
+from ddim_schedulers.training.metrics.classifier import classifier_facts
 from ddim_schedulers.training.metrics.distances import METRICS
-from ddim_schedulers.training.metrics.features import classifier_facts, commit_of
+from ddim_schedulers.training.metrics.features import commit_of
 
 
 def run(evaluation: Evaluation, sample: bool = True) -> dict[str, Any]:
