@@ -17,7 +17,8 @@ import torch
 from .plain_files import JSON_BYTES, DamagedFileError, Place, opened, parse_json, read_bytes
 
 ENTRIES = 10_000  # arrays in an archive
-# Deflate reaches 1000 to 1 on zeros. Real images stay far below this, small files may have it all.
+# The largest ratio of sizes. Deflate packs zeros 1000 to 1, real images far less. A small array is
+# free of the limit.
 EXPANSION, FREE_BYTES = 200, 64 << 20
 # What pickles of tensors name; dtypes are lower case. Not `bytearray`, `torch Tensor` and the like,
 # which torch makes as large as they are asked to be.
@@ -102,7 +103,7 @@ def _faults(path: Place) -> Iterator[None]:
         zlib.error,
         EOFError,
         OSError,
-        RuntimeError,  # an encrypted entry; too deep a header is a RecursionError, which is one
+        RuntimeError,  # an encrypted entry, or a header that is nested too deep
         NotImplementedError,
         ValueError,
         TypeError,
@@ -126,7 +127,7 @@ def _entries(path: Place, file: IO[bytes]) -> tuple[zipfile.ZipFile, dict[str, z
             raise DamagedFileError(
                 path, f"its entry {entry.filename[:80]!r} is no array of its own"
             )
-        # others are unpacked by the block, for every declared size
+        # other methods are unpacked in blocks, whatever size the entry declares
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DamagedFileError(path, f"{name[:80]!r} is compressed in a way numpy never does")
         entries[name] = entry
@@ -220,7 +221,7 @@ def read_safetensors(
     metadata = safetensors_header(data, path).get("__metadata__", {})
     try:
         return load(data), metadata
-    except Exception as error:  # the library's own kind, and what its types do not know
+    except Exception as error:  # the library's own class, or a type that it does not know
         _not_tensors(path, error)
 
 

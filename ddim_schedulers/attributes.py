@@ -36,7 +36,7 @@ def watched(name: str) -> Any:
         return self._hand_out(name)
 
     def put(self: Any, values: Any) -> None:
-        self._follow_config()  # a new plan counts as that of the config as it is
+        self._follow_config()  # a new plan belongs to the present config
         if is_process:
             self._put_process(name, values)
         elif is_end:

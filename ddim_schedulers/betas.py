@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-# Those that `beta_start` and `beta_end` do not change.
+# Schedules that `beta_start` and `beta_end` do not change.
 SCHEDULES_WITHOUT_ENDS = ("squaredcos_cap_v2", "laplace")
 MAX_TRAIN_TIMESTEPS = 100_000
-# The largest alpha_bar_T that is not spoken of, see `terminal_signal`.
+# A larger alpha_bar_T gets a warning, see `terminal_signal`.
 MAX_TERMINAL = 0.01
 
 

@@ -27,8 +27,8 @@ PROCESS_KEYS = (
     "trained_betas",
 )
 
-# What says where the network is asked and what is done with its answer. diffusers drops a value
-# that the scheduler before was not given; with these, the value counts, default or not.
+# The keys that say at which timesteps the network is called, and what happens to its output.
+# diffusers drops a value that its earlier scheduler had by default; with these keys it counts.
 SAMPLING_KEYS = (
     "clip_sample",
     "clip_sample_range",
@@ -71,7 +71,7 @@ ON_LINSPACE = ("DPMSolverSinglestepScheduler", "UnCLIPScheduler")
 # Classes whose networks know only `original_inference_steps` noise levels.
 DISTILLED = ("LCMScheduler", "TCDScheduler")
 
-# Settings of ours, beside flags, that mean nothing as null and that not all our classes read.
+# Our settings that may not be null (flags may not either) and that some of our classes lack.
 NEVER_NULL = (
     "dynamic_thresholding_ratio",
     "end_scale",
@@ -165,7 +165,7 @@ def _replace(config: dict[str, Any], old: str, new: str, value: Any) -> None:
 
 def without_shared_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` without those of our defaults that a stock solver would take for its own."""
-    ours = SHARED_WITH_SOLVERS  # by type, too: True is no order, and must be refused
+    ours = SHARED_WITH_SOLVERS  # with the type: True equals 1, but is no order
     return {k: v for k, v in config.items() if k not in ours or repr(v) != repr(ours[k])}
 
 
@@ -282,7 +282,7 @@ def _at_its_timesteps(
     if name not in DISTILLED:
         if not _is_of_stock(config, name):
             return config
-        # of an earlier scheduler; this one did not pick its timesteps from those
+        # an earlier scheduler left the key; this class does not use it
         return {k: v for k, v in config.items() if k != "original_inference_steps"}
     if name == "LCMScheduler":
         _check_boundary({**defaults, **config, **overrides})
@@ -296,7 +296,7 @@ def _check_boundary(asked: Mapping[str, Any]) -> None:
     if not isinstance(scaling, int | float) or not 0 < scaling < 1e9:
         shown = reprlib.repr(scaling)
         raise ValueError(f"`timestep_scaling` is {shown}; it must lie between 0 and 1e9.")
-    # what is no number of steps is refused by the constructor
+    # the constructor refuses what is no number of steps
     if isinstance(steps, int) and isinstance(big_t, int) and steps > 0:
         first = (big_t // steps - 1) * scaling
         boundary = 0.25 / (first**2 + 0.25)  # c_skip, arXiv:2310.04378, with sigma_data = 0.5

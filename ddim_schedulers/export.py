@@ -33,10 +33,10 @@ from .settings import SETTINGS_KEY
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 VAE = "vqvae"  # the autoencoder of a network of latents, as `LDMPipeline` calls it
-VAE_NAMES = (VAE, "vae")  # the second is that of other pipelines; a folder with it loads, too
-# Ours that loads what `LDMPipeline` would sample wrongly; diffusers does not know it, and says so.
+VAE_NAMES = (VAE, "vae")  # other pipelines use the second; both are read
+# Our class for pipelines that `LDMPipeline` would sample wrongly. diffusers refuses its name.
 LATENT_CLASS = "GenerationPipeline"
-# Written for a pipeline of ours, so that the class follows from the components.
+# Names that we write for a pipeline of ours; with one of them the components decide the class.
 _WRITTEN = ("DDPMPipeline", "LDMPipeline", LATENT_CLASS)
 
 # What a diffusers pipeline consists of. Checkpoints, optimiser states, pickles and code of others
@@ -268,7 +268,7 @@ def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path |
             files[name] = path
         elif parts[0] == "assets" and path.suffix.lower() in PICTURES:
             files[name] = path
-        elif not (len(parts) == 1 and name.startswith(".owner")):  # says who is at work here
+        elif not (len(parts) == 1 and name.startswith(".owner")):  # says which process works here
             left_out.append(name)
     for found in files.values():
         _check_inside(root, found)
@@ -355,7 +355,7 @@ def _our_class(entry: list[Any], config: Mapping[str, Any]) -> str | None:
     private = config.get(SETTINGS_KEY)
     if library == "diffusers" and isinstance(private, dict):
         stock_name, class_name = class_name, private.get("class")
-        # they outlive a swap to another stock scheduler, which must not be turned back
+        # our settings stay in the config when a user swaps to another stock class: keep that one
         if isinstance(class_name, str) and STOCK_CLASSES.get(class_name, stock_name) != stock_name:
             return None
     elif library != "ddim_schedulers" and not library.startswith(
@@ -449,7 +449,7 @@ def latent_class(vae_config: Mapping[str, Any], labelled: bool, form: str = "plu
 
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
-    with open(partial, "xb") as file:  # never what lies there: a link is not followed
+    with open(partial, "xb") as file:  # a new file: an existing link is not followed
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -53,7 +53,7 @@ FAMILY_KEYS = (
     "variance_type",
 )
 
-# What callers hand to every component's `from_pretrained`; a scheduler has no use for it.
+# Arguments that callers pass to the `from_pretrained` of every component; schedulers ignore them.
 LOADING_KEYS = (
     "device_map",
     "disable_mmap",
@@ -87,7 +87,7 @@ class Settings(FrozenDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set the item, too."""
-        if name.startswith("_FrozenDict"):  # diffusers' own mark
+        if name.startswith("_FrozenDict"):  # set by diffusers itself
             object.__setattr__(self, name, value)
         else:
             self[name] = value
@@ -184,7 +184,7 @@ class FamilyConfigMixin:
         known = {*host._get_init_keys(cls), *FAMILY_KEYS, *LOADING_KEYS}
         if all(name in known or name.startswith("_") for name in names):
             return
-        for other in host._get_compatibles():  # one that lacks a dependency has a stand-in
+        for other in host._get_compatibles():  # dummies for missing packages, too
             known |= {*host._get_init_keys(other), *getattr(other, "_deprecated_kwargs", ())}
         known |= {*OLD_NAMES, "predict_epsilon"}
         known -= {"self", "args", "kwargs"}

@@ -125,7 +125,7 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
                 break
 
     def _follow_config(self) -> None:
-        config = self._internal_dict  # not by the property: every step passes here
+        config = self._internal_dict  # quicker than the property `config`, and every step runs this
         if config is not self._planned_config or config.changes != self._planned_changes:
             self._take_settings()
 

@@ -19,7 +19,7 @@ class Past(NamedTuple):
     predictions: tuple[torch.Tensor, ...]
     known: torch.Tensor  # (1,)
     timestep: torch.Tensor  # (1,), of the newest
-    thread: int | None = None  # that made it; None where it may go on anywhere
+    thread: int | None = None  # the thread of the run; None: any thread may go on
     start: torch.Tensor | None = None  # x_T of the run, for a stored table
 
 
@@ -70,7 +70,7 @@ class FamilyHistoryMixin:
             thread = threading.get_ident()
             if number is None and isinstance(timestep, torch.Tensor) and timestep.ndim == 1:
                 number = read_if_free(timestep.reshape(()))
-            if number == self._plan[0]:  # nothing of another run is touched
+            if number == self._plan[0]:  # a new run: the history of another one stays as it is
                 none = (torch.zeros_like(e),) * (count - 1)
                 self._past = Past((e, *none), torch.zeros_like(t), t, thread)
                 self._runs[thread] = self._planned_times
@@ -81,7 +81,7 @@ class FamilyHistoryMixin:
                 return
             self._check_thread(past, thread)
         if past is None or not _alike(past.predictions, e, count):
-            # of its own each: compiled code is made again where tensors become one, or two
+            # separate tensors: torch compiles again when two inputs begin or cease to be the same
             none = tuple(torch.zeros_like(e) for _ in range(count))
             past = Past(none, torch.zeros_like(t), torch.full_like(t, -1))
         follows = multistep.before.index_select(0, t) == past.timestep

@@ -23,8 +23,7 @@ STOCK_CLASSES = {
     "MarkovianDDPMScheduler": "DDPMScheduler",
 }
 
-# What each stock class offers of the settings that have names (diffusers 0.42.1). DDIMInverse lists
-# `linspace` nowhere and raises.
+# The named settings that each stock class knows (diffusers 0.42.1). DDIMInverse refuses `linspace`.
 STOCK_SPACINGS = {
     "DDIMInverseScheduler": ("leading", "trailing"),
     "DDIMScheduler": ("leading", "trailing", "linspace"),
@@ -69,7 +68,7 @@ def register() -> None:
         loadable, importable = tables.LOADABLE_CLASSES, tables.ALL_IMPORTABLE_CLASSES
     except (ImportError, AttributeError) as error:
         if isinstance(error, ImportError) and getattr(error, "name", None) != module:
-            raise  # something that diffusers itself needs
+            raise  # a package that diffusers needs is missing
         raise ImportError(
             f"diffusers {diffusers.__version__} has no LOADABLE_CLASSES in "
             "diffusers.pipelines.pipeline_loading_utils, so ddim_schedulers cannot register its "
@@ -128,7 +127,7 @@ def _stand_ins(stock: str, scheduler: Any, config: dict[str, Any]) -> dict[str, 
     shifted = config["snr_shift_scale"] != 1
     unknown = config["beta_schedule"] not in STOCK_SCHEDULES[stock]
     if shifted or (unknown and config["trained_betas"] is None):
-        # the betas themselves can always be said in numbers
+        # a list of the betas always works
         stand_ins["trained_betas"] = scheduler.betas.tolist()
     if stock == "DDPMScheduler" and config["variance_type"] not in STOCK_VARIANCE_TYPES:
         name = config["variance_type"]

@@ -16,8 +16,7 @@ import torch
 
 from .sigmas import sigma_eta, sigma_hat
 
-# The variance of a step whose lower bound is 0 needs a logarithm; diffusers and OpenAI's code floor
-# it so.
+# The smallest standard deviation whose logarithm is taken, as in diffusers and OpenAI's code.
 MIN_STD = 1e-10
 
 
@@ -189,14 +188,14 @@ NOISES: tuple[Noise, ...] = (OWN, LargeNoise(), ToldNoise(), RangeNoise(), OPTIM
 REVERSE_VARIANCES = tuple(n.reverse_variance for n in NOISES if n.reverse_variance is not None)
 VARIANCE_TYPES = tuple(name for n in NOISES for name in n.variance_types)
 BOUND_VARIANCES = tuple(n.variance_types[0] for n in NOISES if n.has_bound)
-# Those whose bound has a closed form in statistics of the network.
+# The variances whose bound has a closed form in statistics of the network.
 COST_VARIANCES = tuple(
     n.variance_types[0] for n in NOISES if n.has_bound and isinstance(n, FixedNoise)
 )
 # The noises that go with any member.
 ANY_MEMBER = tuple(n.reverse_variance for n in NOISES if n.any_member)
-# The names that say that the network predicts a variance. No set: a hostile config may ask for a
-# list, which has no hash.
+# The names that say that the network predicts a variance. A tuple, not a set: a hostile config may
+# hold a list, which has no hash.
 LEARNED = tuple(
     name
     for n in NOISES

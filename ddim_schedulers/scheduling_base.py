@@ -61,8 +61,8 @@ class StepSettings(NamedTuple):
     eta: float | None
     solver_order: int
     noise: Noise
-    learned: LearnedNoise | None  # the same where the network tells it
-    noise_is_unsaid: bool  # though the network tells a variance
+    learned: LearnedNoise | None  # the same object, if the network predicts the variance
+    noise_is_unsaid: bool  # no setting names a noise, and the network predicts one
 
 
 class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):

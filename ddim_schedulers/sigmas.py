@@ -15,7 +15,7 @@ from .config_types import check_numbers, listed
 
 # Rounding of float64 tables: sigma(1)^2 = 1 - alpha_bar_s exactly at zero terminal SNR.
 TOLERANCE = 1e-12
-# An integer may be larger, and is no number to multiply with then.
+# The largest float. An integer may be larger and cannot be multiplied with a float then.
 MAX_FLOAT = sys.float_info.max
 
 

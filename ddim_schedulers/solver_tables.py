@@ -37,7 +37,7 @@ SOLVER_BASE: dict[str, Any] = {
     "solver_corrector_order": None,
 }
 NEEDED = ("alpha_bar", "clip", "eta", "timesteps", "version", "weights")
-# The last four say how the entry was made, and do not act.
+# The last four say how the entry was made; they change nothing.
 FURTHER = (
     "clips",
     "end_scale",
@@ -57,7 +57,7 @@ PROCESS_RTOL = 1e-3
 DECIMALS = 6
 # A stored table is a list of S (S + 3) / 2 numbers.
 MAX_CALLS = 256
-# A fit has weights of a few units. What is far above overflows in half and single precision.
+# The weights of a fit are a few units. Far larger ones overflow in half and single precision.
 MAX_WEIGHT = 1e4
 
 

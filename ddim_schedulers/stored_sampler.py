@@ -41,7 +41,7 @@ class StoredSamplerMixin(FamilySchedulerMixin):
         if not config.solver_calibrated or torch.compiler.is_dynamo_compiling():
             return None
         if calls is None and timesteps is None and config.timesteps is None:
-            return None  # refused further on
+            return None  # `set_timesteps` refuses it later
         if timesteps is not None or config.timesteps is not None:
             self._without_table("timesteps")
             return None
@@ -135,7 +135,7 @@ class StoredSamplerMixin(FamilySchedulerMixin):
             return None
         if self._past is not None:
             return None if self._goes_on(self._past, timestep) else self.without_table("start")
-        # the first step of a run: an accelerator is waited for once
+        # the first step of a run: this reads a number from the device, once
         number = timestep
         if isinstance(timestep, torch.Tensor):
             told = holds_numbers(timestep) and not timestep.is_meta
@@ -145,7 +145,7 @@ class StoredSamplerMixin(FamilySchedulerMixin):
     def _goes_on(self, past: Past, timestep: int | torch.Tensor) -> bool:
         """Tell whether a step starts a run or follows the one before, as far as this is free."""
         if past.thread not in (None, threading.get_ident()):
-            return True  # refused further on
+            return True  # the step refuses it later
         before = read_if_free(past.timestep.reshape(()))
         number: Any = timestep
         if isinstance(timestep, torch.Tensor):

@@ -21,7 +21,7 @@ def identity() -> dict[str, Any]:
 def system() -> str | None:
     """Return what processes that know each other by number have in common; None if unknown."""
     if sys.platform != "linux":
-        # no containers there that share a host's name and folders
+        # these systems have no containers that share a host's name and folders
         return f"{sys.platform} {socket.gethostname()}" if os.name == "posix" else None
     try:
         if os.readlink("/proc/self") != str(os.getpid()):  # /proc of another namespace
@@ -50,7 +50,7 @@ def is_gone(path: Path, record: Mapping[str, Any]) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # of another user, but there
+    except (OSError, OverflowError):  # the process exists, but another user owns it
         pass
     now = started_at(pid)
     return now is not None and now != started

@@ -48,8 +48,8 @@ class UnconditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet->vqvae"  # type: ignore[assignment]
     _optional_components = [VAE, "vae"]  # noqa: RUF012
     accepted_schedulers: tuple[type, ...] = SINGLE_STEP
-    _refuses_vae: str | None = None  # why a pipeline works on pixels alone
-    _warns_of_clipping = True  # whoever calls many times adds the shares up and says it once
+    _refuses_vae: str | None = None  # the reason, for a pipeline that works on pixels alone
+    _warns_of_clipping = True  # off for a caller that sums up many calls and warns once
     unet: Network
     scheduler: Scheduler
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-# Before the second number was there, a killed run left names without it.
+# Earlier versions left temporary names without the second number.
 _TEMPORARY = re.compile(r"\..+\.(\d{1,9})(?:-[0-9a-f]{12})?\.tmp")
 
 
@@ -41,7 +41,7 @@ def check_folders(folder: Path, inner: str, name: str) -> None:
             problem = f"nothing can be written to {str(there)!r}"
         else:
             with tempfile.TemporaryFile(dir=there) as file:
-                file.write(bytes(4096))  # a block, which a full disk does not have
+                file.write(bytes(4096))  # one block: fails on a full disk
             return
     except OSError as error:  # a name too long, no space, a disk that is read-only
         problem = f"nothing can be written to {str(there)!r} ({error.strerror})"

@@ -25,13 +25,13 @@ from PIL.Image import Resampling
 
 from ddim_schedulers.pipelines.orientation import orientation_of, shown_size, turn_of, turned
 
-# Of images with more pixels than this, what is going to be thrown away is never converted.
+# Larger images are cropped and reduced first, so that only the pixels that stay are converted.
 LARGE = 2**22
 # Averaging whole pixels down to this many times the wanted size, and no further, leaves what cubic
 # interpolation makes of it as good as unchanged; Pillow's advice for `reducing_gap`.
 REDUCING_GAP = 3
 _BAND = 2**20  # pixels that are converted at a time
-# Pillow draws these with another program, which the file tells what to do.
+# Pillow lets another program draw these; the file holds commands for that program.
 _REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 _CHANNELS = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "LA": 2, "F": 1, "I": 1}
 _CHANNELS |= {"I;16": 1, "I;16B": 1, "I;16L": 1, "I;16N": 1}
@@ -303,7 +303,7 @@ def _stored_box(
     """Return where a box (left, top, right, bottom) of the turned image lies before the turn."""
     left, top, right, bottom = box
     width, height = size
-    if orientation >= 5:  # these swap the axes, after which they are one of the first four
+    if orientation >= 5:  # these swap the axes; what is left is one of the first four
         left, top, right, bottom = top, left, bottom, right
     if orientation in (2, 3, 7, 8):
         left, right = width - right, width - left
@@ -332,7 +332,7 @@ def _converted(image: Image.Image, mode: str, background: str) -> Image.Image:
         ground = Image.new("RGBA", image.size, (*colour, 255))
         return Image.alpha_composite(ground, image.convert("RGBA")).convert(target)
     kept = image.convert(target)
-    # Nobody has seen the colours of pixels that do not show at all.
+    # Fully transparent pixels have colours that nobody sees.
     unseen = kept.getchannel("A").point(lambda alpha: 255 * (alpha == 0))
     if unseen.getbbox() is None:
         return kept
@@ -365,7 +365,7 @@ def _shrunk(
         for top in range(0, image.height, rows):
             part = band(top, min(top + rows, image.height)).reduce((across, down))
             small.paste(part, (0, top // down))
-        # the rest goes on with the small one, which is converted already
+        # go on with the small image, which is converted already
         image, convert = small, lambda part: part
         box = (0, 0, box[2] / across, box[3] / down)
     scale = box[3] / size[1]

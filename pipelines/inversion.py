@@ -411,7 +411,7 @@ class InversionPipeline(UnconditionalPipeline):
         config = self.scheduler.config
         clipping = [k for k in ("clip_sample", "thresholding") if config.get(k)]
         if clipping:
-            logger.info(  # so are most pipelines: nothing to be alarmed about
+            logger.info(  # true of most pipelines, so it is no warning
                 f"{' and '.join(clipping)} is on in the scheduler's config; InversionPipeline "
                 "encodes and decodes with it off, because a clipped step has no inverse."
             )

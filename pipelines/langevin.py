@@ -41,8 +41,8 @@ from ddim_schedulers.pipelines.sampling import (
 
 STEP_RULES = ("sample", "expected")
 
-# What gives pictures; see docs/pipelines.md for what others do. The predictor brings a sample near
-# its level, where few small corrections suffice; alone they also have to follow the levels.
+# These settings give pictures; docs/pipelines.md shows others. With a predictor, which brings a
+# sample near its level, few small corrections suffice. Without it they also follow the levels.
 DEFAULT_LEVELS = 100
 DEFAULT_CORRECTOR = {"inner_steps": 15, "snr": 0.16}
 DEFAULT_WITH_PREDICTOR = {"inner_steps": 2, "snr": 0.1}

@@ -13,7 +13,7 @@ _ORIENTATION = 0x0112
 def shown_size(image: Image.Image) -> tuple[int, int]:
     """Return height and width of the turned image, from what its header tells."""
     width, height = image.size
-    if image.format == "TIFF":  # some Pillows open it with the size that it will have
+    if image.format == "TIFF":  # some versions of Pillow give the turned size
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         width, height = int(tags[256]), int(tags[257])
     return (width, height) if orientation_of(image) >= 5 else (height, width)
@@ -22,13 +22,13 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 where it is missing or has no meaning."""
     try:
-        # The method of a PNG decodes the pixels to see what follows them.
+        # `getexif` of a PNG would decode the pixels to read what follows them.
         value: Any = Image.Image.getexif(image).get(_ORIENTATION)
         if value is None and image.format == "PNG":
             value = _exif_after_pixels(image.fp).get(_ORIENTATION)  # type: ignore[attr-defined]
     except MemoryError:
         raise
-    except Exception:  # viewers too take a picture as it is where its EXIF data are broken
+    except Exception:  # EXIF data are broken: show it unturned, as viewers do
         return 1
     return int(value) if value in range(1, 9) else 1
 

@@ -102,7 +102,7 @@ class Owner:
     def _keep_alive(self) -> None:
         assert self.record is not None
         while not self._end.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a file system that is away comes back
+            with contextlib.suppress(OSError):  # a file system may be away for a while
                 found = _read(self.record)
                 if found is None or found.get("token") != self.token:
                     return
@@ -115,7 +115,7 @@ class Owner:
         with contextlib.suppress(OSError), _mutex(self.folder):
             if (_read(self.record) or {}).get("token") == self.token:
                 self.record.unlink()
-        for folder in self._made:  # those that stayed empty
+        for folder in self._made:  # folders that stayed empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -263,10 +263,10 @@ def _take(place: Path, record: Path, own_record: dict[str, Any]) -> None:
             if not silent:
                 write_bytes(record, (json.dumps(own_record, indent=1) + "\n").encode())
                 break
-        # the times that a file system gives could be those of clocks that disagree
+        # watch for a change; times of files may come from clocks that disagree
         watched = silent
         time.sleep(1.5 * HEARTBEAT_SECONDS)
-    # who claims a folder around this one, or in it, holds another mutex
+    # a process that claims a folder around or inside this one holds another mutex
     around = [(p, r) for p, r in _others(place, own_record) if p.parent != place]
     around = [(p, r) for p, r in around if not is_gone(p, r) and p not in watched]
     if around:
@@ -395,7 +395,7 @@ def _mutex(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Who waits for a file that is deleted sees that it is, and makes another.
+        # A process that waits for the lock finds that its file is deleted, and makes a new one.
         if not isinstance(lock, SoftFileLock):
             with contextlib.suppress(OSError):
                 path.unlink()

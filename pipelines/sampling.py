@@ -189,7 +189,7 @@ def _check_eta(scheduler: Scheduler, eta: float | None) -> None:
         return
     check_eta(eta)
     if not isinstance(scheduler, GeneralizedDDIMScheduler):
-        # ours checks sigma^2 <= 1 - alpha_bar_s for its plan; stock takes the root of what is left
+        # our schedulers check sigma^2 <= 1 - alpha_bar_s; stock would take the root of a negative
         if eta > 1:
             raise ValueError(
                 f"`eta` is {eta!r}; it must lie in 0 .. 1 with {type(scheduler).__name__}, which "
@@ -234,7 +234,7 @@ def denoise(
         the sample at the end of the plan, (B, C, H, W).
     """
     inverse = isinstance(scheduler, GeneralizedDDIMInverseScheduler)
-    # a sampler without noise has no use for the variance that a network may have learned
+    # a sampler without noise does not use the variance that a network may predict
     mean_alone = inverse or (is_deterministic(scheduler) and not arguments.get("eta"))
     ours = scheduler if isinstance(scheduler, GeneralizedDDIMScheduler) else None
     if ours is not None and ours.follows_table:

@@ -206,9 +206,9 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
         """
         earlier, count = self.compare(settings, defaults), self.job.num_images
         if earlier is not None and earlier < min(count, GRID_IMAGES):
-            (self.folder / GRID).unlink(missing_ok=True)  # it shows fewer images
+            (self.folder / GRID).unlink(missing_ok=True)  # the old grid shows fewer images
         if earlier != count:
-            # processes that start together write the same
+            # processes that start together write the same bytes
             write_json(self.folder / self.settings_name, settings | origin, self.rank)
 
     def check_origin(self) -> None:
@@ -218,7 +218,7 @@ class SamplingFiles(Workdir[Piece, np.ndarray]):
             ValueError: naming one of them.
         """
         folder = self.folder
-        # images first: who starts at the same time writes the settings before the first image
+        # look at images first: a process that starts now writes its settings before its images
         found = [p for place in (self.images, folder) for p in place.glob("*") if _is_picture(p)]
         if not (folder / self.settings_name).exists():
             if found:
@@ -250,7 +250,7 @@ def read_png(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
     Raises:
         DamagedFileError: it is not whole, or not of that size (width, height) and mode.
     """
-    # what a PNG of that many values can take, stored, with room for what other programs add
+    # the largest PNG of that many values, uncompressed, and room for what programs add
     data = read_bytes(path, 16 * size[0] * size[1] + (1 << 20))
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -258,7 +258,7 @@ def read_png(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
                 raise DamagedFileError(
                     path, f"it is {image.size} of mode {image.mode}, not {size} of {mode}"
                 )
-            image.verify()  # leaves it unusable
+            image.verify()  # the object cannot be used after this
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.load()
             return image
@@ -266,7 +266,7 @@ def read_png(path: Path, size: tuple[int, int], mode: str) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise DamagedFileError(path, "it is no PNG") from error
-    except Exception as error:  # PIL has many, and struct's and zlib's beside its own
+    except Exception as error:  # PIL raises many classes, those of struct and zlib too
         raise DamagedFileError(path, f"it is no whole PNG ({error})") from error
 
 

@@ -226,7 +226,7 @@ def sample_to_directory(
     """
     if job.file_format == "png":
         check_pil_channels(pipe.picture_shape[0])
-    # before the settings are written, with which a corrected call would have to agree
+    # before the settings are written: a corrected call would have to agree with them
     if job.strength is not None:
         check_scheduler(pipe.scheduler, SINGLE_STEP, "`image`")
     tau = plan(pipe.scheduler, job.num_inference_steps, job.timesteps, "cpu")
@@ -272,7 +272,7 @@ def _sample_share(
                 owner.check()
                 clipped += [] if share is None else [(share, len(images))]
                 if not written:
-                    # not before there are images: a job whose samples fail binds no corrected call
+                    # only after the first images: a corrected call is free of a job that failed
                     files.settle(settings, defaults, origin_of(pipe))
                 for piece in missing:
                     files.save(piece, images[piece.start - start : piece.stop - start])
@@ -284,7 +284,7 @@ def _sample_share(
         share = sum(s * count for s, count in clipped) / total
         warn_of_clipping(share, pipe.scheduler.config, pipe.image_shape[0])
     files.tell_of_damage()
-    # the whole ones of this process are known; others look at theirs
+    # this process has checked its own files; the others check theirs
     complete = all(files.path_of(piece).is_file() for piece in files.all_pieces())
     if complete:
         files.drop_short_shards()
@@ -418,7 +418,7 @@ def picture_bytes(path: str) -> bytes:
 
 
 def _public(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    # private keys say how the config came about (in an order that varies), not what it is
+    # private keys say where the config comes from, in an order that varies
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

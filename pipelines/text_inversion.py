@@ -38,7 +38,7 @@ PLAIN = (
 )
 # The same loop, from noise that the pipeline draws: its text-to-image pipeline takes latents.
 IMAGE_TO_IMAGE = tuple(name.replace("Pipeline", "Img2ImgPipeline") for name in PLAIN)
-# Why a pipeline does not fit, by a part of the name of its class.
+# The reason why a pipeline does not fit, by a part of the name of its class.
 _REASONS = {
     "Inpaint": "it puts known pixels, or a mask, into every step",
     "Pix2Pix": "it guides by its picture, too",
@@ -65,7 +65,7 @@ _TAKEN = {
     "denoising_end": "the whole trajectory is inverted",
     "num_images_per_prompt": "each picture has one prompt; repeat both instead",
 }
-# What depends on the place of a timestep in the list, with the value that does not.
+# Arguments that treat timesteps by their place in the list, with the value that treats all alike.
 _EVERYWHERE = {"control_guidance_start": 0.0, "control_guidance_end": 1.0}
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 # Settings of the scheduler with the values whose steps have an inverse.
@@ -268,7 +268,7 @@ def _loop_of(pipe: object) -> str:
         ValueError: for another loop, with the reason.
     """
     cls: Any = type(pipe)
-    # a subclass may change anything but the call
+    # a subclass counts as its parent if it leaves the call as it is
     for base in inspect.getmro(cls):
         of_diffusers = base.__module__.startswith("diffusers.")
         if of_diffusers and base.__name__ in PLAIN + IMAGE_TO_IMAGE:

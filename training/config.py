@@ -363,10 +363,10 @@ class TrainingConfig(
     _argument_group_name = "all"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # a file and a flag have text
+        for field in dataclasses.fields(self):  # files and flags give text
             if isinstance(value := getattr(self, field.name), os.PathLike):
                 setattr(self, field.name, os.fspath(value))
-            elif isinstance(value, tuple):  # and lists; a checkpoint's are compared with these
+            elif isinstance(value, tuple):  # files and flags give lists
                 setattr(self, field.name, list(value))
         check(self)
 

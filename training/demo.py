@@ -275,6 +275,6 @@ def render(results: dict[str, Any], measured: dict[str, Any]) -> str:
 
 
 def _pivot(cells: list[dict[str, Any]], key: str, form: str) -> list[str]:
-    # a cell whose samples were all there was not timed
+    # a cell that found all its samples has no time
     timed = [cell for cell in cells if cell[key] is not None]
     return pivot(timed, lambda cell: format(cell[key], form), row="member")

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if trainer.accelerator.is_main_process:
         print(lines)
     trainer.accelerator.end_training()
-    push(trainer, pipeline_dir)  # last of all: the other processes are gone
+    push(trainer, pipeline_dir)  # at the end: the other processes have ended
     return 0
 
 

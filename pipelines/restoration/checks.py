@@ -9,11 +9,11 @@ from ddim_schedulers.pipelines.restoration.methods import METHODS, Method
 from ddim_schedulers.pipelines.restoration.operators import LinearOperator, Operator
 
 RANGES = ((-1, 1), (0, 1))
-# A measurement of images in [-1, 1] may leave the operator's bound by rounding of 8 bits, and by
-# this many standard deviations of its noise.
+# How far a measurement may leave the range that the operator gives images in [-1, 1]: the rounding
+# of 8 bits, and this many standard deviations of the noise.
 _ROUNDING = 1 / 128
 _DEVIATIONS = 10
-# Of the largest value: what a linear operator may lose to rounding.
+# The error by rounding that a linear operator may make, as a share of its largest value.
 _LINEAR = 1e-3
 
 

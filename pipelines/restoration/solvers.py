@@ -10,9 +10,9 @@ import torch
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-# What rounding leaves of a residual, as a multiple of the dtype's epsilon.
+# A residual below this many epsilons of its dtype is rounding.
 _ROUNDING = 8
-# Of `least_squares`: more than an operator needs whose pseudo-inverse is of any use.
+# Of `least_squares`. An operator that needs more has no useful pseudo-inverse.
 MAX_ITERATIONS = 1000
 
 
@@ -80,7 +80,7 @@ def gmres(product: Product, b: torch.Tensor, tolerance: float, max_iterations: i
         left = turned[:, done].abs() / torch.where(size > 0, size, 1.0)
         residual = torch.where(active, left, residual)
         active = active & grown & (left > tolerance)
-        # what stands still keeps its residual in the last place that counts
+        # a system that has converged keeps its residual in the last entry in use
         turned[:, done] = torch.where(active, turned[:, done], 0.0)
     if not done:
         return Solution(torch.zeros_like(b), residual, right.new_zeros(count, 0))
@@ -96,7 +96,7 @@ def _arnoldi(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Return the image's shares of the basis and the length of the rest, the rest, and if any."""
     rest, column = image, [image.new_zeros(len(image)) for _ in basis]
-    for _ in range(2):  # orthogonal to rounding needs a second pass
+    for _ in range(2):  # a second pass makes it orthogonal up to rounding
         for i, vector in enumerate(basis):
             share = (vector * rest).sum(dim=1)
             column[i] = column[i] + share

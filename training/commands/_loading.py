@@ -181,11 +181,11 @@ def _left_out(scheduler: Any, args: argparse.Namespace) -> tuple[str, list[str]]
         return None
     restored = getattr(ddim_schedulers, owner).from_config(scheduler.config).config
     defaults = inspect.signature(getattr(ddim_schedulers, owner).__init__).parameters
-    # the same betas in numbers, and a measurement that other settings make use of
+    # not named: they repeat the betas, or only act through other settings
     silent = {"trained_betas", "beta_schedule", "calibration"}
     if args.eta == restored.get("eta"):
         silent.add("eta")
-    # the private key also holds what travels with the class unused: its own settings are applied
+    # the private key also holds settings that this class does not have; they are not applied
     settings = [
         f"{key}={reprlib.repr(restored[key])}"
         for key in sorted((private["settings"].keys() & defaults.keys()) - silent)
@@ -227,10 +227,13 @@ def scheduler_settings(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             )
     if args.scheduler == "ddim" and args.eta is not None:
         given["eta"] = args.eta
-    if args.preset is not None:  # the trajectory and the noise of the saved one are not its own
+    if args.preset is not None:  # a preset replaces the saved trajectory and noise
         given = {"timesteps": None, "sigma": None, "eta_interval": None, "eta": None, **given}
     if given.get("solver_order") == 1 and "solver_corrector" not in given:
-        given |= {"solver_corrector": False, "solver_corrector_order": None}  # of a higher order
+        given |= {
+            "solver_corrector": False,
+            "solver_corrector_order": None,
+        }  # for order > 1
     return cls, given
 
 

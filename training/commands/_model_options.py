@@ -17,7 +17,7 @@ SOLVER_OPTIONS = (
     "lower_order_final",
     "solver_calibrated",
 )
-# What else belongs to a sampler alone: encoding has no use for it.
+# Further options of sampling that encoding does not use.
 SCALE_OPTIONS = ("eta_interval", "eps_scale", "end_scale")
 SCHEDULER_OPTIONS = (
     "timestep_spacing",
@@ -32,7 +32,7 @@ SCHEDULER_OPTIONS = (
 PIPELINE_HELP = "folder of a saved pipeline, a run or a checkpoint, or a Hub name"
 PRESETS = ("few", "calibrated")
 FEW_CALLS = 10  # steps of a preset, unless another number is given
-# What `--scheduler` calls our classes.
+# The names of our classes in `--scheduler`.
 NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 
 
@@ -264,7 +264,7 @@ def apply_preset(args: argparse.Namespace) -> None:
     args.scheduler = "ddim"
     # a solver of higher order follows the ODE, even if the saved scheduler adds noise
     few = {**FEW_STEPS, "eta": 0.0, "reverse_variance": "sigma"}
-    if args.preset == "calibrated":  # the table says which eta
+    if args.preset == "calibrated":  # the table holds eta
         few = {**CALIBRATED, "reverse_variance": "sigma"}
     if args.solver_order == 1:
         del few["solver_corrector"]

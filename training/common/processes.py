@@ -124,7 +124,7 @@ def own_together(
     """
     team = Team() if team is None else team
     with contextlib.ExitStack() as stack:
-        # token and record of the main process's ownership, or why it has none
+        # what the main process got: token and record, or its error
         said: Any = None
         if team.index == 0:
             try:

@@ -67,7 +67,7 @@ class SealedParts(Workdir[Item, Tensors]):
         try:
             before = self.kept_settings()
         except DamagedFileError as error:
-            # the parts that were sealed for this very computation are still recognised
+            # parts that are sealed for the same computation are still used
             logger.warning(f"{error} It is made again, and parts of this {self.unit} are used.")
             before = None
         if before is None:

@@ -27,7 +27,7 @@ def pack_sealed(tensors: Mapping[str, torch.Tensor], about: str) -> bytes:
         about: what they are of; a file of something else does not pass for this one.
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    # one key: of two the order would vary
+    # one key: the order of several would vary
     return save(ready, metadata={SEAL: fingerprint_of(ready, about)})
 
 

@@ -116,7 +116,7 @@ class Draws:
 
     def dropped(self, step: int) -> torch.Tensor:
         """Draw which labels of a step become the null class, bool (G,)."""
-        # a generator of its own: the other draws are those of a run without labels
+        # a separate generator, so that a run without labels draws the same other numbers
         source = generator(self.seed, "label_dropout", step)
         u = torch.rand(self.batch_size, generator=source, dtype=torch.float64)
         return u < self.label_dropout
@@ -244,7 +244,7 @@ def open_loader(
             num_workers=workers,
             pin_memory=pin,
             worker_init_fn=_quiet_worker,
-            # Without one of its own, the loader takes a number from the global generator.
+            # Without this argument the loader takes a number from the global generator.
             generator=torch.Generator(),
         )
     )

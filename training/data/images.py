@@ -85,7 +85,7 @@ class ImageData:
         """Return images as `batch`, and which of the source each of them is, (B,) int64."""
         ids = self.ids[np.asarray(indices, dtype=np.int64)]
         if isinstance(self.source, ArraySource) and self.fit in ("exact", "pad"):
-            whole = self.scale(torch.from_numpy(self.source.many(ids)))  # no image is cut
+            whole = self.scale(torch.from_numpy(self.source.many(ids)))  # without a crop
             return fit_image(whole, self.size, self.fit), ids
         images = []
         for row, position in enumerate(np.asarray(indices)):
@@ -222,7 +222,7 @@ def checked(source: ImageSource, config: DataConfig) -> ImageData:
             if config.on_bad_image == "stop":
                 raise
             skipped.append(error.name)
-        if source.uniform:  # one header speaks for all
+        if source.uniform:  # all images have the shape of the first
             ids = list(range(len(source)))
             break
     if not headers:

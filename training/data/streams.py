@@ -133,7 +133,7 @@ def open_stream(config: TrainingConfig) -> tuple["Stream", ImageData, ImageData 
         ]
         classes = replace(classes, numbers=np.array(numbers, dtype=np.int64))
         data.inventory.classes = classes.counted(data.ids)
-        if len(examples) < most:  # all that there are
+        if len(examples) < most:  # the stream ended: these are all
             check_several(data.inventory.classes, config)
         data = replace(data, classes=classes)
     if held_out == 0:

@@ -170,7 +170,7 @@ def earlier_fingerprints(settings: dict[str, Any], defaults: dict[str, Any]) -> 
 
     They did not know the settings that came later, and did what those default to.
     """
-    # what is no default was known; so was everything of a scheduler that is not of this package
+    # an unknown setting is its default; a scheduler of another package has no unknown settings
     unchanged = {
         (group, name)
         for group in KNOWN

@@ -98,7 +98,7 @@ class Evaluation:
         self.files = CellFiles(self.folder, progress)
         self.first_images = FirstImages(self.files, self.pipe.picture_shape, progress)
         self.real = RealImages(config, self.team, self.device, self.pipe.picture_shape, progress)
-        for cell in config.cells:  # what a scheduler refuses is found before anything is sampled
+        for cell in config.cells:  # refuse a cell before the first is sampled
             self._check_scheduler(cell)
         with own_together(self.folder, "evaluate", self.team):
             self.real.prepare()
@@ -254,7 +254,7 @@ class Evaluation:
         images = self.files.images_of(cell)
         settings = settings_of(pipe, job, guides)
         kept, missing = self.files.load(cell) or {}, self.missing(cell)
-        self.team.wait()  # nobody writes before all have looked
+        self.team.wait()  # all processes look before one writes
         if kept:
             self.files.require_made_with(cell, kept, settings, defaults_of_settings(pipe))
         if not missing:
@@ -301,7 +301,7 @@ class Evaluation:
         self, pipe: GenerationPipeline, job: SamplingJob, guides: Guides, images: Path
     ) -> dict[str, Any]:
         """Sample the images that are missing of a cell; the cost of these, and with what."""
-        if not self.warm:  # compiling and first touches are no part of what sampling costs
+        if not self.warm:  # compilation and first calls do not count as time of sampling
             zeros = torch.zeros(job.batch_size, *self.pipe.image_shape, device=self.device)
             conditions = Conditions(**job.conditions(guides, 0, job.batch_size))
             bound = BoundConditions(

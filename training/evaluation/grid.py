@@ -13,15 +13,15 @@ from ddim_schedulers.training.common.flags import nearest
 from ddim_schedulers.training.common.storage import slug
 
 FAMILY = "GeneralizedDDIMScheduler"
-# A number above these is a slip of the hand, and would fill the memory with plans.
+# A larger number is a typing error, and its plans would fill the memory.
 MOST_REPEATS, MOST_SAMPLES = 10_000, 10**8
 # Names of the members that have one; the others are given by a number, eta, or by their settings.
 MEMBERS: dict[str, dict[str, Any]] = {
     "sigma-hat": {"eta": 1.0, "reverse_variance": "sigma_hat"},
     "optimal": {"eta": 1.0, "reverse_variance": "optimal"},
 }
-# What else decides how a member is sampled. A row does not inherit it from the pipeline's
-# scheduler, so that its name says what it is.
+# Further keys that decide how a member is sampled. A row does not take them from the pipeline's
+# scheduler, so that its name tells them all.
 SAMPLING_KEYS = (
     "end_scale",
     "eps_scale",

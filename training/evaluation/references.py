@@ -139,14 +139,14 @@ class RealImages:
 
     def _classifier(self) -> Path:
         path = self.classifier_path()
-        self.team.wait()  # nobody looks after one has begun to write
+        self.team.wait()  # all processes look before one writes
         if self.config.classifier is not None:
             there = path.exists()
         else:
             wanted = {"epochs": self.config.classifier_epochs, "seed": self.config.seed}
             wanted["images"] = len(self.train)
             there = ClassifierFile(self.folder, self.progress).is_there(CLASSIFIER, wanted)
-        self.team.wait()  # nobody writes before all have looked
+        self.team.wait()  # all processes look before one writes
         if not there and self.team.index == 0:
             labels, called = labels_of(self.train, self.config)
             network, facts = train_classifier(
@@ -234,7 +234,7 @@ class RealImages:
         shuffled = np.random.default_rng(self.config.seed).permutation(len(real.train))
         equal = real.train[
             shuffled[: len(fake)]
-        ]  # as many as samples: neither side's balls are larger
+        ]  # as many as samples, so that both sides have balls of like size
         kernel, spread = kernel_distance(real.train, fake, seed=self.config.seed)
         found: dict[str, Any] = {
             "n": len(fake),

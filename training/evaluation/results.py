@@ -163,7 +163,7 @@ def about(evaluation: Evaluation) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": evaluation.team.count,
         "commit": evaluation.commit,
-        # a folder is told by its weights alone
+        # a folder has no commit; its weights identify it
         "pipeline": evaluation.pipeline_commit or None,
         "feature_commits": {
             name: told

@@ -141,7 +141,7 @@ def everything(table: dict[str, Any], name: str) -> list[str]:
     head = ["", "S", "seeds", *headings, "network calls", "seconds", "images/s"]
     lines = [_line(head), "|---|" + "---:|" * (len(head) - 1)]
     real = table["real"][name]
-    if real["n"] == table["n"]:  # a table holds measurements of one n
+    if real["n"] == table["n"]:  # the rows of a table have the same n
         own = [_value({"mean": real[key], "std": None}, key) if key in real else "" for key in keys]
         lines.append(_line(["real images, held out", "", "", *own, "", "", ""]))
     for cell in table["cells"]:

@@ -257,7 +257,7 @@ def add_to_calibration(
         )
     settings["calibration"] = {**(before or {}), **values}
     tables = (before or {}).get("solver")
-    if "solver" in values and isinstance(tables, dict):  # of other numbers of calls
+    if "solver" in values and isinstance(tables, dict):  # keep tables for other numbers
         settings["calibration"]["solver"] = {**tables, **values["solver"]}
     replace_config(config, config_file)
     return before or {}

@@ -133,7 +133,7 @@ def _trajectory(
 ) -> list[int]:
     if name != "optimal":
         return make_timesteps(SPACINGS.get(name, name), count, len(measured_model.alpha_bar))
-    assert statistics is not None  # `make_chains` looked
+    assert statistics is not None  # `make_chains` checked it
     own = cost_name(noise_named("variance", variance))
     limit = 1.0 if settings.clip is None else settings.clip
     return optimal_timesteps(measured_model.alpha_bar, statistics, count, own, settings.eta, limit)
@@ -272,7 +272,7 @@ def _proposal(measured_model: MeasuredModel, named: NamedChain) -> torch.Tensor:
         table = statistics_of(measured_model.calibration, measured_model.alpha_bar).x0_error
         error = table[named.chain.timesteps]
     chain = named.chain
-    if chain.log_variance_range is not None:  # what the fixed variances cost is a fair guess
+    if chain.log_variance_range is not None:  # the cost of fixed variances is a fair guess
         chain = dataclasses.replace(chain, variance=chain.log_variance_range.mean(1).exp())
     return default_proposal(chain, error)
 
@@ -301,7 +301,7 @@ def _report(named: NamedChain, terms: Terms, settings: LikelihoodSettings) -> di
     }
     for name, nats in sums.items():
         got = estimate(bits_per_dim(nats, terms.dimensions))
-        # JSON has no NaN: one image says nothing of the spread
+        # JSON has no NaN, which is the spread of one image
         error = None if math.isnan(got.std_error) else got.std_error
         report[name] = {"mean": got.mean, "std_error": error}
     if settings.estimator == "all":

@@ -227,7 +227,7 @@ def space_fingerprint(name: str, network: torch.nn.Module) -> str:
     # the weights identify a classifier, not the place of its file
     label = "" if isinstance(network, SmallClassifier) else name
     module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
-    if source := getattr(module, "__file__", None):  # what a module without weights consists of
+    if source := getattr(module, "__file__", None):  # a module may have no weights
         label += hashlib.sha256(Path(source).read_bytes()).hexdigest()
     text = f"{label}/{type(network).__qualname__}/{weights_fingerprint(network)}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -103,7 +103,7 @@ def _wrong_moments(
     state: Mapping[str, Any],
 ) -> str | None:
     """Say what is wrong with AdamW's moments, None if nothing."""
-    # a scaler may have left out every step so far, and then there are no moments
+    # there are no moments if a gradient scaler has skipped every step so far
     if not moments and state["step"] > 0 and not state.get("scaler"):
         return f"{OPTIMIZER} holds no moments"
     known = {shape for _, shape in weights.values()}

@@ -43,7 +43,7 @@ PREFIX = "step-"
 FAILED = "failed.json"
 TEMPORARY = ".writing-"
 DISCARDED = ".discarded-"
-FILE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # in the checkpoint, not beside it
+FILE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # a path inside the checkpoint
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

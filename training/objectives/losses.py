@@ -288,9 +288,9 @@ def bin_log_likelihood(
         return -0.5 * (centred * inverse).square() - log_std - 0.5 * math.log(2 * math.pi)
     half = 1 / (levels - 1)
     first, last = x < -1 + half, x > 1 - half
-    # By symmetry each bin is looked at from the side where its mass is not a difference of ones.
+    # By symmetry each bin is computed from the side where its mass is no difference of two ones.
     distance = torch.where(first, -centred, torch.where(last, centred, centred.abs()))
-    # erfc: torch's ndtr is 1 + erf below, which has no digits left in the tail.
+    # erfc, because torch's ndtr is 1 + erf below and loses all digits in the tail.
     scale = inverse * math.sqrt(0.5)
     outer = 0.5 * torch.special.erfc((distance + half) * scale)
     mass = 0.5 * torch.special.erfc((distance - half) * scale)

@@ -14,7 +14,7 @@ from ddim_schedulers.class_labels import labels_in
 from ddim_schedulers.export import INDEX, LATENT_CLASS, Export
 from ddim_schedulers.reading import parse_json, read_text
 
-MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # what has a meaning there
+MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # characters that mean something in Markdown
 # The grid of samples that a run with classes leaves in its pipeline.
 CLASS_PICTURE = "assets/classes.png"
 SECTION = re.compile(
@@ -64,7 +64,7 @@ def _classes(export: Export) -> dict[str, Any]:
     labels = labels_in(parse_json(text, "unet/config.json"))
     if labels is None:
         return {"classes": []}
-    # in text a name is text, whatever it is in Markdown and HTML
+    # a name is shown as it is, without Markdown or HTML
     names = {number: MARKDOWN.sub(r"\\\g<0>", name) for number, name in labels.names.items()}
     first = labels.ids[0]
     return {

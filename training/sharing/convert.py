@@ -26,7 +26,7 @@ from ddim_schedulers.reading import FREE_BYTES, check_archive
 GROUPS = 32  # of the group norms, fixed in that layout
 ATTENTION_SIZE = 16  # DDPM (arXiv:2006.11239), App. B: attention at 16 x 16
 WEIGHTS = ("ema", "raw")
-VARIANCE_TYPES = ("fixed_small", "fixed_large")  # the layout has no network that predicts one
+VARIANCE_TYPES = ("fixed_small", "fixed_large")  # no network of this layout predicts a variance
 
 RESNET = {
     "norm1": "norm1",
@@ -81,7 +81,7 @@ def convert_checkpoint(
             f"`variance_type` is {variance_type!r}; it must be one of {VARIANCE_TYPES}."
         )
     target = Path(output_dir)
-    # beside the new folder, which appears whole
+    # a lock beside the new folder, which appears whole
     with own(target.with_name(f".{target.name}.converting"), "convert", transient=True) as owner:
         return _convert(checkpoint, target, weights, image_size, variance_type, form, owner)
 

@@ -25,8 +25,8 @@ R = TypeVar("R")
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0  # seconds; doubled after every attempt
-LONGEST_WAIT = 300.0  # the window in which the public Hub counts requests; it may ask for all of it
-TIMEOUT = 120.0  # seconds without an answer; the Hub client itself waits for ever
+LONGEST_WAIT = 300.0  # the public Hub counts requests in 300 s and may ask for all of it
+TIMEOUT = 120.0  # seconds without an answer; the Hub client has no limit
 # 409 and 412: somebody else changed the repository at the same time.
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 
@@ -80,7 +80,7 @@ def push_pipeline(
     if attempts < 1:
         raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
     root = Path(pipeline_dir)
-    if not root.is_dir():  # `export_folder` says what is wrong with it
+    if not root.is_dir():  # raises, and names the fault
         export_folder(root, form)
     with own(root, "push", read_only=True):
         return _push_owned(
@@ -367,7 +367,7 @@ def _stored_token() -> str | None:
 
     try:
         return get_token()
-    except Exception:  # a broken credential store is no token
+    except Exception:  # a broken credential store holds no token
         return None
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 # A compiled gradient may be off by this share of its norm, and by so many times as much as mixed
 # precision alone is off. What was lost is off by its whole norm.
 TOLERANCE, TIMES = 1e-3, 4.0
-# Of the largest norm: what lies below is rounding alone (the bias of attention's keys has none), in
-# float32 and in bfloat16.
+# Shares of the largest norm, in float32 and in bfloat16. A smaller gradient is rounding alone, as
+# that of the bias of attention's keys, which is 0.
 NEGLIGIBLE, NEGLIGIBLE_IN_HALF = 1e-6, 1e-4
 
 

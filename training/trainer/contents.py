@@ -66,7 +66,7 @@ def _bytes_of(raw: Any, limit: int | None) -> Any:
         try:
             with open(raw, "rb") as file:
                 return file.read() if limit is None else file.read(limit)
-        except OSError:  # it counts as a bad image, as far as it is used at all
+        except OSError:  # it becomes a bad image where it is used
             return b""
     if raw is None:
         return b""

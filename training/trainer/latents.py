@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ddim_schedulers.training.trainer.trainer import Trainer
 
 MEASURED = 1024  # images that the scale is measured on
-NEAR = 0.1  # a deviation this near 1, and a mean this near 0, are as they should be
-USABLE = (0.5, 2.0)  # the deviations that a scale on request may give
+NEAR = 0.1  # the deviation may be this far from 1, the mean from 0
+USABLE = (0.5, 2.0)  # the deviations that are allowed with a scale of the config
 CACHE = "latents"  # in the folder of a run
 
 

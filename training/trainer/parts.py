@@ -35,7 +35,7 @@ from ddim_schedulers.training.trainer.engine import LearningRate, make_optimizer
 from ddim_schedulers.training.trainer.latents import make_latents
 from ddim_schedulers.training.trainer.validation import Watcher
 
-LABEL_DROPOUT = 0.1  # of arXiv:2207.12598 and most conditional models since
+LABEL_DROPOUT = 0.1  # as in arXiv:2207.12598 and most conditional models
 
 
 class Parts:
@@ -66,7 +66,7 @@ class Parts:
         with self.accelerator.main_process_first():
             self.data, self.held_out = self._load_data()
             self.latents = make_latents(config, self.data, self.device, self.known_scale)
-        if (latents := self.latents) is not None:  # sums round otherwise on another device
+        if (latents := self.latents) is not None:  # devices round sums differently
             measured = latents.codec
             scale = from_main(self.accelerator, lambda: (measured.scale, measured.shift))
             latents.codec = rescaled(measured.vae, *scale)

@@ -75,7 +75,7 @@ def describe_data(trainer: "Trainer") -> dict[str, Any]:
 
 def _same_files(now: dict[str, Any], before: dict[str, Any]) -> set[str]:
     """Return settings that name a file whose contents are known to be what they were."""
-    same = {"model"}  # the network that comes of it is compared
+    same = {"model"}  # the network itself is compared
     if "data" in before and now["data"] == before["data"]:
         same.add("data")
     if before.get("gamma") is not None and now["gamma"] == before["gamma"]:
@@ -89,7 +89,7 @@ def _require_same_settings(
     config: TrainingConfig, before: dict[str, Any], same_files: set[str]
 ) -> None:
     now, defaults = config.to_dict(), TrainingConfig().to_dict()
-    before = defaults | before  # a setting that is younger than the run had no other value
+    before = defaults | before  # a setting that the run did not know had its default
     same = {"variance_type"} if _trained_variance(before) == _trained_variance(now) else set()
     names = sorted(COMPUTED_FROM - same_files - same - {"max_train_steps"})
     changed = [name for name in names if before[name] != now[name]]

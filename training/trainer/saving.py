@@ -130,17 +130,17 @@ def write_checkpoint(trainer: "Trainer", failed: str | None) -> None:
     target = checkpoints.folder_of(root, trainer.step)
     if failed is not None:
         if target in checkpoints.listed(root):
-            return  # a good one of this step stays
+            return  # keep the good checkpoint of this step
         files[checkpoints.FAILED] = to_json({"why": failed})
     checkpoints.write(root, trainer.step, files, trainer.owner.check)
     trainer.known.add(target.name)
     if failed is not None:
-        for folder in checkpoints.failed_in(root):  # one is enough
+        for folder in checkpoints.failed_in(root):  # keep one failed checkpoint
             if folder != target and folder.name in trainer.known:
                 checkpoints.discard(folder)
         return
     if trainer.updates == trainer.saved_updates and trainer.saved not in (None, trainer.step, best):
-        # The weights are the same as there: a row of skipped steps pushes no other one out.
+        # The weights are the same as there, so a row of skipped steps removes no other checkpoint.
         assert trainer.saved is not None
         checkpoints.discard(checkpoints.folder_of(root, trainer.saved))
     checkpoints.prune(root, trainer.step, trainer.config.keep_last, best, trainer.known)
@@ -201,7 +201,7 @@ def _export(trainer: "Trainer") -> Path:
             pipeline = GenerationPipeline(
                 unet=trainer.average.unet, scheduler=trainer.scheduler, vae=codec.vae
             )
-            # nor does a pipeline of diffusers know a shift, or classes
+            # no pipeline of diffusers knows a shift or classes
             labelled = trainer.data.classes is not None
             form = form_of_latents(codec.vae.config, labelled, form)
 
@@ -224,7 +224,7 @@ def _export(trainer: "Trainer") -> Path:
 def _replace(trainer: "Trainer", folder: Path, write: Callable[[Path], object]) -> None:
     """Write a folder beside its place; it takes the place of the one before when it is whole."""
     trainer.owner.check()
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed here
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a run that was killed
         checkpoints.discard(leftover)
     partial = folder.with_name(f".{folder.name}-{secrets.token_hex(6)}")
     write(partial)

@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 
 VERB = "train"
-# What a run writes in its folder, beside files. Others may own any other folder in it.
+# The folders that a run writes in its own. Other processes may own any other folder in it.
 PARTS = frozenset({"checkpoints", "logs", "pictures", "pipeline", "unet_raw", "vae", "latents"})
 
 

@@ -30,8 +30,7 @@ from ddim_schedulers.training.metrics.features import make_feature_space
 from ddim_schedulers.training.objectives.losses import Objective
 from ddim_schedulers.training.trainer.latents import Latents
 
-# More reference images than this change a distance in `pixels` by less than its spread over
-# samples.
+# With more reference images a distance in `pixels` changes less than it varies between samples.
 REFERENCE_LIMIT = 10_000
 # Classes side by side in a grid of samples; more go on in the next row.
 MOST_COLUMNS = 20
