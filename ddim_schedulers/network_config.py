@@ -89,6 +89,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _check_rules(
+    rules: Mapping[str, tuple[Callable[[Any], bool], str]], config: Mapping[str, Any], path: Place
+) -> None:
+    for key, (holds, allowed) in rules.items():
+        if key in config and not holds(config[key]):
+            raise ValueError(
+                f"{str(path)!r}: `{key}` is {str(config[key])[:80]!r}; it must be {allowed}."
+            )
+
+
 def check_network_config(config: Mapping[str, Any], path: Place) -> None:
     """Check the config of a `UNet2DModel` and the size of the network; keys may be absent.
 
@@ -98,11 +108,7 @@ def check_network_config(config: Mapping[str, Any], path: Place) -> None:
     Raises:
         ValueError: naming the file, the key, its value and what is allowed.
     """
-    for key, (holds, allowed) in _RULES.items():
-        if key in config and not holds(config[key]):
-            raise ValueError(
-                f"{str(path)!r}: `{key}` is {str(config[key])[:80]!r}; it must be {allowed}."
-            )
+    _check_rules(_RULES, config, path)
     lists = ("block_out_channels", "down_block_types", "up_block_types")
     lengths = {key: len(config[key]) for key in lists if key in config}
     if len(set(lengths.values())) > 1:
@@ -177,11 +183,7 @@ def check_autoencoder_config(config: Mapping[str, Any], path: Place) -> None:
     Raises:
         ValueError: naming the file, the key, its value and what is allowed.
     """
-    for key, (holds, allowed) in _AUTOENCODER_RULES.items():
-        if key in config and not holds(config[key]):
-            raise ValueError(
-                f"{str(path)!r}: `{key}` is {str(config[key])[:80]!r}; it must be {allowed}."
-            )
+    _check_rules(_AUTOENCODER_RULES, config, path)
 
 
 # What diffusers reads of a saved pipeline before it looks at the rest.

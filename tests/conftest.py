@@ -1,6 +1,7 @@
 """Settings and fixtures that every test shares."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -194,6 +195,14 @@ class ClosedForm:
 def closed_form():
     """The formulas that the mathematics and the schedulers are compared with."""
     return ClosedForm
+
+
+@pytest.fixture
+def log(monkeypatch, caplog):
+    """What this package and diffusers log from WARNING on; diffusers does not propagate it."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog
 
 
 @pytest.fixture

@@ -1,23 +1,19 @@
 """SDEdit and translation: pictures that sampling starts from, and those of another model."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
 )
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from test_pipelines_inversion import SIZE, Oracle, pipeline, some_images
-from tiny_models import ExactVae, latent_pipeline, latent_unet, tiny_unet, tiny_vae
+from tiny_models import ExactVae, latent_pipeline, latent_unet, tiny_vae
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, InversionPipeline
@@ -277,15 +273,3 @@ def test_mixing_converges_in_fewer_calls_and_is_checked():
     for call in (pipe, pipe.reconstruct, lambda i, **k: pipe.translate(i, pipe, **k)):
         with pytest.raises(ValueError, match="`mixing` is -1"):
             call(images, mixing=-1)
-
-
-PAGE = Path(__file__).parents[1] / "docs" / "edit.md"
-
-
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
-def test_the_code_of_the_page_runs(block, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained("my-model")
-    found = {}
-    exec(compile(block, PAGE.name, "exec"), found)
-    assert {"edited", "made", "found"} & set(found)

@@ -439,30 +439,23 @@ def test_linear_betas_are_known_by_alpha_bar():
 
 @pytest.mark.parametrize("cls", CLASSES[:2], ids=lambda cls: cls.__name__)
 def test_a_terminal_signal_is_spoken_of_once(cls, caplog):
-    import logging
-
-    logger = logging.getLogger("ddim_schedulers")
-    logger.addHandler(caplog.handler)
-    try:
-        for quiet in (
-            {},
-            {"beta_schedule": "squaredcos_cap_v2"},
-            {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012},
-            {"beta_start": 8.5e-4, "beta_end": 0.012},
-            {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"},
-            {
-                "num_train_timesteps": 100,
-                "rescale_betas_zero_snr": True,
-                "prediction_type": "sample",
-            },
-        ):
-            cls(**quiet).set_timesteps(10)
-        assert not caplog.records
-        loud = cls(num_train_timesteps=100)
-        assert not caplog.records
-        for _ in range(2):
-            loud.set_timesteps(10)
-        (record,) = set(caplog.records)  # a root handler of pytest hears it, too
-        assert "alpha_bar at the last of 100 timesteps is 0.364" in record.getMessage()
-    finally:
-        logger.removeHandler(caplog.handler)
+    for quiet in (
+        {},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012},
+        {"beta_start": 8.5e-4, "beta_end": 0.012},
+        {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"},
+        {
+            "num_train_timesteps": 100,
+            "rescale_betas_zero_snr": True,
+            "prediction_type": "sample",
+        },
+    ):
+        cls(**quiet).set_timesteps(10)
+    assert not caplog.records
+    loud = cls(num_train_timesteps=100)
+    assert not caplog.records
+    for _ in range(2):
+        loud.set_timesteps(10)
+    (record,) = caplog.records
+    assert "alpha_bar at the last of 100 timesteps is 0.364" in record.getMessage()

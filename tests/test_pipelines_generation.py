@@ -282,17 +282,6 @@ def test_clipping_is_reported_where_it_destroys(caplog):
     assert pipe(seeds=[0], num_inference_steps=5).clipped_share is None
 
 
-@pytest.fixture(autouse=True)
-def _log_records_reach_caplog():
-    # diffusers' root logger does not propagate, so that caplog would see nothing
-    logger = logging.getLogger("diffusers")
-    before, logger.propagate = logger.propagate, True
-    ours = logging.getLogger("ddim_schedulers")
-    kept, ours.propagate = ours.propagate, True
-    yield
-    logger.propagate, ours.propagate = before, kept
-
-
 def test_callback_sees_and_replaces():
     seen = []
 

@@ -20,14 +20,6 @@ from ddim_schedulers.pipelines.refinement import Refinement, warn_of_residual
 SIZE = 8
 
 
-@pytest.fixture(autouse=True)
-def _log_records_reach_caplog():
-    logger = logging.getLogger("ddim_schedulers")
-    before, logger.propagate = logger.propagate, True
-    yield
-    logger.propagate = before
-
-
 class Oracle(ModelMixin, ConfigMixin):
     """A bent version of the best network for x_0 ~ N(0, 0.5^2 I), in any parameterisation.
 

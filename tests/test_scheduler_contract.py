@@ -56,17 +56,6 @@ def _run(scheduler, steps=4, x=None, **arguments):
     return x
 
 
-@pytest.fixture
-def log(caplog):
-    """What diffusers and this package log from WARNING on; their loggers do not propagate."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "ddim_schedulers")]
-    for logger in loggers:
-        logger.addHandler(caplog.handler)
-    yield caplog
-    for logger in loggers:
-        logger.removeHandler(caplog.handler)
-
-
 # -- configs
 
 

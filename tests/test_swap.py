@@ -3,118 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.ddpm import pipeline_ddpm
+from test_swap_pipelines import (
+    LATENT_TRAINING,
+    SIZE,
+    build,
+    image_to_image,
+    images,
+    prompt,
+    swap,
+    with_eta,
+)
 from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 
-SD_SETTINGS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-}
-
-
 # Largest difference of a pixel in [0, 1], in float32.
 LIMIT = 1e-4
-
-
-class Tokenizer:
-    """Stands in for CLIP's, whose vocabulary would be a download: one id for each character."""
-
-    model_max_length = 77
-
-    def __call__(self, prompt, **_):
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        rows = [[0, *(1 + ord(c) % 900 for c in text)][:76] for text in texts]
-        ids = torch.tensor([row + [999] * (77 - len(row)) for row in rows])
-        return type("Tokens", (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})()
-
-    def batch_decode(self, ids):
-        return [""] * len(ids)
-
-
-@pytest.fixture(scope="module")
-def components():
-    """Stable Diffusion with tiny random networks."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=2,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=[4, 8],
-        in_channels=3,
-        out_channels=3,
-        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
-        up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            bos_token_id=0,
-            eos_token_id=999,
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=8,
-            num_hidden_layers=2,
-            pad_token_id=1,
-            vocab_size=1000,
-        )
-    )
-    return {
-        "unet": unet.eval(),
-        "vae": vae.eval(),
-        "text_encoder": text_encoder.eval(),
-        "tokenizer": None,
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-
-
-def _stable_diffusion(pipeline_class, components, scheduler):
-    pipeline = pipeline_class(**components, scheduler=scheduler, requires_safety_checker=False)
-    pipeline.tokenizer = Tokenizer()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _prompt_embeds(components):
-    with torch.no_grad():
-        return [
-            components["text_encoder"](Tokenizer()(text).input_ids)[0] for text in ("a cat", "")
-        ]
-
-
-def _images(pipeline, components, **arguments):
-    embeds, negative = _prompt_embeds(components)
-    return pipeline(
-        prompt_embeds=embeds,
-        negative_prompt_embeds=negative,
-        output_type="np",
-        generator=torch.Generator().manual_seed(0),
-        guidance_scale=3.0,
-        **arguments,
-    ).images
 
 
 def _unet():
@@ -187,83 +93,29 @@ def test_ddpm_pipeline_with_generators_for_each_image():
     np.testing.assert_allclose(images([3, 4])[1:], images([4]), atol=1e-5)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_stable_diffusion(components, eta):
-    images = []
-    for scheduler in (
-        DDIMScheduler(**SD_SETTINGS, set_alpha_to_one=False, steps_offset=1),
-        GeneralizedDDIMScheduler(**SD_SETTINGS, set_alpha_to_one=False, steps_offset=1),
-    ):
-        pipeline = _stable_diffusion(StableDiffusionPipeline, components, scheduler)
-        images.append(
-            _images(pipeline, components, num_inference_steps=8, eta=eta, height=32, width=32)
-        )
-    assert images[0].shape == (1, 32, 32, 3) and images[0].std() > 0.005
-    np.testing.assert_allclose(*images, atol=LIMIT)
-
-
-def test_stable_diffusion_with_the_markovian_scheduler(components):
-    images = []
-    for cls in (DDPMScheduler, MarkovianDDPMScheduler):
-        settings = {**SD_SETTINGS, "timestep_spacing": "linspace", "steps_offset": 1}
-        pipeline = _stable_diffusion(StableDiffusionPipeline, components, cls(**settings))
-        images.append(_images(pipeline, components, num_inference_steps=8, height=32, width=32))
-    np.testing.assert_allclose(*images, atol=LIMIT)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_stable_diffusion_rewrites_the_config_and_it_counts(components):
+def test_stable_diffusion_rewrites_the_config_and_it_counts():
     """Its constructor sets steps_offset=1 and clip_sample=False in the finished scheduler."""
-    settings = {**SD_SETTINGS, "clip_sample": True}
-    images = []
+    parts = build(with_eta)[0].components
+    made = []
     for cls in (DDIMScheduler, GeneralizedDDIMScheduler):
-        pipeline = _stable_diffusion(StableDiffusionPipeline, components, cls(**settings))
+        scheduler = cls(**LATENT_TRAINING, clip_sample=True)
+        pipeline = StableDiffusionPipeline(
+            **{**parts, "scheduler": scheduler}, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
         assert pipeline.scheduler.config.steps_offset == 1
         assert pipeline.scheduler.config.clip_sample is False
-        images.append(_images(pipeline, components, num_inference_steps=6, height=32, width=32))
+        made.append(images(pipeline, prompt(height=SIZE, width=SIZE)))
         assert int(pipeline.scheduler.timesteps[-1]) == 1
-    np.testing.assert_allclose(*images, atol=LIMIT)
+    np.testing.assert_allclose(*made, atol=LIMIT)
 
 
-def test_eta_of_the_config_counts_in_a_pipeline(components):
+def test_eta_of_the_config_counts_in_a_pipeline():
     """The pipeline passes eta=0.0 unasked; the config's 1.0 is what the user set."""
-    images = []
-    for scheduler, eta in (
-        (GeneralizedDDIMScheduler(**SD_SETTINGS, steps_offset=1), 1.0),
-        (GeneralizedDDIMScheduler(**SD_SETTINGS, steps_offset=1, eta=1.0), 0.0),
-    ):
-        pipeline = _stable_diffusion(StableDiffusionPipeline, components, scheduler)
-        images.append(
-            _images(pipeline, components, num_inference_steps=4, eta=eta, height=32, width=32)
-        )
-    np.testing.assert_array_equal(*images)
-
-
-def test_custom_timesteps_through_a_pipeline(components):
-    """Stock DDIM has no `timesteps`; the pipeline hands ours through."""
-    scheduler = GeneralizedDDIMScheduler(**SD_SETTINGS, steps_offset=1)
-    pipeline = _stable_diffusion(StableDiffusionPipeline, components, scheduler)
-    image = _images(pipeline, components, timesteps=[900, 600, 100], height=32, width=32)
-    assert pipeline.scheduler.timesteps.tolist() == [900, 600, 100]
-    assert np.isfinite(image).all()
-
-
-@pytest.mark.parametrize(
-    ("ours", "stock"),
-    [(MarkovianDDPMScheduler, DDPMScheduler), (GeneralizedDDIMScheduler, DDIMScheduler)],
-)
-def test_img2img(components, ours, stock):
-    """It starts in the middle of the plan and noises the image with `add_noise`."""
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
-    images = []
-    for cls in (stock, ours):
-        scheduler = cls(**SD_SETTINGS, steps_offset=1)
-        pipeline = _stable_diffusion(StableDiffusionImg2ImgPipeline, components, scheduler)
-        images.append(
-            _images(pipeline, components, image=picture, strength=0.6, num_inference_steps=10)
-        )
-    assert images[0].shape == (1, 32, 32, 3)
-    np.testing.assert_allclose(*images, atol=LIMIT)
+    pipeline, call = build(with_eta)
+    asked = images(swap(pipeline), call, eta=1.0)
+    np.testing.assert_array_equal(asked, images(swap(pipeline, eta=1.0), call, eta=0.0))
 
 
 SOLVERS = [
@@ -274,39 +126,31 @@ SOLVERS = [
 ]
 
 
-def _solved(components, pipeline_class, steps, times=1, **arguments):
+def _solved(case, steps, times=1, **arguments):
     """Pictures with guidance; `times` > 1 makes them again with one scheduler."""
     solver = {k: arguments.pop(k) for k in tuple(arguments) if k.startswith("solver_")}
-    scheduler = GeneralizedDDIMScheduler(
-        **SD_SETTINGS, steps_offset=1, timestep_spacing="trailing", **solver
-    )
-    pipeline = _stable_diffusion(pipeline_class, components, scheduler)
-    made = [
-        _images(pipeline, components, num_inference_steps=steps, **arguments) for _ in range(times)
-    ]
+    pipeline, call = build(case)
+    swap(pipeline, timestep_spacing="trailing", **solver)
+    call |= {"eta": 0.0, "guidance_scale": 3.0, "num_inference_steps": steps, **arguments}
+    made = [images(pipeline, call) for _ in range(times)]
     assert all(np.array_equal(made[0], again) for again in made)
     return made[0]
 
 
-def test_a_higher_order_is_nearer_to_the_fine_solution(components):
-    size = {"height": 32, "width": 32}
-    fine = _solved(components, StableDiffusionPipeline, 100, solver_order=3, **size)
+def test_a_higher_order_is_nearer_to_the_fine_solution():
+    fine = _solved(with_eta, 100, solver_order=3)
     distance = {}
     for i, solver in enumerate([{}, *SOLVERS]):
-        made = _solved(components, StableDiffusionPipeline, 25, 1 + (i == 1), **solver, **size)
+        made = _solved(with_eta, 25, 1 + (i == 1), **solver)
         distance[i] = np.abs(made - fine).mean()
     assert max(distance[i] for i in range(1, len(distance))) < distance[0]
 
 
-def test_img2img_at_a_higher_order(components):
+def test_img2img_at_a_higher_order():
     """It starts in the middle of the plan, where no history is, and has one from there on."""
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
-    arguments = {"image": picture, "strength": 0.6}
-    pipeline_class = StableDiffusionImg2ImgPipeline
-    euler = _solved(components, pipeline_class, 10, **arguments)
+    euler = _solved(image_to_image, 10)
     for solver in SOLVERS:
-        made = _solved(components, pipeline_class, 10, 2, **solver, **arguments)
+        made = _solved(image_to_image, 10, 2, **solver)
         assert 0 < np.abs(made - euler).mean() < 0.1, solver
-    last = {"image": picture, "strength": 0.1}  # one step, which is of order 1
-    made = _solved(components, pipeline_class, 10, **SOLVERS[1], **last)
-    assert np.array_equal(made, _solved(components, pipeline_class, 10, **last))
+    made = _solved(image_to_image, 10, **SOLVERS[1], strength=0.1)  # one step, which has order 1
+    assert np.array_equal(made, _solved(image_to_image, 10, strength=0.1))

@@ -2,8 +2,7 @@
 
 Every pipeline is built from configs with tiny random weights, run with the stock scheduler, and run
 again after `pipe.scheduler = Ours.from_config(pipe.scheduler.config)` with the same seed. Prompt
-embeddings are passed in, so that no tokenizer is needed. `DDPMPipeline`, `StableDiffusionPipeline`
-and its img2img are in test_swap.py.
+embeddings are passed in, so that no tokenizer is needed. `DDPMPipeline` is in test_swap.py.
 """
 
 import inspect
@@ -26,6 +25,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
@@ -173,6 +173,11 @@ def with_eta():
     return stable_diffusion(), prompt(eta=1.0, height=SIZE, width=SIZE)
 
 
+def image_to_image():
+    """It starts in the middle of the plan and noises the image with `add_noise`."""
+    return stable_diffusion(StableDiffusionImg2ImgPipeline), prompt(image=picture(), strength=0.6)
+
+
 def zero_snr_with_guidance_rescale():
     pipe = stable_diffusion(scheduler=ZERO_SNR)
     return pipe, prompt(guidance_rescale=0.7, height=SIZE, width=SIZE)
@@ -275,6 +280,7 @@ CASES = [
     instruct,
     controlnet,
     with_eta,
+    image_to_image,
     zero_snr_with_guidance_rescale,
     sdxl,
     sdxl_half_way,
@@ -328,27 +334,16 @@ def swap(pipe, cls=GeneralizedDDIMScheduler, **settings):
     return pipe
 
 
-@pytest.fixture
-def quiet(caplog):
-    """Collects what diffusers logs; it does not pass its lines on by itself."""
-    root = logging.getLogger("diffusers")
-    before = root.propagate
-    root.propagate = True
-    caplog.set_level(logging.WARNING)
-    yield caplog
-    root.propagate = before
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_same_images_as_stock(case, quiet):
+def test_same_images_as_stock(case, log):
     pipe, call = build(case)
-    quiet.clear()
+    log.clear()
     stock = images(pipe, call)
-    told_by_stock = [record.getMessage() for record in quiet.records]
+    told_by_stock = [record.getMessage() for record in log.records]
     processors = processors_of(pipe)
-    quiet.clear()
+    log.clear()
     ours = images(swap(pipe), call)
-    assert [record.getMessage() for record in quiet.records] == told_by_stock
+    assert [record.getMessage() for record in log.records] == told_by_stock
     assert ours.shape == stock.shape
     assert np.abs(ours - stock).max() <= 1e-4
     assert processors_of(pipe) == processors  # the very same objects
@@ -453,9 +448,10 @@ def test_offload_hooks(case):
     pipe.remove_all_hooks()
 
 
-def test_markovian_ddpm_in_a_latent_pipeline():
-    """`StableDiffusionPipeline` with DDPM: the same chain as stock's DDPMScheduler."""
-    pipe, call = build(with_eta)
+@pytest.mark.parametrize("case", [with_eta, image_to_image], ids=lambda case: case.__name__)
+def test_markovian_ddpm_in_a_latent_pipeline(case):
+    """With DDPM it is the same chain as that of stock's DDPMScheduler."""
+    pipe, call = build(case)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     stock = images(pipe, call)
     ours = images(swap(pipe, MarkovianDDPMScheduler), call)
@@ -494,20 +490,20 @@ def test_in_the_training_scripts_of_diffusers(cls, stock, dtype):
     torch.testing.assert_close(ours.alphas_cumprod, stock(**LATENT_TRAINING).alphas_cumprod)
 
 
-def test_from_pretrained_with_our_scheduler_is_quiet(quiet, tmp_path):
+def test_from_pretrained_with_our_scheduler_is_quiet(log, tmp_path):
     pipe, call = build(with_eta)
     stock = images(pipe, call)
     pipe.save_pretrained(tmp_path)
     own = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**LATENT).config)
-    quiet.clear()
+    log.clear()
     again = StableDiffusionPipeline.from_pretrained(
         tmp_path, scheduler=own, text_encoder=None, tokenizer=None, safety_checker=None
     )
-    told = [record.getMessage() for record in quiet.records]
+    told = [record.getMessage() for record in log.records]
     assert again.scheduler is own
     again.set_progress_bar_config(disable=True)
     assert np.abs(images(again, call) - stock).max() <= 1e-4
-    quiet.clear()
+    log.clear()
     StableDiffusionPipeline.from_pretrained(
         tmp_path,
         scheduler=DDIMScheduler(**LATENT),
@@ -515,7 +511,7 @@ def test_from_pretrained_with_our_scheduler_is_quiet(quiet, tmp_path):
         tokenizer=None,
         safety_checker=None,
     )
-    assert told == [record.getMessage() for record in quiet.records]
+    assert told == [record.getMessage() for record in log.records]
 
 
 def test_swapping_back_and_forth_loses_nothing():

@@ -1,7 +1,5 @@
 """`invert`: the latents that Stable Diffusion and SDXL decode to given pictures, or a word."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -28,15 +26,6 @@ from ddim_schedulers.pipelines import encode_and_refine, invert
 from ddim_schedulers.pipelines.refinement import AndersonMixing
 
 SET_BY_INVERSION = ("num_inference_steps", "output_type", "eta", "guidance_rescale")
-
-
-@pytest.fixture
-def said(caplog):
-    logger = logging.getLogger("ddim_schedulers")
-    before, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.WARNING)
-    yield caplog
-    logger.propagate = before
 
 
 def ready(case=with_eta, guided=False, count=1, **scheduler):
@@ -99,13 +88,13 @@ def test_the_same_network_directly_gives_the_same_bits():
     assert torch.equal(direct.residual, found.residual)
 
 
-def test_it_says_which_pictures_have_not_converged(said):
+def test_it_says_which_pictures_have_not_converged(log):
     pipe, call, x_0 = ready(guided=True, count=2)
     x_0[0] = 0  # an easy one
     options = {"num_inference_steps": 5, "guidance_scale": 7.5, "tolerance": 1e-4}
     found = invert(pipe, latents=x_0, refinements=3, **options, **call)
     late = (~found.converged).nonzero().flatten().tolist()
-    assert late and f"{len(late)} of 2 images: {', '.join(map(str, late))}, counted" in said.text
+    assert late and f"{len(late)} of 2 images: {', '.join(map(str, late))}, counted" in log.text
     assert torch.equal(found.converged, (found.residual <= 1e-4).all(dim=0))
 
 
@@ -236,11 +225,11 @@ def test_a_controlnet_in_a_part_of_the_steps_is_refused():
         invert(pipe, latents=x_0, control_guidance_end=0.5, **call)
 
 
-def test_half_precision_and_a_safety_checker_are_told(said):
+def test_half_precision_and_a_safety_checker_are_told(log):
     pipe, call, x_0 = ready()
     pipe.to(dtype=torch.bfloat16)
     pipe.safety_checker = object()
     call["prompt_embeds"] = call["prompt_embeds"].bfloat16()
     found = invert(pipe, latents=x_0, num_inference_steps=3, **call)
     assert found.latents.dtype == torch.bfloat16 and not found.converged.any()
-    assert "safety checker" in said.text and "rounded" in said.text
+    assert "safety checker" in log.text and "rounded" in log.text

@@ -378,15 +378,7 @@ class TrainingConfig(
 # Fields that change what is computed. A resumed run that differs here is a different run.
 COMPUTED_FROM = frozenset(
     field.name
-    for group in (
-        DataConfig,
-        ModelConfig,
-        LatentConfig,
-        ProcessConfig,
-        ObjectiveConfig,
-        OptimisationConfig,
-        EMAConfig,
-    )
+    for group in GROUPS[: GROUPS.index(PrecisionConfig)]
     for field in dataclasses.fields(group)
 ) - {
     "stop_after",

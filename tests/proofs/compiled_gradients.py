@@ -11,17 +11,20 @@ compilation, so it is not collected by pytest.
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 
 from ddim_schedulers.training.trainer.compiling import compile_for_training
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import tiny_unet
 
 TOLERANCE = 1e-4  # relative, of a float32 gradient
 
 
 def gradients(
-    network: torch.nn.Module, unet: UNet2DModel, batch: dict[str, torch.Tensor]
+    network: torch.nn.Module, unet: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of one batch through `network`, and the gradients of `unet`'s parameters by name."""
     unet.zero_grad()
@@ -40,18 +43,7 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="compile the network as it is")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-    ).to(args.device)
+    unet = tiny_unet(blocks=(8, 8), add_attention=False).to(args.device)
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     batch = {

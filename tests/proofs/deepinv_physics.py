@@ -7,30 +7,24 @@ physics and method how far A x is from y, and for a mask how far the samples are
 operator.
 """
 
+import sys
+from pathlib import Path
+
 import deepinv
 import torch
-from diffusers import UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import RestorationPipeline
 from ddim_schedulers.pipelines.restoration.operators import Inpainting
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import tiny_unet
+
 SHAPE = (1, 32, 32)
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
-    pipe = RestorationPipeline(unet, GeneralizedDDIMScheduler())
+    pipe = RestorationPipeline(tiny_unet(size=32), GeneralizedDDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     mask = (torch.rand(1, 32, 32) < 0.5).float()
     physics = deepinv.physics

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, sampling_job
@@ -51,6 +51,9 @@ from ddim_schedulers.training.parsing import load_config
 from ddim_schedulers.training.train import train
 from ddim_schedulers.training.trainer import saving
 from ddim_schedulers.training.trainer.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import tiny_unet
 
 VALUES = (None, True, "x", [], {}, -1, -5.5, 10**18, 10**400, math.nan, math.inf, -math.inf)
 NOTICED, HARMLESS, PLAUSIBLE, RAW, WRONG = "noticed", "harmless", "plausible", "RAW", "WRONG"
@@ -142,20 +145,6 @@ class Count:
         return 1 if self.failed else 0
 
 
-def tiny():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    ).eval()
-
-
 def checkpoints_of_a_run(count, root):
     settings = {
         "data": "digits",
@@ -233,7 +222,7 @@ def checkpoints_of_a_run(count, root):
 
 def parts_of_a_pass(count, root):
     scheduler = DDPMScheduler(num_train_timesteps=60, beta_end=0.3)
-    model = measured_model_of(tiny(), dict(scheduler.config))
+    model = measured_model_of(tiny_unet(blocks=(8, 8)), dict(scheduler.config))
     images = torch.rand(4, 1, 8, 8) * 2 - 1
 
     def go():
@@ -325,7 +314,7 @@ def evaluation(count, root, pipeline):
 
 
 def samples(count, root):
-    pipe = GenerationPipeline(unet=tiny(), scheduler=GeneralizedDDIMScheduler())
+    pipe = GenerationPipeline(unet=tiny_unet(blocks=(8, 8)), scheduler=GeneralizedDDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     for file_format, name in (("png", "images/000001.png"), ("npz", "shards/000000-000003.npz")):
         job = sampling_job.SamplingJob(6, 4, file_format=file_format, num_inference_steps=2)
@@ -402,7 +391,7 @@ def main():
         root = Path(name)
         pipeline = root / "pipeline"
         scheduler = DDPMScheduler(num_train_timesteps=12, beta_end=0.5)
-        DDPMPipeline(tiny(), scheduler).save_pretrained(pipeline)
+        DDPMPipeline(tiny_unet(blocks=(8, 8)), scheduler).save_pretrained(pipeline)
         for folder in ("pass", "evaluation", "samples", "settings"):
             (root / folder).mkdir()
         settings(count, root / "settings")

@@ -10,29 +10,24 @@ import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline
 from ddim_schedulers.pipelines.sampling_job import SamplingJob, sample_to_directory
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import tiny_unet
+
 
 def run(kind: str, num_images: int) -> None:
     """Generate with a tiny network and print the peak memory in MiB."""
     torch.set_num_threads(1)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
+    pipe = GenerationPipeline(
+        unet=tiny_unet(size=32, blocks=(8, 8)), scheduler=GeneralizedDDIMScheduler()
     )
-    pipe = GenerationPipeline(unet=unet, scheduler=GeneralizedDDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     output_mib = 0.0
     if kind == "memory":

@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline
 
 import ddim_schedulers.training.trainer.trainer  # noqa: F401  # forked processes have it ready
 from ddim_schedulers import MarkovianDDPMScheduler
@@ -32,6 +32,9 @@ from ddim_schedulers.training.cli import main as cli
 from ddim_schedulers.training.evaluation import cells as evaluation  # noqa: F401
 from ddim_schedulers.training.likelihood import calibration  # noqa: F401
 from ddim_schedulers.training.networks import checkpoints  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import tiny_unet
 
 torch.set_num_threads(1)
 REFUSED = re.compile(r"is in use by `[\w ]+` on host \S+, process \d+, last sign of life \d{4}-")
@@ -120,17 +123,7 @@ def verbs(root: Path) -> dict[str, tuple[list[str], Path]]:
 def prepare(root: Path) -> None:
     from PIL import Image
 
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
+    unet = tiny_unet(blocks=(8, 8))
     scheduler = MarkovianDDPMScheduler(num_train_timesteps=60)
     save_pipeline(DDPMPipeline(unet, scheduler), root / "pipe", "portable")
     (root / "images").mkdir()
