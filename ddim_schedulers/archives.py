@@ -135,7 +135,7 @@ def _entries(path: Place, file: IO[bytes]) -> tuple[zipfile.ZipFile, dict[str, z
 
 
 def _header(path: Place, stream: IO[bytes], size: int, name: str | None) -> None:
-    """Compare what an array of `size` bytes says of itself with its size."""
+    """Check that shape and dtype of an array fit its `size` in bytes."""
     what = "it" if name is None else repr(name[:80])
     version = np.lib.format.read_magic(stream)
     width = {(1, 0): 2, (2, 0): 4}.get(version)
@@ -164,7 +164,7 @@ def _header(path: Place, stream: IO[bytes], size: int, name: str | None) -> None
 
 
 def check_archive(path: Place) -> None:
-    """Check that a file of `torch.save` unpacks to no more than it is, and holds tensors alone.
+    """Check that a file of `torch.save` is not larger unpacked, and holds tensors alone.
 
     For `torch.load(weights_only=True)`, which runs no code but makes a `bytearray` or a tensor of
     any size that a pickle of 60 bytes asks for.

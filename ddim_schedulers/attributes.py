@@ -113,7 +113,7 @@ class FamilyAttributesMixin:
         self._marks.pop(name, None)
 
     def _accept(self, name: str, value: Any) -> None:
-        """Hand out what was assigned; who assigned it may edit it later."""
+        """Return the assigned tensor itself: its owner may edit it later."""
         self._public[name] = value
         self._marks[name] = (value, mark_of(value))
 

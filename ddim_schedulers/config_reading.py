@@ -90,7 +90,7 @@ MAX_BOUNDARY = 1e-4
 
 
 def read_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` with everything said that its class leaves to defaults.
+    """Return `config` with the defaults of its class written out.
 
     Args:
         config: of any scheduler: the one of an object, or what a JSON file holds.
@@ -258,7 +258,7 @@ def _check_process(merged: Mapping[str, Any], name: str | None) -> None:
 
 
 def _check_complete(config: Mapping[str, Any], name: str) -> None:
-    """Refuse a config that leaves its process to the defaults of a class that nobody knows."""
+    """Refuse a config that leaves its process to the defaults of an unknown class."""
     needed = ["num_train_timesteps", "prediction_type"]
     if _reads_ends(config):
         needed += ["beta_start", "beta_end"]

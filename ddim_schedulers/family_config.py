@@ -179,7 +179,7 @@ class FamilyConfigMixin:
 
     @classmethod
     def _check_argument_names(cls, names: Mapping[str, Any]) -> None:
-        """Refuse a name that nobody knows: diffusers would drop it in silence."""
+        """Refuse an unknown name: diffusers would drop it in silence."""
         host: Any = cls
         known = {*host._get_init_keys(cls), *FAMILY_KEYS, *LOADING_KEYS}
         if all(name in known or name.startswith("_") for name in names):
@@ -199,7 +199,7 @@ class FamilyConfigMixin:
     def to_json_string(self) -> str:
         """Return the config as diffusers writes it, without the defaults of shared settings.
 
-        Nor does it say a noise that nobody has said.
+        It also leaves out a noise that no setting has chosen.
         """
         config = self.config
         written = json.loads(super().to_json_string())  # type: ignore[misc]

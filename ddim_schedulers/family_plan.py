@@ -149,7 +149,7 @@ class FamilyPlanMixin(FamilyAttributesMixin, FamilyConfigMixin):
         return self.config[key] if self._stored is None else getattr(self._stored, key)
 
     def _restore(self, stored: SolverTable | None) -> None:
-        """Go on with a stored sampler after a change, where it still fits; say so where not."""
+        """Keep a stored sampler after a change if it still fits, and warn if it does not."""
 
     def _take_trajectory(self, listed: list[Any]) -> None:
         """Plan assigned timesteps; a part of the plan, where each step has its neighbour, stays."""

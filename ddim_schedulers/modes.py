@@ -1,4 +1,4 @@
-"""What is made for good inside a mode of torch is made outside it."""
+"""Tables and plans are made outside the modes of torch, because they outlive them."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a saved `UNet2DModel` and its pipeline may say, before anything of that size is built."""
+"""Bounds on the config of a saved `UNet2DModel` and its pipeline, checked before it is built."""
 
 import inspect
 import math
@@ -193,7 +193,8 @@ _CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
 def check_saved(folder: Place) -> None:
     """Check the configs and the headers of the weights that lie in the folder of a saved pipeline.
 
-    For loaders that read by themselves, as diffusers' `from_pretrained`; what is no folder passes.
+    For loaders that read the files themselves, as diffusers' `from_pretrained`. What is no folder
+    passes.
 
     Raises:
         ValueError: naming the first file that cannot be read, or as `check_network_config`, or for

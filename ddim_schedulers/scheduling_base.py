@@ -78,7 +78,7 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
 
     @outside_modes
     def _make_tables(self) -> None:
-        """Compute the betas and what hangs on them; called once, at the end of `__init__`."""
+        """Compute the betas and what depends on them; called once, at the end of `__init__`."""
         check_types(self.config)
         self.register_to_config(**written(self.config))
         self._check_config()
@@ -166,7 +166,7 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
         return scales_of(self._acting("eps_scale"), self._acting("end_scale"), self._landing)
 
     def _warn_of_terminal_signal(self) -> None:
-        """Say once where sampling cannot start from what training ended with."""
+        """Warn once if sampling starts from another distribution than training ends with."""
         if self._warned_of_terminal or torch.compiler.is_compiling():
             return
         self._warned_of_terminal = True
@@ -216,7 +216,7 @@ class FamilySchedulerMixin(FamilyHistoryMixin, FamilyForwardMixin):
         return dynamic_threshold(sample.to(dtype), ratio, max_value).to(sample.dtype)
 
     def _clip(self, x0: torch.Tensor) -> torch.Tensor:
-        """Clip x0_hat in place: a step has just made it, and nobody else holds it."""
+        """Clip x0_hat in place: the step has just made it and holds the only reference."""
         limit = self._settings.clip_range
         return x0.clamp_(-limit, limit)
 

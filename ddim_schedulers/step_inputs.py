@@ -1,4 +1,4 @@
-"""What a step is given: its checks, its dtype, and what may be read of it for free."""
+"""The inputs of a step: their checks, their dtype, and what is read without a wait."""
 
 import reprlib
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ def pick_rows(rows: torch.Tensor, timesteps: torch.Tensor, name: str) -> torch.T
 
 
 def read_if_free(timestep: torch.Tensor) -> int | list[int] | None:
-    """Return the integer or integers of a timestep where looking at them costs nothing.
+    """Return the integer or integers of a timestep if reading them costs nothing.
 
     None on an accelerator, which a read-back would wait for; in traced code; and for a tensor
     without a value, as `torch.func.vmap` and `make_fx` pass it.

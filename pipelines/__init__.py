@@ -1,4 +1,4 @@
-"""Diffusers pipelines that do with a trained model, with or without classes, what the papers do."""
+"""Diffusers pipelines for what the papers do with a trained model, with or without classes."""
 
 from ddim_schedulers.pipelines.conditions import Conditions
 from ddim_schedulers.pipelines.generation import (

@@ -19,7 +19,7 @@ def identity() -> dict[str, Any]:
 
 
 def system() -> str | None:
-    """Return what processes that know each other by number have in common; None if unknown."""
+    """Return a name that is equal for processes that see each other's numbers; None if unknown."""
     if sys.platform != "linux":
         # these systems have no containers that share a host's name and folders
         return f"{sys.platform} {socket.gethostname()}" if os.name == "posix" else None

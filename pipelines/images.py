@@ -1,4 +1,4 @@
-"""Images in and out of model space [-1, 1], with nothing converted silently."""
+"""Images into model space [-1, 1] and out of it; nothing is converted without a word."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Sampling from a picture (SDEdit, arXiv:2108.01073): noise is added, and taken away again."""
+"""Sampling from a picture (SDEdit, arXiv:2108.01073): noise is added and removed again."""
 
 from collections.abc import Callable, Sized
 from dataclasses import dataclass

@@ -85,7 +85,7 @@ _INVERTIBLE: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class TextInversionOutput(BaseOutput):
-    """What `invert` returns. How exact it is, `residual` says.
+    """What `invert` returns; `residual` says how exact it is.
 
     Attributes:
         latents: x_T (N, C, h, w), on the device and in the dtype of the network: `latents` of the

@@ -14,7 +14,7 @@ class _Ended(SystemExit):
 
 @contextlib.contextmanager
 def signals_unwind() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack where they would end the process without a word."""
+    """Let SIGTERM and SIGHUP unwind the stack if they would end the process at once."""
     numbers = [n for n in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n is not None]
     if threading.current_thread() is threading.main_thread():
         numbers = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL]

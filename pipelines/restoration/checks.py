@@ -1,4 +1,4 @@
-"""What a restoration is given, checked before the first network call."""
+"""Checks of the inputs of a restoration, before the first network call."""
 
 import math
 from typing import Any

@@ -14,7 +14,7 @@ Pullback = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Prediction(NamedTuple):
-    """What is known of x_t: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, unless x0 was clipped.
+    """Predictions at x_t: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, unless x0 was clipped.
 
     Attributes:
         x0: x0_hat, (B, C, H, W).

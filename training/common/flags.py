@@ -1,4 +1,4 @@
-"""How flags are spelled: with dashes or underscores, and never wrong in silence."""
+"""The spelling of flags: dashes or underscores; an unknown one is an error."""
 
 import argparse
 import difflib

@@ -41,8 +41,8 @@ def from_main(accelerator: "Accelerator", make: Callable[[], Result]) -> Result:
 def on_cpu(cpu: bool) -> bool:
     """Tell Accelerate to use the CPU: because it was asked for, or because there is nothing else.
 
-    Without an accelerator it joins processes only if it is told so; otherwise each believes to be
-    alone, and all do the whole work over each other's files.
+    Without an accelerator it joins processes only if it is told so; otherwise each works as if
+    alone, and all write the same files.
     """
     return cpu or not torch.accelerator.is_available()
 
@@ -109,7 +109,7 @@ def own_together(
     parts: frozenset[str] | None = None,
     transient: bool = False,
 ) -> Iterator[Owner]:
-    """Own a folder meanwhile, all processes of a team at once: the main one holds it.
+    """Own a folder inside the `with`, for all processes of a team; the main one holds it.
 
     Args:
         folder: as in `ownership.own`.
@@ -155,7 +155,7 @@ def settle() -> None:
 
 
 def leave_group() -> None:
-    """Leave the processes that work together; nothing is left to be said to them."""
+    """Leave the group of processes; no message follows."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         settle()
         torch.distributed.destroy_process_group()

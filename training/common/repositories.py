@@ -1,8 +1,8 @@
 """Repositories of the Hub: which revision is meant, and what of them is read.
 
 A name may say which revision is meant, as addresses of the Hub do: USER/NAME@REVISION, a branch, a
-tag or a commit. What is downloaded are the configs first, which are checked, and then the weights
-of the network, as safetensors unless a pickle is asked for. Nothing of a repository is run.
+tag or a commit. The configs are downloaded first and checked, and then the weights of the
+network, as safetensors unless a pickle is asked for. Nothing of a repository is run.
 """
 
 import re

@@ -51,7 +51,7 @@ class SealedParts(Workdir[Item, Tensors]):
         self.settings, self.team, self.owner = settings, team, owner
 
     def claim(self) -> None:
-        """Note what the parts in the folder are of, or refuse those of another computation.
+        """Write the settings of the parts into the folder, or refuse parts of another computation.
 
         Every process calls it, before anything is read or made.
 

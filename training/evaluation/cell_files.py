@@ -42,7 +42,7 @@ KNOWN_LATER = ("late_noise_cap", "original_inference_steps", "snr_shift_scale")
 
 
 class _OfCells(Workdir[Cell, Value]):
-    """Files that a damaged one of is told about once, before the cell is measured again."""
+    """Files of cells; a damaged one gets one warning, and the cell is measured again."""
 
     argument = "output_dir"
 

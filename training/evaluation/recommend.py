@@ -1,4 +1,4 @@
-"""Which row of an evaluation to use under a limit of calls or seconds, and how sure that is."""
+"""The row of an evaluation to use under a limit of calls or seconds, and how sure it is."""
 
 import math
 from collections.abc import Mapping

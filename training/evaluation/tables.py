@@ -48,7 +48,7 @@ def _names_of(results: dict[str, Any], distances: bool) -> str:
 
 
 def made_with(results: dict[str, Any]) -> str:
-    """Return with what the cells were sampled: `12 cells: commit 1a2b, cpu, ...`."""
+    """Return what the cells were sampled with: `12 cells: commit 1a2b, cpu, ...`."""
     parts = []
     for note in results.get("made_with", []):
         if "commit" not in note:  # of an earlier version

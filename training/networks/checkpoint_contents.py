@@ -64,7 +64,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def lacks(folder: Path, listed: Iterable[str]) -> str | None:
-    """Say what a run cannot go on without and the checkpoint lacks or has wrong; None if nothing.
+    """Return what a run needs and the checkpoint lacks or holds wrongly; None if nothing.
 
     Args:
         folder: the checkpoint, whose files are those that its manifest says.

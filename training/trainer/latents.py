@@ -1,4 +1,4 @@
-"""What a run in latent space has beside its network: the frozen autoencoder, its scale, its cache.
+"""The latents of a run: the frozen autoencoder, its scale and its cache.
 
 The scale is measured, so that latents have a deviation of 1 as images of [-1, 1] nearly have, which
 the noise levels of every process are made for. The config's own is taken where it does the same

@@ -222,7 +222,7 @@ def _export(trainer: "Trainer") -> Path:
 
 
 def _replace(trainer: "Trainer", folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder beside its place; it takes the place of the one before when it is whole."""
+    """Write a folder beside its place and rename it when it is whole; it replaces the old one."""
     trainer.owner.check()
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # left by a run that was killed
         checkpoints.discard(leftover)

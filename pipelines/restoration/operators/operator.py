@@ -55,7 +55,7 @@ class LinearOperator(ABC):
 
     @property
     def largest(self) -> float | None:
-        """Return the largest |A x| of an image in [-1, 1], None if nobody knows."""
+        """Return the largest |A x| of an image in [-1, 1], None if unknown."""
         return None
 
     def A(self, x: torch.Tensor) -> torch.Tensor:  # noqa: N802
@@ -86,7 +86,7 @@ class LinearOperator(ABC):
         return self._invert(y)
 
     def seen(self, y: torch.Tensor) -> torch.Tensor:
-        """Return y without what its layout holds and nobody measured; a mask has such places."""
+        """Return y with 0 in places that were not measured, as outside of a mask."""
         self._check(y, "y", self.measured_shape)
         return y
 
