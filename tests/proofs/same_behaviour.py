@@ -147,7 +147,7 @@ def flags(verb: str) -> list[list[str]]:
     real = argparse.ArgumentParser.parse_known_args
     argparse.ArgumentParser.parse_known_args = lambda self, *a: tell(self) or real(self, *a)
     try:
-        cli.main([verb])
+        cli.main([verb, "--help"])  # without a word some verbs only show their help
     except SystemExit:
         pass
     return found
