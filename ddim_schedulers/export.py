@@ -227,7 +227,7 @@ def _read_index(root: Path) -> dict[str, Any]:
     path = root / INDEX
     if not path.is_file():
         raise ValueError(f"{root} is not a saved pipeline; such a folder must have a file {INDEX}.")
-    index = _read_json(path)
+    index = read_json(path)
     own = index.get("_class_name")
     if not isinstance(own, str) and not isinstance(own, list):
         raise ValueError(f"{path}: `_class_name` must name the pipeline's class, got {own!r}.")
@@ -242,16 +242,6 @@ def _read_index(root: Path) -> dict[str, Any]:
                 "letters, digits, _ and, for a library, dots."
             )
     return index
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds.
-
-    Raises:
-        ValueError: if that is not one JSON object.
-    """
-    content: dict[str, Any] = read_json(path)
-    return content
 
 
 def _pipeline_files(root: Path, components: list[str]) -> tuple[dict[str, Path | bytes], list[str]]:
@@ -298,7 +288,7 @@ def _check_inside(root: Path, path: Path) -> None:
 
 def _without_local_path(config: Path) -> Path | bytes:
     """Return a model's config without the folder from which it was loaded on this machine."""
-    content = _read_json(config)
+    content = read_json(config)
     if not os.path.isabs(str(content.get("_name_or_path", ""))):
         return config
     del content["_name_or_path"]
@@ -311,7 +301,7 @@ def _classes_of(root: Path, index: dict[str, Any]) -> ClassLabels | None:
     path = root / "unet" / "config.json"
     if components != _PARTS or not path.is_file():
         return None
-    return labels_in(_read_json(path))
+    return labels_in(read_json(path))
 
 
 def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
@@ -321,7 +311,7 @@ def _our_scheduler(root: Path, name: str, entry: list[Any]) -> Any:
     path = root / name / SCHEDULER_CONFIG
     if not path.is_file():
         return None
-    config = _read_json(path)
+    config = read_json(path)
     class_name = _our_class(entry, config)
     if class_name is None:
         return None
@@ -395,14 +385,14 @@ def _pipeline_class(
     if components == {*_PARTS, VAE} and "scheduler" in schedulers:
         if isinstance(name, str) and name not in _WRITTEN:
             return name
-        labelled = labels_in(_read_json(root / "unet" / "config.json")) is not None
+        labelled = labels_in(read_json(root / "unet" / "config.json")) is not None
         config = files.get(f"{VAE}/config.json")
         if not isinstance(config, Path):
             raise ValueError(
                 f"`pipeline_dir` is {str(root)!r}, whose {VAE} has no config.json; it must have "
                 "one."
             )
-        return latent_class(_read_json(config), labelled, form)
+        return latent_class(read_json(config), labelled, form)
     if components != _PARTS or "scheduler" not in schedulers:
         return name
     if isinstance(name, list):  # code in the repository

@@ -335,7 +335,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
     def _multistep(self, sigma: torch.Tensor, clips: bool, dtype: torch.dtype) -> Multistep:
         config = self.config
         solver = (config.solver_form, config.solver_order, config.solver_corrector)
-        prediction = None if clips else config.prediction_type
+        further = (config.solver_variable, config.solver_weights, config.solver_corrector_order)
         made = multistep_of(
             self._alpha_bar,
             self._alpha_bar_s,
@@ -343,12 +343,10 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             self._plan,
             *solver,
             config.lower_order_final,
-            prediction,
+            None if clips else config.prediction_type,
             dtype,
             self._scales(),
-            config.solver_variable,
-            config.solver_weights,
-            config.solver_corrector_order,
+            *further,
         )
         return made if self._stored is None else self._with_stored_weights(made, dtype)
 
