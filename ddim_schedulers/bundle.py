@@ -4,11 +4,13 @@ import ast
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from .plugin import STOCK_CLASSES
 
 BUNDLE_PREFIX = "ddim_schedulers_"
-CLASS_PIPELINE = "ClassConditionalPipeline"
+CLASS_PIPELINE, LATENT_PIPELINE = "ClassConditionalPipeline", "LatentPipeline"
+_PIPELINES = {CLASS_PIPELINE: "class_pipeline.py", LATENT_PIPELINE: "latent_pipeline.py"}
 BUNDLE_IMPORTS = ("import os", "import shutil")
 
 BUNDLE_HEAD = '''\
@@ -68,9 +70,19 @@ def bundle(class_name: str) -> tuple[str, str]:
     return _in_one_file(class_name, Path(main), [BUNDLE_TAIL.format(name=class_name)])
 
 
-def bundle_pipeline() -> tuple[str, str]:
-    """Return module name and source of one file that holds `ClassConditionalPipeline`."""
-    return _in_one_file(CLASS_PIPELINE, Path(__file__).with_name("class_pipeline.py"), [])
+def bundle_pipeline(class_name: str) -> tuple[str, str]:
+    """Return module name and source of one file that holds a pipeline class of `_PIPELINES`."""
+    return _in_one_file(class_name, Path(__file__).with_name(_PIPELINES[class_name]), [])
+
+
+def is_bundled_pipeline(class_name: Any) -> bool:
+    """Tell whether `_class_name` of a `model_index.json` is a pipeline that we bundle."""
+    return (
+        isinstance(class_name, list)
+        and len(class_name) == 2
+        and str(class_name[0]).startswith(BUNDLE_PREFIX)
+        and class_name[1] in _PIPELINES
+    )
 
 
 def _in_one_file(class_name: str, main: Path, tail: list[str]) -> tuple[str, str]:

@@ -29,6 +29,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    stands_for = "DDPMPipeline"  # in the folder of one that no repository carries
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 shutil.copyfile(__file__, target)
             index["_class_name"] = [code, type(self).__name__]
         else:
-            index["_class_name"] = "DDPMPipeline"
+            index["_class_name"] = self.stands_for
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
@@ -78,15 +79,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return_dict: False returns the tuple `(images,)`.
 
         Raises:
-            ValueError: labels, a scale or a number of images that do not fit.
+            ValueError: labels, a scale, a number of images or steps, an eta or an output type that
+                do not fit.
         """
-        classes = class_labels_of(self.unet)
-        if classes is None:
-            raise ValueError("`unet` has no classes; use DDPMPipeline.")
+        for name, value in (
+            ("num_images", num_images),
+            ("num_inference_steps", num_inference_steps),
+        ):
+            if (value is not None or name != "num_images") and (
+                type(value) is not int or value < 1
+            ):
+                raise ValueError(f"`{name}` is {value!r}; it must be an integer >= 1.")
+        if eta is not None and not (_is_number(eta) and eta >= 0):
+            raise ValueError(f"`eta` is {eta!r}; it must be None or a number >= 0.")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np' or 'pt'.")
+        classes = self._classes()
         labels = _labels(class_labels, classes, num_images, guidance_scale)
         other = _other_label(classes, negative_label, guidance_scale)
         device, config = self._execution_device, self.unet.config
-        asked = torch.tensor(labels, device=device)
+        asked = None if classes is None else torch.tensor(labels, device=device)
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (len(labels), config.in_channels, height, width)
@@ -103,16 +115,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for t in self.progress_bar(self.scheduler.timesteps):
             output = _predict(self.unet, x, t, asked, other, guidance_scale)
             x = step(output, t, x, **settings).prev_sample
+        pixels = self._pixels(x)
         self.maybe_free_model_hooks()
         processor = VaeImageProcessor(vae_scale_factor=1)
-        images = processor.postprocess(x.clamp(-1, 1), output_type=output_type)
+        images = processor.postprocess(pixels.clamp(-1, 1), output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _classes(self) -> ClassLabels | None:
+        """Return the classes of the network."""
+        classes = class_labels_of(self.unet)
+        if classes is None:
+            raise ValueError("`unet` has no classes; use DDPMPipeline.")
+        return classes
+
+    def _pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """Return finished samples as images (N, C, H, W), about [-1, 1]."""
+        return x
 
 
 def _predict(
-    unet: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, other: int | None, w: float
+    unet: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor | None,
+    other: int | None,
+    w: float,
 ) -> torch.Tensor:
     """Return the guided prediction; where there is a learned variance, that of the class."""
+    if labels is None:
+        return unet(x.to(unet.dtype), t).sample.to(x.dtype)
     if other is None or w in (0, 1):
         labels = labels if w != 0 or other is None else torch.full_like(labels, other)
         return unet(x.to(unet.dtype), t, class_labels=labels).sample.to(x.dtype)
@@ -124,13 +155,19 @@ def _predict(
     return torch.cat([base + w * (mean - base), rest], dim=1)
 
 
-def _labels(given: Any, classes: ClassLabels, count: int | None, w: float) -> list[int]:
-    """Return the class of each image."""
+def _labels(given: Any, classes: ClassLabels | None, count: int | None, w: float) -> list[int]:
+    """Return the class of each image; zeros where there are none."""
+    if classes is None:
+        if given is not None:
+            raise ValueError(
+                f"`class_labels` is {given!r}, but `unet` has no classes; leave it out."
+            )
+        return [0] * (1 if count is None else count)
     if given is None:
         if w != 0 or classes.null_class is None:
             raise ValueError(f"`class_labels` is None; it must be {classes.allowed()}.")
         return [classes.null_class] * (1 if count is None else count)
-    if isinstance(given, int | str):
+    if not isinstance(given, Sequence) or isinstance(given, str):
         return [classes.number(given)] * (1 if count is None else count)
     labels = [classes.number(label) for label in given]
     if not labels or count not in (None, len(labels)):
@@ -141,10 +178,17 @@ def _labels(given: Any, classes: ClassLabels, count: int | None, w: float) -> li
     return labels
 
 
-def _other_label(classes: ClassLabels, negative: int | str | None, w: float) -> int | None:
+def _other_label(classes: ClassLabels | None, negative: int | str | None, w: float) -> int | None:
     """Return what guidance leads away from: a class, or the null class."""
-    if isinstance(w, bool) or not isinstance(w, int | float) or not abs(w) < float("inf"):
+    if not _is_number(w):
         raise ValueError(f"`guidance_scale` is {w!r}; it must be a finite number.")
+    if classes is None:
+        if w != 1 or negative is not None:
+            raise ValueError(
+                f"`guidance_scale` is {w!r} and `negative_label` {negative!r}, but `unet` has no "
+                "classes; leave them out."
+            )
+        return None
     if negative is not None:
         return classes.number(negative, "negative_label")
     if classes.null_class is None and w != 1:
@@ -153,3 +197,8 @@ def _other_label(classes: ClassLabels, negative: int | str | None, w: float) -> 
             "be 1, or give `negative_label`."
         )
     return classes.null_class
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < float("inf")  # type: ignore[arg-type]

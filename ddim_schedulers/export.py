@@ -9,7 +9,8 @@
 A form is a matter of two small JSON files (and the one `.py`): weights are neither read nor copied.
 No pipeline class of diffusers samples a network with classes, so the self-contained form of one
 carries `ClassConditionalPipeline` in a second `.py`; the other forms load, and sample with this
-package.
+package. `LatentPipeline` is the same for latents with classes or with a shift, which `LDMPipeline`
+would sample wrongly.
 `export_folder` says what a saved pipeline looks like in a form, `save_pipeline` writes it.
 """
 
@@ -22,10 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bundle import BUNDLE_PREFIX, CLASS_PIPELINE, bundle, bundle_pipeline
+from .bundle import (
+    BUNDLE_PREFIX,
+    CLASS_PIPELINE,
+    LATENT_PIPELINE,
+    bundle,
+    bundle_pipeline,
+    is_bundled_pipeline,
+)
 from .class_labels import ClassLabels, labels_in
 from .forms import FORMS as FORMS
 from .forms import check_form as check_form
+from .latent_forms import LATENT_CLASS, latent_class
 from .plugin import STOCK_CLASSES, to_portable
 from .reading import read_json
 from .settings import SETTINGS_KEY
@@ -34,8 +43,6 @@ INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 VAE = "vqvae"  # the autoencoder of a network of latents, as `LDMPipeline` calls it
 VAE_NAMES = (VAE, "vae")  # other pipelines use the second; both are read
-# Our class for pipelines that `LDMPipeline` would sample wrongly. diffusers refuses its name.
-LATENT_CLASS = "GenerationPipeline"
 # Names that we write for a pipeline of ours; with one of them the components decide the class.
 _WRITTEN = ("DDPMPipeline", "LDMPipeline", LATENT_CLASS)
 
@@ -93,7 +100,7 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         index[VAE] = index.pop(other)
         components = [VAE if name == other else name for name in components]
         files = {re.sub(f"^{other}/", f"{VAE}/", name): found for name, found in files.items()}
-    if is_class_pipeline(own):
+    if is_bundled_pipeline(own):
         left_out.remove(f"{own[0]}.py")
         index["_class_name"] = own = "DDPMPipeline"
     if isinstance(own, list) and f"{own[0]}.py" in left_out:  # a pipeline with code of its own
@@ -113,11 +120,12 @@ def export_folder(pipeline_dir: str | os.PathLike[str], form: str = "portable") 
         files.update({f"{name}/{path}": content for path, content in written.items()})
         notes += lost
     classes = _classes_of(root, index)
-    _check_any(schedulers, form, str(root), classes is not None)
     index["_class_name"] = _pipeline_class(root, index, schedulers, form, files)
-    if classes is not None and form == "self-contained":
-        module, source = bundle_pipeline()
-        index["_class_name"] = [module, CLASS_PIPELINE]
+    own_class = _own_class(index["_class_name"] if VAE in index else None, classes is not None)
+    _check_any(schedulers, form, str(root), own_class)
+    if own_class is not None and form == "self-contained":
+        module, source = bundle_pipeline(own_class)
+        index["_class_name"] = [module, own_class]
         files[f"{module}.py"] = source.encode()
     index.pop("_name_or_path", None)  # a folder of the machine where it was loaded
     for path, content in list(files.items()):
@@ -149,11 +157,11 @@ def save_pipeline(
         if (scheduler := _our_component(component)) is not None:
             schedulers[name] = scheduler
             scheduler_files(scheduler, form)  # refuses what the form cannot hold
-    network = pipeline.components.get("unet")
-    has_classes = set(pipeline.components) == _PARTS and labels_in(network.config) is not None
-    _check_any(schedulers, form, f"this {type(pipeline).__name__}", has_classes)
-    if (vae := pipeline.components.get(VAE)) is not None:  # refused before anything is written
-        latent_class(vae.config, labels_in(pipeline.unet.config) is not None, form)
+    parts, written = pipeline.components, None
+    labelled = {*parts} - {VAE} == _PARTS and labels_in(parts["unet"].config) is not None
+    if (vae := parts.get(VAE)) is not None:  # refused before anything is written
+        written = latent_class(vae.config, labelled, form)
+    _check_any(schedulers, form, f"this {type(pipeline).__name__}", _own_class(written, labelled))
     pipeline.save_pretrained(directory)
     root = Path(directory)
     export = export_folder(root, form)
@@ -205,19 +213,9 @@ def with_installed_schedulers(index: dict[str, Any]) -> dict[str, Any]:
         return ["ddim_schedulers", name] if ours else entry
 
     plain = {name: installed(entry) for name, entry in index.items()}
-    if is_class_pipeline(plain.get("_class_name")):
+    if is_bundled_pipeline(plain.get("_class_name")):
         plain["_class_name"] = "DDPMPipeline"
     return plain
-
-
-def is_class_pipeline(class_name: Any) -> bool:
-    """Tell whether `_class_name` of a `model_index.json` is the pipeline that we bundle."""
-    return (
-        isinstance(class_name, list)
-        and len(class_name) == 2
-        and str(class_name[0]).startswith(BUNDLE_PREFIX)
-        and class_name[1] == CLASS_PIPELINE
-    )
 
 
 # -- reading a saved pipeline
@@ -299,7 +297,7 @@ def _classes_of(root: Path, index: dict[str, Any]) -> ClassLabels | None:
     """Return the classes of the network of an unconditional pipeline's shape, or None."""
     components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
     path = root / "unet" / "config.json"
-    if components != _PARTS or not path.is_file():
+    if components - {VAE} != _PARTS or not path.is_file():
         return None
     return labels_in(read_json(path))
 
@@ -355,9 +353,21 @@ def _our_class(entry: list[Any], config: Mapping[str, Any]) -> str | None:
     return str(class_name)
 
 
-def _check_any(schedulers: dict[str, Any], form: str, where: str, has_classes: bool) -> None:
-    """Raise `ValueError` for a form that is about our schedulers where there is none."""
-    if has_classes and form == "self-contained":  # which is about the pipeline's class, too
+def _own_class(written: Any, labelled: bool) -> str | None:
+    """Return the pipeline of ours that a self-contained repository carries; None without one.
+
+    Args:
+        written: class in `model_index.json` of a network of latents; None for one of pixels.
+        labelled: whether the network has classes.
+    """
+    if written == LATENT_CLASS:
+        return LATENT_PIPELINE
+    return CLASS_PIPELINE if labelled else None
+
+
+def _check_any(schedulers: dict[str, Any], form: str, where: str, own_class: str | None) -> None:
+    """Raise `ValueError` for a form that is about our classes where there is none."""
+    if own_class == LATENT_PIPELINE or (own_class is not None and form == "self-contained"):
         return
     if not schedulers and form != "portable":
         raise ValueError(
@@ -382,8 +392,8 @@ def _pipeline_class(
 
     name = index.get("_class_name")
     components = {key for key, entry in index.items() if isinstance(entry, list)} - {"_class_name"}
-    if components == {*_PARTS, VAE} and "scheduler" in schedulers:
-        if isinstance(name, str) and name not in _WRITTEN:
+    if components == {*_PARTS, VAE}:
+        if name not in _WRITTEN:
             return name
         labelled = labels_in(read_json(root / "unet" / "config.json")) is not None
         config = files.get(f"{VAE}/config.json")
@@ -405,36 +415,6 @@ def _pipeline_class(
         return name
     ddim = ours == "GeneralizedDDIMScheduler"
     return "DDIMPipeline" if ddim and form == "portable" else "DDPMPipeline"
-
-
-def form_of_latents(vae_config: Mapping[str, Any], labelled: bool, form: str) -> str:
-    """Return `form`, or `plug-in` where the portable one would lose a shift or the classes."""
-    return form if latent_class(vae_config, labelled) == "LDMPipeline" else "plug-in"
-
-
-def latent_class(vae_config: Mapping[str, Any], labelled: bool, form: str = "plug-in") -> str:
-    """Return the pipeline class for a network of latents with its autoencoder, `vqvae`.
-
-    Args:
-        vae_config: of the autoencoder.
-        labelled: whether the network has classes.
-        form: one of `FORMS`.
-
-    Raises:
-        ValueError: for the form `portable`, where `LDMPipeline` would lose a shift or the classes.
-    """
-    private = vae_config.get(SETTINGS_KEY)
-    own = private.get("shift_factor") if isinstance(private, Mapping) else None
-    shift = vae_config.get("shift_factor") or own
-    if not (shift or labelled):
-        return "LDMPipeline"
-    if form == "portable":
-        lost = f"the shift of the latents, {shift}" if shift else "the classes of the network"
-        raise ValueError(
-            f"`form` is 'portable', which names LDMPipeline, and that leaves out {lost}; it must "
-            "be 'plug-in' or 'self-contained'."
-        )
-    return LATENT_CLASS
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,7 +18,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
 from ddim_schedulers.class_labels import labels_in
-from ddim_schedulers.export import latent_class, with_installed_schedulers
+from ddim_schedulers.export import with_installed_schedulers
+from ddim_schedulers.latent_forms import latent_class
 from ddim_schedulers.pipelines.codec import Codec
 from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_network, check_scheduler
 from ddim_schedulers.pipelines.files import write_bytes
@@ -301,6 +302,16 @@ def check_batch_size(batch_size: int) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size!r}; it must be an integer >= 1.")
     return batch_size
+
+
+def check_callback(callback: object, name: str = "callback_on_step_end") -> None:
+    """Check that a callback can be called, before the first network call.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"`{name}` is {callback!r}; it must be None or a function.")
 
 
 def chunks(num_images: int, batch_size: int) -> list[tuple[int, int]]:

@@ -10,14 +10,12 @@ private key of this package. An `AutoencoderKL` gives a Gaussian for each image,
 latent.
 """
 
-import math
-import reprlib
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
+from ddim_schedulers.latent_scale import scale_in
 from ddim_schedulers.settings import SETTINGS_KEY
 
 AUTOENCODERS: tuple[type, ...] = (AutoencoderKL, AutoencoderTiny, VQModel)
@@ -180,29 +178,6 @@ def check_finite_weights(vae: torch.nn.Module, name: str = "vae") -> None:
             raise ValueError(
                 f"`{name}` is {type(vae).__name__} whose weight {key!r} is not finite; all must be."
             )
-
-
-def scale_in(config: Mapping[str, Any], name: str = "vae") -> tuple[float, float]:
-    """Return scale and shift in the config of an autoencoder.
-
-    Raises:
-        ValueError: for a scale that is not a finite number above 0, or a shift that is not finite.
-    """
-    private = config.get(SETTINGS_KEY)
-    own = private if isinstance(private, Mapping) else {}
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-    scale = 1.0 if scale is None else scale
-    shift = own.get("shift_factor", 0.0) if shift is None else shift
-    for key, value, allowed in (
-        ("scaling_factor", scale, "a finite number above 0"),
-        ("shift_factor", shift, "a finite number"),
-    ):
-        fits = type(value) in (int, float) and math.isfinite(value)
-        if not fits or (key == "scaling_factor" and value <= 0):
-            raise ValueError(
-                f"`{name}.config.{key}` is {reprlib.repr(value)}; it must be {allowed}."
-            )
-    return float(scale), float(shift)
 
 
 def rescaled(vae: Any, scale: float, shift: float) -> Codec:  # noqa: ANN401

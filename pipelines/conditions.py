@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of
+from ddim_schedulers.pipelines.classifier_checks import check_classifier
 from ddim_schedulers.pipelines.compatibility import check_network
 from ddim_schedulers.pipelines.guidance import (
     AutoGuidedNetwork,
@@ -207,7 +208,9 @@ class BoundConditions:
                     "it must be None, or pass a `guide` or a `classifier`."
                 )
         if given.classifier is not None:
-            _check_classifier(given, device)
+            check_classifier(given.classifier, self.network, self.scheduler, classes)
+            _check_asked(given)
+            _check_place(given.classifier, "classifier", device)
         if given.guide is not None:
             self._check_guide(given.guide, device)
 
@@ -313,20 +316,13 @@ def _only_null(classes: ClassLabels, conditions: Conditions) -> int:
     return classes.null_class
 
 
-def _check_classifier(given: Conditions, device: torch.device) -> None:
-    classifier = given.classifier
-    if not isinstance(classifier, torch.nn.Module):
-        raise ValueError(
-            f"`classifier` is {type(classifier).__name__}; it must be a torch.nn.Module that takes "
-            "(x_t, t)."
-        )
+def _check_asked(given: Conditions) -> None:
     if given.class_labels is None or isinstance(given.class_labels, ClassMixture):
         kind = "None" if given.class_labels is None else "a ClassMixture"
         raise ValueError(
             f"`class_labels` is {kind}; with a `classifier` it must be a class, or one for each "
             "image."
         )
-    _check_place(classifier, "classifier", device)
 
 
 def _check_place(module: Any, name: str, device: torch.device) -> None:  # noqa: ANN401

@@ -15,6 +15,7 @@ from ddim_schedulers.pipelines.base import (
     DEFAULT_BATCH_SIZE,
     UnconditionalPipeline,
     check_batch_size,
+    check_callback,
     chunks,
 )
 from ddim_schedulers.pipelines.compatibility import (
@@ -187,6 +188,7 @@ class GenerationPipeline(UnconditionalPipeline):
                 scheduler would ignore, and for samples that are not finite.
         """
         self.check()
+        check_callback(callback_on_step_end)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(

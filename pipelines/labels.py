@@ -34,7 +34,7 @@ ClassLabelInput = Label | Sequence[Label] | np.ndarray | torch.Tensor | ClassMix
 def count_of(labels: ClassLabelInput | None) -> int | None:
     """Return for how many images labels are; None for one that serves all."""
     if isinstance(labels, ClassMixture):
-        return len(labels.weights)
+        return count_of(labels.weights)  # type: ignore[arg-type]
     if isinstance(labels, np.ndarray | torch.Tensor):
         return labels.shape[0] if labels.ndim else None
     return len(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else None
@@ -111,7 +111,13 @@ def read_labels(
 def _read_mixture(
     mixture: ClassMixture, classes: ClassLabels | None, num_images: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.as_tensor(mixture.weights, dtype=torch.float64)
+    try:
+        weights = torch.as_tensor(mixture.weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`class_labels.weights` is {mixture.weights!r}; it must be a row of numbers for each "
+            "image, all of one length."
+        ) from error
     rows: list[Any] = list(mixture.labels)
     if not rows or not isinstance(rows[0], list | tuple):
         rows = [rows] * num_images

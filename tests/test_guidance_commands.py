@@ -1,6 +1,7 @@
 """Classes and guidance in sampling jobs and in the verbs of the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from ddim_schedulers.pipelines.sampling_job import (
     sample_to_directory,
 )
 from ddim_schedulers.training import cli
+from ddim_schedulers.training.metrics.features import SmallClassifier, save_classifier
+from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
 
 SIZE = 8
 NAMES = ["cat", "hot dog", "T-shirt/top"]
@@ -199,7 +202,7 @@ def test_sample_takes_labels_and_guidance(models, tmp_path, capsys):
     for options, message in (
         (
             ["--labels", "cow"],
-            "'cow'; it must be the number of a class, 0 to 2, or its name: 'cat'",
+            "`--labels[0]` is 'cow'; it must be the number of a class, 0 to 2, or its name: 'cat'",
         ),
         (["--guidance_interval", "0.2", "0.8"], "`guidance_scale` is None"),
         (["--guide", str(models / "v"), "--guidance_scale", "2"], "`guide` predicts 'v_predic"),
@@ -209,7 +212,79 @@ def test_sample_takes_labels_and_guidance(models, tmp_path, capsys):
         assert run("sample", models, tmp_path / "bad", *few, *options) != 0
         assert message in capsys.readouterr().err
     assert run("sample", models, tmp_path / "bad", *few, "--labels", "1", name="plain") != 0
-    assert "`unet` is unconditional" in capsys.readouterr().err
+    assert "`--labels` is given, but `unet` is unconditional" in capsys.readouterr().err
+
+
+def train_classifier(models, folder, *options):
+    words = ["train-classifier", "--pipeline", str(models / "plain"), "--cpu"]
+    words += ["--data", str(models / "set.npz"), "--output", str(folder), "--steps", "3"]
+    assert cli.main([*words, "--batch_size", "4", "--lr", "0.1", *options]) == 0
+
+
+@pytest.fixture(scope="module")
+def classifier(models):
+    """A folder that `train-classifier` made for the network without classes."""
+    labels = np.arange(60) % 3
+    images = np.random.default_rng(0).integers(0, 80, (60, SIZE, SIZE)) + 80 * labels[:, None, None]
+    np.savez(models / "set.npz", images=images.astype(np.uint8), labels=labels)
+    train_classifier(models, models / "classifier", "--class_names", *NAMES)
+    return models / "classifier"
+
+
+def test_sample_takes_a_classifier(models, classifier, tmp_path):
+    leads = ["--num_images", "4", "--labels", "hot dog", "--format", "npz", "--batch_size", "4"]
+    leads += ["--classifier", str(classifier)]
+    for name, w in (("none", "0"), ("some", "50")):
+        options = [*leads, "--guidance_scale", w]
+        assert run("sample", models, tmp_path / name, *options, name="plain") == 0
+    pipe = GenerationPipeline.from_pretrained(models / "plain")
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"seeds": range(4), "num_inference_steps": 2, "output_type": "np"}
+    alone = pipe(**settings).images
+    network = load_noisy_classifier(classifier)
+    guided = pipe(class_labels="hot dog", guidance_scale=50, classifier=network, **settings).images
+    for folder, expected in (("none", alone), ("some", guided)):
+        found = shards(tmp_path / folder)
+        assert found["labels"].tolist() == [1] * 4
+        assert abs(found["images"] / 255 - expected).max() <= 1.01 / 255
+    assert abs(alone - guided).max() > 0.02
+    said = json.loads((tmp_path / "some" / "sample.json").read_text())
+    assert "network" in said["classifier"]
+
+
+def test_a_classifier_that_does_not_fit_is_named(models, classifier, tmp_path, capsys):
+    def refused(message, path, name="plain", labels=("--labels", "0")):
+        options = ["--num_images", "2", *labels, "--guidance_scale", "2", "--classifier", str(path)]
+        assert run("sample", models, tmp_path / "bad", *options, name=name) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+
+    def edited(**change):
+        folder = tmp_path / "edited"
+        shutil.copytree(classifier, folder, dirs_exist_ok=True)
+        config = json.loads((classifier / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    refused(
+        "`classifier` has sample_size=[16, 16]; it must be (8, 8)", edited(sample_size=[16, 16])
+    )
+    refused(
+        "`classifier` has num_train_timesteps=900; it",
+        edited(num_train_timesteps=900, process=None),
+    )
+    refused("at t = 100; it must be 0.895", edited(process={"alpha_bar": {"100": 0.9}}))
+    other = edited(class_names=["cat", "bun", "shirt"])
+    refused("`classifier` calls class 1 'bun'; it must be 'hot dog'", other, name="classes")
+    refused("`--labels[0]` is 'cow'; it must be", classifier, labels=("--labels", "cow"))
+    refused("`--labels` is None; with a `classifier` it must be a class", classifier, labels=())
+    train_classifier(models, tmp_path / "four", "--class_names", *"abcd")
+    refused("`classifier` has the classes 0 to 3; it must", tmp_path / "four", name="classes")
+    judge = SmallClassifier((1, SIZE, SIZE), 3)
+    save_classifier(judge, {}, tmp_path / "judge.safetensors")
+    refused("it must be a folder that `ddim-schedulers train", tmp_path / "judge.safetensors")
+    with pytest.raises(ValueError, match="SmallClassifier, whose forward does not take"):
+        pipeline(tiny_unet(None))(class_labels=0, guidance_scale=2, classifier=judge)
 
 
 def test_reconstruct_and_interpolate_take_labels(models, tmp_path, capsys):
@@ -232,4 +307,7 @@ def test_reconstruct_and_interpolate_take_labels(models, tmp_path, capsys):
     assert run("interpolate", models, tmp_path / "d", *diffuse, "--labels", "0", "1") == 0
     capsys.readouterr()
     assert run("interpolate", models, tmp_path / "x", *ends, "--labels", "0", "1", "2") != 0
-    assert "`class_labels` has 3 labels for 2 ends" in capsys.readouterr().err
+    assert "`--labels` has 3 labels for 2 ends" in capsys.readouterr().err
+    grid = ["--seeds", *"1234", "--scheduler", "ddim", "--mode", "grid", "--num_points", "1"]
+    assert run("interpolate", models, tmp_path / "x", *grid, "--labels", "cat") != 0
+    assert "`--num_points` is 1; it must be an integer >= 2" in capsys.readouterr().err

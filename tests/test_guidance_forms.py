@@ -235,11 +235,23 @@ def test_the_bundled_pipeline_samples_as_ours(w, negative):
         ({"class_labels": []}, "`class_labels` has 0 labels"),
         ({"class_labels": 0, "guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"class_labels": 0, "negative_label": 5}, "`negative_label` is 5"),
+        ({"class_labels": 0, "num_images": 0}, "`num_images` is 0; it must be an integer >= 1"),
+        ({"class_labels": 0, "num_images": -1}, "`num_images` is -1"),
+        ({"class_labels": 0, "num_images": True}, "`num_images` is True"),
+        ({"class_labels": 0, "num_images": 2.0}, "`num_images` is 2.0"),
+        ({"guidance_scale": 0, "num_images": 0}, "`num_images` is 0"),
+        ({"class_labels": 0, "num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"class_labels": 0, "num_inference_steps": None}, "`num_inference_steps` is None"),
+        ({"class_labels": {0, 1}}, r"`class_labels` is \{0, 1\}"),
+        ({"class_labels": 0.5}, "`class_labels` is 0.5"),
+        ({"class_labels": 0, "eta": -1}, "`eta` is -1"),
+        ({"class_labels": 0, "eta": float("nan")}, "`eta` is nan"),
+        ({"class_labels": 0, "output_type": "latent"}, "`output_type` is 'latent'"),
     ],
 )
 def test_the_bundled_pipeline_names_what_is_wrong(settings, message):
     with pytest.raises(ValueError, match=message):
-        ClassConditionalPipeline(**stock().components)(num_inference_steps=1, **settings)
+        ClassConditionalPipeline(**stock().components)(**{"num_inference_steps": 1, **settings})
 
 
 def test_a_bundled_pipeline_without_a_null_class_or_classes_says_so():

@@ -13,6 +13,7 @@ from tiny_models import ExactVae, latent_pipeline, latent_unet, tiny_unet, tiny_
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
 from ddim_schedulers.export import FORMS, export_folder, save_pipeline
+from ddim_schedulers.latent_pipeline import LatentPipeline
 from ddim_schedulers.network_config import check_saved
 from ddim_schedulers.pipelines import (
     AnnealedLangevinPipeline,
@@ -69,6 +70,11 @@ def test_samples_are_the_decoded_latents_in_every_output_type():
     alone = latent_pipeline()
     alone.vae.enable_slicing()
     assert torch.allclose(alone(output_type="pt", **call).images, expected, atol=1e-5)
+    alone.vae.enable_tiling()
+    alone.vae.tile_sample_min_size, alone.vae.tile_latent_min_size = 4, 2
+    tiled = (alone.codec.decode(z) / 2 + 0.5).clamp(0, 1)
+    assert not torch.allclose(tiled, expected, atol=1e-3)  # tiles do not see each other
+    assert torch.allclose(alone(output_type="pt", **call).images, tiled, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["vae", "vqvae"])
@@ -189,18 +195,95 @@ def test_every_form_keeps_the_decoder_and_its_scale(form, tmp_path):
     assert isinstance(stock, LDMPipeline) and stock.vqvae.config.scaling_factor == 0.6
 
 
+def _own_latents(what):
+    """Returns a pipeline that `LDMPipeline` would sample wrongly."""
+    unet = latent_unet(num_class_embeds=None if what == "shift" else 3)
+    if what != "shift":
+        note_class_labels(unet, 2, ("cat", "dog"))
+        torch.nn.init.normal_(unet.class_embedding.weight)
+    pipe = latent_pipeline(unet=unet)
+    note_scale(pipe.vae, 0.6, 0.0 if what == "classes" else 0.5)
+    return pipe
+
+
 @pytest.mark.parametrize("what", ["shift", "classes"])
 def test_what_ldm_would_lose_is_refused_in_the_portable_form(what, tmp_path):
-    pipe = latent_pipeline(unet=latent_unet(num_class_embeds=3 if what == "classes" else None))
-    note_scale(pipe.vae, 0.6, 0.5 if what == "shift" else 0.0)
+    pipe = _own_latents(what)
     with pytest.raises(ValueError, match=f"`form` is 'portable'.*{what}"):
         save_pipeline(pipe, tmp_path / "portable", "portable")
     assert not (tmp_path / "portable").exists()
     for form in ("plug-in", "self-contained"):
         save_pipeline(pipe, tmp_path / form, form)
         index = json.loads((tmp_path / form / "model_index.json").read_text())
-        assert index["_class_name"] == "GenerationPipeline"  # which diffusers refuses by name
-        assert GenerationPipeline.from_pretrained(tmp_path / form).codec.shift == pipe.codec.shift
+        # diffusers refuses the first by name; the second is a file of the folder
+        expected = "GenerationPipeline"
+        if form == "self-contained":
+            (code,) = tmp_path.joinpath(form).glob("*.py")
+            expected = [code.stem, "LatentPipeline"]
+        assert index["_class_name"] == expected
+        loaded = GenerationPipeline.from_pretrained(tmp_path / form)
+        assert loaded.codec.shift == pipe.codec.shift
+        with pytest.raises(ValueError, match="`form` is 'portable'"):
+            export_folder(tmp_path / form, "portable")
+        for other in ("plug-in", "self-contained"):
+            again = json.loads(export_folder(tmp_path / form, other).files["model_index.json"])
+            assert isinstance(again["_class_name"], list) == (other == "self-contained")
+
+
+@pytest.mark.parametrize("what", ["shift", "classes", "both"])
+def test_a_self_contained_folder_of_latents_needs_no_package(what, tmp_path, fresh_python):
+    pipe = _own_latents(what)
+    call = {"num_inference_steps": 3, "output_type": "np"}
+    if what != "shift":
+        call |= {"class_labels": ["dog", "cat"], "guidance_scale": 2.0}
+    expected = pipe(
+        generator=[torch.Generator().manual_seed(s) for s in (0, 1)], num_images=2, **call
+    ).images
+    save_pipeline(pipe, tmp_path / "made", "self-contained")
+    done = fresh_python(
+        f"""
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+def sample(path):
+    pipe = DiffusionPipeline.from_pretrained(path, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    return pipe, pipe(generator=noise, num_images=2, **{call!r}).images
+pipe, images = sample("made")
+pipe.save_pretrained("again")
+np.savez("images.npz", images=images, again=sample("again")[1])
+""",
+        without_package=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for found in np.load(tmp_path / "images.npz").values():
+        assert np.abs(found - expected).max() < 1e-4
+
+
+def test_a_stock_scheduler_needs_the_pipeline_of_latents_alone(tmp_path):
+    pipe = _own_latents("both")
+    pipe.scheduler = _plain()
+    for form in ("plug-in", "self-contained"):
+        save_pipeline(pipe, tmp_path / form, form)
+        assert len([*(tmp_path / form).rglob("*.py")]) == (form == "self-contained")
+    with pytest.raises(ValueError, match="`form` is 'portable'"):
+        save_pipeline(pipe, tmp_path / "portable", "portable")
+    with pytest.raises(ValueError, match="`form` is 'portable'"):
+        export_folder(tmp_path / "plug-in", "portable")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_labels": 0}, "`class_labels` is 0, but `unet` has no classes"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` is 2.0 and `negative_label` None, but"),
+        ({"num_images": 0}, "`num_images` is 0"),
+    ],
+)
+def test_the_bundled_pipeline_of_latents_names_what_is_wrong(settings, message):
+    pipe = LatentPipeline(**_own_latents("shift").components)
+    with pytest.raises(ValueError, match=message):
+        pipe(num_inference_steps=1, **settings)
 
 
 @pytest.mark.parametrize("name", ["DDPMPipeline", "LDMPipeline", "GenerationPipeline"])

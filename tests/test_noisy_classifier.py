@@ -94,6 +94,9 @@ def test_a_saved_classifier_is_the_same(trained, saved, assert_close):
         ("num_train_timesteps", True),
         ("class_names", ["a"]),
         ("class_names", [1] * 10),
+        ("process", 3),
+        ("process", {"alpha_bar": {"20": 0.5}}),
+        ("process", {"alpha_bar": {"3": "x"}}),
     ],
 )
 def test_configs_of_no_classifier_are_refused(saved, key, value):

@@ -358,6 +358,7 @@ def test_a_half_precision_network_keeps_the_sample_in_float32():
         ({"generator": 5}, "generator"),
         ({"generator": [5]}, "generator"),
         ({"timesteps": 5}, "timesteps"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` is 3; it must be None or a function"),
         ({"callback_on_step_end": lambda *_: {"latent": 0}}, "latent"),
         ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 1, 4, 4)}}, "shape"),
     ],

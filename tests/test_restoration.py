@@ -10,6 +10,7 @@ from tiny_models import tiny_unet
 from ddim_schedulers import GeneralizedDDIMScheduler, MarkovianDDPMScheduler
 from ddim_schedulers.pipelines import GenerationPipeline, RestorationPipeline
 from ddim_schedulers.pipelines.restoration import methods
+from ddim_schedulers.pipelines.restoration.checks import LARGEST_NOISE
 from ddim_schedulers.pipelines.restoration.methods import METHODS, Ddrm, RePaint
 from ddim_schedulers.pipelines.restoration.operators import (
     Blur,
@@ -353,6 +354,11 @@ REFUSED = {
         {"measurement": lambda: (127 * measurement() + 128).to(torch.uint8)},
         "`measurement` is torch.uint8",
     ),
+    "sparse": (
+        {"measurement": lambda: measurement().to_sparse()},
+        "`measurement` is torch.sparse_coo; it must be a dense tensor with values",
+    ),
+    "meta": ({"measurement": lambda: measurement().to("meta")}, "`measurement` is on the meta dev"),
     "an array": ({"measurement": lambda: measurement().numpy()}, "`measurement` is ndarray"),
     "NaN": (
         {"measurement": lambda: measurement() * torch.nan},
@@ -370,7 +376,12 @@ REFUSED = {
     ),
     "no pair": ({"measurement_range": 1}, "`measurement_range` is 1; it must be one of"),
     "no range": ({"measurement_range": None}, "`measurement_range` is None; it must be one of"),
-    "negative noise": ({"noise_std": -0.1}, "`noise_std` is -0.1; it must be a finite number >= 0"),
+    "negative noise": (
+        {"noise_std": -0.1},
+        "`noise_std` is -0.1; it must be a number in 0 .. 1e+15",
+    ),
+    "huge noise": ({"noise_std": 1e200, "method": "pigdm"}, "`noise_std` is 1e+200; it must be a"),
+    "a callback": ({"callback_on_step_end": 3}, "`callback_on_step_end` is 3; it must be None or"),
     "NaN noise": ({"noise_std": math.nan}, "`noise_std` is nan"),
     "noise True": ({"noise_std": True}, "`noise_std` is True"),
     "a method": ({"method": "magic"}, "`method` is 'magic'; it must be one of ('ddnm', 'ddrm'"),
@@ -473,6 +484,18 @@ def test_what_is_refused_before_the_network_is_called(case, pipe):
         hook.remove()
     assert message in str(caught.value)
     assert not calls
+
+
+@pytest.mark.parametrize("name", ["ddnm", "ddrm", "dps", "pigdm", "mmps"])
+def test_a_measurement_of_noise_alone_says_nothing(name, pipe):
+    settings = {"num_inference_steps": 3, "eta": 0.0, "seeds": [1, 2], "output_type": "latent"}
+    found = pipe(measurement(), boxes(), LARGEST_NOISE, name, **settings).images
+    assert bool(found.isfinite().all())
+    if name in ("pigdm", "mmps"):
+        free = GenerationPipeline.from_pipe(pipe)
+        free.set_progress_bar_config(disable=True)
+        del settings["eta"]
+        torch.testing.assert_close(found, free(**settings).images, atol=1e-4, rtol=1e-4)
 
 
 SCHEDULERS = {

@@ -331,7 +331,9 @@ REFUSED = {
         ("--task", "inpaint", "--method", "repaint", "--noise_std", 0.1),
         "'repaint' takes the measurement as exact",
     ),
-    "samples": (("--task", "inpaint", "--num_samples", 0), "`num_images` is 0"),
+    "samples": (("--task", "inpaint", "--num_samples", 0), "`--num_samples` is 0; it must"),
+    "a blur": (("--task", "deblur", "--blur_std", 0), "`--blur_std` is 0.0; it must be a number"),
+    "an operator's seed": (("--task", "sense", "--operator_seed", -1), "`operator_seed` is -1"),
     "measured numbers": (
         ("--task", "sense", "--measured"),
         "`--task` is 'sense', which measures no image",
@@ -345,7 +347,7 @@ REFUSED = {
         ("--task", "inpaint", "--scheduler", "ddim", "--solver_order", 2),
         "`scheduler` has solver_order=2",
     ),
-    "labels": (("--task", "inpaint", "--labels", 1), "`class_labels` is given, but `unet` is"),
+    "labels": (("--task", "inpaint", "--labels", 1), "`--labels` is given, but `unet` is"),
 }
 
 

@@ -4,6 +4,7 @@ All that needs two runs in one `torchrun` (its start costs more than the trainin
 by several tests. Both sides of each comparison run with one thread.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import UNET
+
+_spec = importlib.util.spec_from_file_location(
+    "latent_models", Path(__file__).with_name("latent_models.py")
+)
+_models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_models)
+small_vae = _models.small_vae
 
 CHILD = '''
 """Trains each of the given configs and writes what came out. Run by the test through torchrun."""
@@ -33,14 +41,27 @@ assert accelerator.num_processes == jobs["processes"], accelerator.num_processes
 
 from ddim_schedulers.training.common.processes import settle
 from ddim_schedulers.training.config import TrainingConfig
+from ddim_schedulers.training.data.latents import LatentCache
 from ddim_schedulers.training.trainer.result import NonFiniteError
 from ddim_schedulers.training.trainer.trainer import Trainer
+
+encoded = []  # chunks of images, by this process
+save_chunk = LatentCache.save
+
+
+def counted(self, item, value):
+    encoded.append(item)
+    save_chunk(self, item, value)
+
+
+LatentCache.save = counted
 
 if jobs["processes"] == 2:
     # FSDP and DeepSpeed aside, DDP over CPU processes must be what really runs.
     assert str(accelerator.distributed_type).endswith("MULTI_CPU")
 
 for name, settings, poison in jobs["runs"]:
+    encoded.clear()
     trainer = Trainer(TrainingConfig(**settings))
     if poison is not None and accelerator.process_index == poison:
         objective = type(trainer.objective).__call__
@@ -62,6 +83,7 @@ for name, settings, poison in jobs["runs"]:
     weights = [p.detach().double().sum() for p in trainer.parameters]
     everyone = accelerator.gather(torch.stack(weights)[None])
     out["same_on_all"] = bool((everyone == everyone[0]).all())
+    out["encoded"] = accelerator.gather(torch.tensor([len(encoded)])).tolist()
     if accelerator.is_main_process:
         json.dump(out, open(f"{settings['output_dir']}/{name}.json", "w"))
     accelerator.wait_for_everyone()
@@ -152,6 +174,12 @@ def folder(tmp_path_factory, processes):
     two.append(["whole", settings("whole", **whole), None])
     two.append(["parts", settings("parts", **whole | {"stop_after": 4}), None])
     two.append(["parts-2", settings("parts", **whole, resume="latest"), None])
+    small_vae().save_pretrained(root / "kl")
+    latents = {"vae": str(root / "kl"), **double}
+    one.append(["latents-1x8", settings("latents-1x8", **latents), None])
+    two.append(["latents-2x4", settings("latents-2x4", **latents | {"stop_after": 12}), None])
+    again = latents | {"resume": "latest"}
+    two.append(["latents-2x4-2", settings("latents-2x4", **again), None])
     # A loss that is not finite on the second process alone.
     two.append(["count", settings("count", on_nonfinite="count", max_train_steps=6), 1])
     two.append(["stop", settings("stop", max_train_steps=6), 1])
@@ -192,6 +220,26 @@ def test_weights_in_float64_do_not_depend_on_the_split(folder, run):
         assert largest_difference(tensors(folder, run, 20, part), expected) < 1e-10
     raw, averaged = (tensors(folder, run, 20, part) for part in ("unet", "unet_ema"))
     assert largest_difference(raw, averaged) > 1e-4
+
+
+def test_latents_are_encoded_once_and_train_the_same_on_two_processes(folder):
+    first, later = outcome(folder, "latents-2x4"), outcome(folder, "latents-2x4-2", "latents-2x4")
+    # 1,437 digits are two chunks: each process encodes one, and the resumed run finds both
+    assert outcome(folder, "latents-1x8")["encoded"] == [2]
+    assert first["encoded"] == [1, 1] and later["encoded"] == [0, 0]
+    for item in range(2):
+        one, two = (
+            load_file(folder / f"latents-{split}" / "latents" / f"{item:06d}.safetensors")
+            for split in ("1x8", "2x4")
+        )
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert later["same_on_all"]
+    losses = torch.tensor(first["losses"] + later["losses"])
+    expected = torch.tensor(outcome(folder, "latents-1x8")["losses"])
+    assert len(losses) == 20 and ((losses - expected).abs() / expected).max() < 1e-6
+    for part in ("unet", "unet_ema"):
+        expected = tensors(folder, "latents-1x8", 20, part)
+        assert largest_difference(tensors(folder, "latents-2x4", 20, part), expected) < 1e-10
 
 
 @pytest.mark.parametrize("split", ["1x4x2", "2x4", "2x2x2"])

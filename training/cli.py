@@ -9,6 +9,9 @@ is chosen. It defines
 - `HELP`: one sentence, the same as in `VERBS` (so that listing the verbs imports none of them), and
 - either `add_arguments(parser)` and `run(args) -> int`,
 - or, for a verb in `OWN_PARSER`, `main(argv) -> int`, which is given all that follows the verb.
+
+`RENAMED`, where it defines one, tells how messages call an argument of the library that an option
+of another name sets.
 """
 
 import argparse
@@ -202,9 +205,11 @@ def _without_package() -> bool:
 def _message(verb: str, error: Exception) -> str | None:
     """Return what to tell the user; None for an error that is not theirs to mend."""
     from ddim_schedulers.training.common.failures import sentence
+    from ddim_schedulers.training.common.flags import renamed
 
     if isinstance(error, ValueError):
-        return f"{PROG} {verb}: error: {error}"
+        names = getattr(sys.modules.get(module_of(verb)), "RENAMED", {})
+        return f"{PROG} {verb}: error: {renamed(str(error), names)}"
     if (said := sentence(error)) is not None:
         return f"{PROG} {verb}: error: {said}"
     if not isinstance(error, ModuleNotFoundError):

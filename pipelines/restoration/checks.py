@@ -1,6 +1,5 @@
 """Checks of the inputs of a restoration, before the first network call."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,6 +8,8 @@ from ddim_schedulers.pipelines.restoration.methods import METHODS, Method
 from ddim_schedulers.pipelines.restoration.operators import LinearOperator, Operator
 
 RANGES = ((-1, 1), (0, 1))
+# Methods take its square, which float32 must hold.
+LARGEST_NOISE = 1e15
 # How far a measurement may leave the range that the operator gives images in [-1, 1]: the rounding
 # of 8 bits, and this many standard deviations of the noise.
 _ROUNDING = 1 / 128
@@ -34,7 +35,7 @@ def check_method(method: str | Method) -> Method:
 
 
 def check_noise_std(noise_std: float) -> float:
-    """Return `noise_std` if it is a finite number >= 0.
+    """Return `noise_std` if it is a number in 0 .. `LARGEST_NOISE`.
 
     Raises:
         ValueError: otherwise.
@@ -42,9 +43,11 @@ def check_noise_std(noise_std: float) -> float:
     if (
         isinstance(noise_std, bool)
         or not isinstance(noise_std, int | float)
-        or not 0 <= noise_std < math.inf
+        or not 0 <= noise_std <= LARGEST_NOISE
     ):
-        raise ValueError(f"`noise_std` is {noise_std!r}; it must be a finite number >= 0.")
+        raise ValueError(
+            f"`noise_std` is {noise_std!r}; it must be a number in 0 .. {LARGEST_NOISE:g}."
+        )
     return float(noise_std)
 
 
@@ -141,6 +144,9 @@ def check_measurement(
         is_tensor = isinstance(measurement, torch.Tensor)
         kind = measurement.dtype if is_tensor else type(measurement).__name__
         raise ValueError(f"`measurement` is {kind}; it must be a floating-point tensor (N, ...).")
+    if measurement.layout is not torch.strided or measurement.is_meta:
+        kind = "on the meta device" if measurement.is_meta else str(measurement.layout)
+        raise ValueError(f"`measurement` is {kind}; it must be a dense tensor with values.")
     wanted = tuple(of_ones.shape[1:])
     if tuple(measurement.shape[1:]) != wanted or measurement.ndim < 2 or not len(measurement):
         raise ValueError(

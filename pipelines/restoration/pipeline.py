@@ -14,6 +14,7 @@ from ddim_schedulers.pipelines.base import (
     DEFAULT_BATCH_SIZE,
     UnconditionalPipeline,
     check_batch_size,
+    check_callback,
     chunks,
 )
 from ddim_schedulers.pipelines.conditions import BoundConditions, Conditions
@@ -158,6 +159,7 @@ class RestorationPipeline(UnconditionalPipeline):
                 not finite.
         """
         self.check()
+        check_callback(callback_on_step_end)
         device, shape = self._execution_device, self.image_shape
         chosen, noise_std = check_method(method), check_noise_std(noise_std)
         of_ones = check_operator(operator, shape, self.state_dtype, device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ddim_schedulers.pipelines.fingerprints import fingerprint_of
+from ddim_schedulers.pipelines.noise import MAX_SEED
 from ddim_schedulers.pipelines.restoration.operators import (
     Blur,
     CompressedSensing,
@@ -89,6 +90,9 @@ def task_named(name: str, image_shape: ImageShape, **options: Any) -> Task:
                 f"`{option}` does not belong to the task {name!r}; allowed are: {own}."
             )
     given = {**OPTIONS[kind], **options}
+    seed = given.get("operator_seed", 0)
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"`operator_seed` is {seed!r}; it must be an integer in 0 .. 2**63 - 1.")
     if kind == "inpaint":
         return _inpaint(image_shape, **given)
     if found:

@@ -32,6 +32,7 @@ SCHEDULER_OPTIONS = (
 PIPELINE_HELP = "folder of a saved pipeline, a run or a checkpoint, or a Hub name"
 PRESETS = ("few", "calibrated")
 FEW_CALLS = 10  # steps of a preset, unless another number is given
+RENAMED = {"class_labels": "--labels"}  # see `cli`
 # The names of our classes in `--scheduler`.
 NAMES = {"GeneralizedDDIMScheduler": "ddim", "MarkovianDDPMScheduler": "ddpm"}
 

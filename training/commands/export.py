@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from diffusers import DDPMPipeline
 
     from ddim_schedulers.class_labels import labels_in
-    from ddim_schedulers.export import form_of_latents, save_pipeline
+    from ddim_schedulers.export import save_pipeline
+    from ddim_schedulers.latent_forms import form_of_latents
     from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.commands._loading import read_saved
 

@@ -7,6 +7,7 @@ from typing import Any
 from ddim_schedulers.training.commands import _loading, _model_options
 
 HELP = "Interpolate between seeds or images: a chain, a four-corner grid, or DDPM's own way."
+RENAMED = {**_model_options.RENAMED, "rows": "--num_points"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

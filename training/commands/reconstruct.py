@@ -7,6 +7,7 @@ from typing import Any
 from ddim_schedulers.training.commands import _loading, _model_options
 
 HELP = "Encode images to latents with DDIM, decode them again and report the error."
+RENAMED = _model_options.RENAMED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ddim_schedulers.pipelines.restoration.tasks import Task
 
 HELP = "Restore images from what was measured of them: holes, fewer pixels, blur, grey."
+RENAMED = {**_model_options.RENAMED, "std": "--blur_std"}
 
 METHODS = ("ddnm", "ddrm", "repaint", "dps", "pigdm", "mmps")
 # Options of a task and of a method; a default is that of the class.
@@ -110,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     _model_options.apply_preset(args)
     method = _method(args)
     check_noise_std(args.noise_std)
+    if args.num_samples < 1:
+        raise ValueError(f"`--num_samples` is {args.num_samples}; it must be an integer >= 1.")
     paths = _picture_files.find(args.images, args.num_images)
     rank, world_size = process_of()
     job = RestorationJob(

@@ -6,6 +6,7 @@ from pathlib import Path
 from ddim_schedulers.training.commands import _loading, _model_options
 
 HELP = "Sample images into a folder; continues where it was stopped, on any number of processes."
+RENAMED = _model_options.RENAMED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

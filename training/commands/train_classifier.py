@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 HELP = "Train a classifier of noisy images, which guides a network that knows no classes."
 
@@ -49,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from ddim_schedulers.training.common.versions import versions
     from ddim_schedulers.training.likelihood.measured_data import load_measured_data
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
-    from ddim_schedulers.training.trainer.classifier_training import train_noisy_classifier
+    from ddim_schedulers.training.trainer.classifier_training import (
+        levels_of,
+        train_noisy_classifier,
+    )
 
     _check(args)
     output = Path(args.output)
@@ -70,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
             f"more of {len(whole)}"
         )
     keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-    process = {key: measured_model.config[key] for key in keys}
+    process: dict[str, Any] = {key: measured_model.config[key] for key in keys}
+    table = measured_model.alpha_bar
+    process["alpha_bar"] = {str(t): float(table[t]) for t in levels_of(len(table))}
     device = "cpu" if on_cpu(args.cpu) else torch.accelerator.current_accelerator() or "cpu"
     with own_together(output, "train-classifier") as owner:
         classifier, record = train_noisy_classifier(

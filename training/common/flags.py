@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import re
+from collections.abc import Mapping
 
 # What the same settings are called in diffusers' `train_unconditional.py`.
 STOCK_NAMES = {
@@ -57,3 +59,13 @@ def nearest(name: str, names: list[str], prefix: str) -> str:
         return f"; did you mean {prefix}{close[0]}?"
     few = len(names) <= 30
     return f"; allowed: {', '.join(names)}" if few else "; see --help for all names"
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """Return a message with the arguments that it quotes called as the user knows them.
+
+    Args:
+        text: e.g. "`class_labels[0]` is 'cow'; ...".
+        names: what to call an argument, by its name, e.g. {"class_labels": "--labels"}.
+    """
+    return re.sub(r"`(\w+)", lambda found: f"`{names.get(found[1], found[1])}", text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddim_schedulers.pipelines.sampling_job import SamplingJob
-from ddim_schedulers.training.common.flags import nearest
+from ddim_schedulers.training.common.flags import nearest, renamed
 from ddim_schedulers.training.common.storage import slug
 
 FAMILY = "GeneralizedDDIMScheduler"
@@ -217,7 +217,8 @@ def _guided(sampler: Sampler, entry: Any, where: str) -> Sampler:
         given = {key: value for key, value in conditions.items() if key not in GUIDES}
         SamplingJob(num_images=1, **given)
     except ValueError as error:
-        raise ValueError(f"{where}: guidance: {error}") from error
+        names = {argument: key for key, argument in _GUIDANCE.items()}
+        raise ValueError(f"{where}: guidance: {renamed(str(error), names)}") from error
     said = ", ".join(_said(key, value) for key, value in values.items()) if name is None else name
     return dataclasses.replace(
         sampler, name=f"{sampler.name}, {said}", conditions=conditions, base=sampler.name

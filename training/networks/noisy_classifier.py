@@ -144,9 +144,17 @@ def _check(config: dict[str, Any], path: Path) -> None:
     def whole(value: Any, low: int, high: int) -> bool:
         return type(value) is int and low <= value <= high
 
+    def share(value: Any) -> bool:
+        return isinstance(value, int | float) and 0 <= value <= 1
+
     def several(value: Any, count: range, low: int, high: int) -> bool:
         fits = isinstance(value, list) and len(value) in count
         return fits and all(whole(item, low, high) for item in value)
+
+    def whole_process(process: Any) -> bool:
+        told = process.get("alpha_bar", {}) if isinstance(process, dict) else None
+        steps = map(str, range(config["num_train_timesteps"]))
+        return isinstance(told, dict) and set(told) <= set(steps) and all(map(share, told.values()))
 
     names, count = config.get("class_names"), config.get("num_classes")
     groups, widths = config.get("norm_num_groups"), config.get("block_out_channels")
@@ -165,6 +173,11 @@ def _check(config: dict[str, Any], path: Path) -> None:
             raise ValueError(
                 f"{str(path)!r}: `{key}` is {str(config.get(key))[:80]!r}; it must be {allowed}"
             )
+    if (process := config.get("process")) is not None and not whole_process(process):
+        raise ValueError(
+            f"{str(path)!r}: `process` is {str(process)[:80]!r}; it must be null or an object "
+            "whose `alpha_bar` has a number in 0 .. 1 by timestep"
+        )
     if names is not None and not (
         isinstance(names, list) and len(names) == count and all(is_name(name) for name in names)
     ):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ddim_schedulers.betas import terminal_signal
+from ddim_schedulers.bundle import LATENT_PIPELINE
 from ddim_schedulers.class_labels import labels_in
-from ddim_schedulers.export import INDEX, LATENT_CLASS, Export
+from ddim_schedulers.export import INDEX, Export
+from ddim_schedulers.latent_forms import LATENT_CLASS
 from ddim_schedulers.reading import parse_json, read_text
 
 MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # characters that mean something in Markdown
@@ -94,7 +96,8 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
         pipeline_class, home = pipeline_class[1], "in the code of this repository"
     classes = _classes(export)
     unconditional = (
-        pipeline_class in ("DDPMPipeline", "DDIMPipeline", "LDMPipeline", LATENT_CLASS)
+        pipeline_class
+        in ("DDPMPipeline", "DDIMPipeline", "LDMPipeline", LATENT_CLASS, LATENT_PIPELINE)
         and not classes["classes"]
     )
     data = ModelCardData(

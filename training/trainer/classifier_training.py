@@ -103,6 +103,11 @@ def train_noisy_classifier(
     return classifier, record
 
 
+def levels_of(big_t: int) -> list[int]:
+    """Return the timesteps of a process of T steps at which a classifier is judged."""
+    return [int(share * big_t) for share in LEVELS]
+
+
 @torch.no_grad()
 def accuracy_by_t(
     classifier: NoisyClassifier,
@@ -114,8 +119,8 @@ def accuracy_by_t(
 ) -> dict[str, float]:
     """Return the share of images that are recognised, by t, with noise of each image's own."""
     device, found = classifier.device, {}
-    for share in LEVELS:
-        step, right = int(share * len(alpha_bar)), 0
+    for step in levels_of(len(alpha_bar)):
+        right = 0
         for rows in torch.arange(len(data)).split(batch_size):
             x0, labels = data.batch(rows.numpy())[0], data.labels(rows.numpy())
             noise = noise_of("classifier", seed, rows, data.shape)

@@ -12,7 +12,8 @@ from diffusers import DDPMPipeline
 from diffusers.utils import logging
 from safetensors import SafetensorError
 
-from ddim_schedulers.export import form_of_latents, save_pipeline
+from ddim_schedulers.export import save_pipeline
+from ddim_schedulers.latent_forms import form_of_latents
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.generation import GenerationPipeline
 from ddim_schedulers.pipelines.ownership import OwnershipError

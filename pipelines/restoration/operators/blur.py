@@ -12,6 +12,7 @@ from ddim_schedulers.pipelines.restoration.operators.operator import (
 
 # Frequencies that the blur weakens below this share drown in any noise (the authors of DDNM, too).
 DEFAULT_TRUNCATION = 0.03
+LARGEST_STD = 1000  # pixels; the kernel has six of them a side
 
 
 class Blur(SingularOperator):
@@ -86,14 +87,14 @@ def gaussian_kernel(std: float, size: int | None = None) -> torch.Tensor:
     """Return a Gaussian kernel of sum 1, float64 (size, size).
 
     Args:
-        std: standard deviation in pixels, > 0.
+        std: standard deviation in pixels, > 0 and at most `LARGEST_STD`.
         size: odd; None takes what reaches three standard deviations to each side.
 
     Raises:
-        ValueError: for a std that is not finite and > 0, or a size that is not odd and >= 1.
+        ValueError: for a std out of range, or a size that is not odd and >= 1.
     """
-    if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
-        raise ValueError(f"`std` is {std!r}; it must be a finite number > 0.")
+    if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std <= LARGEST_STD:
+        raise ValueError(f"`std` is {std!r}; it must be a number > 0, at most {LARGEST_STD}.")
     size = 2 * math.ceil(3 * std) + 1 if size is None else size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
         raise ValueError(f"`size` is {size!r}; it must be an odd integer >= 1.")

@@ -12,7 +12,8 @@ it hides the layout: V is never handed out. Noise can be drawn in the image, for
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -179,13 +180,10 @@ def check_image_shape(shape: ImageShape) -> ImageShape:
     Raises:
         ValueError: otherwise.
     """
-    try:
-        channels, height, width = shape
-        sides = (int(channels), int(height), int(width))
-        if sides == tuple(shape) and min(sides) >= 1:
-            return sides
-    except (TypeError, ValueError):
-        pass
+    sides = tuple(shape) if isinstance(shape, Sequence) else ()
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
+    if len(sides) == 3 and whole and min(sides) >= 1:
+        return (int(sides[0]), int(sides[1]), int(sides[2]))
     raise ValueError(f"`image_shape` is {shape!r}; it must be (C, H, W), three integers >= 1.")
 
 
