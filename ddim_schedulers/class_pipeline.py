@@ -167,6 +167,7 @@ def _labels(given: Any, classes: ClassLabels | None, count: int | None, w: float
         if w != 0 or classes.null_class is None:
             raise ValueError(f"`class_labels` is None; it must be {classes.allowed()}.")
         return [classes.null_class] * (1 if count is None else count)
+    given = given.tolist() if hasattr(given, "tolist") else given  # an array or a tensor
     if not isinstance(given, Sequence) or isinstance(given, str):
         return [classes.number(given)] * (1 if count is None else count)
     labels = [classes.number(label) for label in given]

@@ -224,6 +224,7 @@ def test_the_bundled_pipeline_samples_as_ours(w, negative):
         )
     assert (images[0] - images[1]).abs().max() < 1e-5
     assert len(bundled(class_labels="cat", num_images=3, num_inference_steps=1).images) == 3
+    assert len(bundled(class_labels=torch.tensor([0, 1]), num_inference_steps=1).images) == 2
 
 
 @pytest.mark.parametrize(

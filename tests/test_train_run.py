@@ -1,5 +1,6 @@
 """A run on one process: exact resume, steps that are not finite, read-backs, averaging, options."""
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -17,6 +18,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from diffusers.models.upsampling import Upsample2D
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,6 +36,7 @@ from ddim_schedulers.training.trainer.compiling import (
     compile_for_training,
     loses_gradients,
 )
+from ddim_schedulers.training.trainer.ema import AveragedUNet
 from ddim_schedulers.training.trainer.engine import LearningRate
 from ddim_schedulers.training.trainer.result import NonFiniteError
 from ddim_schedulers.training.trainer.signals import StopSignals
@@ -355,6 +358,31 @@ def test_the_average_is_the_formula_and_training_never_sees_it(settings):
     assert all(torch.equal(exported[k], averaged[k]) for k in averaged)
     assert all(torch.equal(raw[k], weights(config, 6)[k]) for k in averaged)
     assert any(not torch.equal(raw[k], averaged[k]) for k in averaged)
+
+
+@pytest.mark.parametrize("power", [2 / 3, 1.0])
+def test_the_average_moves_as_that_of_diffusers_to_the_bit(power):
+    torch.manual_seed(0)
+    source = torch.nn.Linear(40, 30)
+    settings = {"ema_power": power, "ema_decay": 0.9, "ema_warmup": True, "ema_inv_gamma": 1.0}
+    ours = AveragedUNet(source, TrainingConfig(**settings))
+    theirs = EMAModel(
+        copy.deepcopy(source).parameters(),
+        decay=0.9,
+        use_ema_warmup=True,
+        inv_gamma=1.0,
+        power=power,
+        foreach=True,
+    )
+    for _ in range(12):  # the warm-up has shares of 1, of more and of less than a half
+        with torch.no_grad():
+            for weight in source.parameters():
+                weight.add_(torch.randn_like(weight))
+        ours.step()
+        theirs.step(source.parameters())
+        for one, other in zip(ours.unet.parameters(), theirs.shadow_params, strict=True):
+            assert torch.equal(one, other)
+    assert ours.state_dict() == {"optimization_step": theirs.optimization_step}
 
 
 def test_looking_changes_nothing_and_says_which_weights(settings):

@@ -129,6 +129,9 @@ def main():
     made = parser(__doc__)
     made.add_argument("--batch_size", type=int, default=32)
     made.add_argument("--steps", type=int, default=10, help="steps in each run of a pair")
+    made.add_argument(
+        "--counts", type=int, nargs="*", default=[4, 64, 256], help="images that are decoded"
+    )
     made.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = made.parse_args()
     torch.set_num_threads(args.threads)
@@ -141,7 +144,7 @@ def main():
             lambda: one(args.steps), lambda: two(args.steps), args.repeats, clock=clock_of(args)
         )
     peaks = {}
-    for count in (4, 64, 256):
+    for count in args.counts:
         words = [sys.executable, __file__, "--peak", str(count)]
         peaks[count] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
     names = {"labels": ["what", "batch"], "what": "cached latents", "batch": args.batch_size}

@@ -40,6 +40,7 @@ class AveragedUNet:
         )
         # EMAModel updates its shadow in place, so sharing the storage keeps `unet` up to date.
         self.ema.shadow_params = [parameter.data for parameter in self.unet.parameters()]
+        self.weights = list(source.parameters())
 
     @property
     def name(self) -> str:
@@ -48,8 +49,12 @@ class AveragedUNet:
 
     def step(self) -> None:
         """Move the average towards the weights of the network in training."""
-        if self.ema is not None:
-            self.ema.step(self.source.parameters())
+        if self.ema is None:
+            return
+        ema = self.ema
+        ema.optimization_step += 1
+        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+        move(ema.shadow_params, self.weights, 1 - ema.cur_decay_value)
 
     def state_dict(self) -> dict[str, int]:
         """Return the clock of the warm-up; the weights are saved as a UNet."""
@@ -60,6 +65,19 @@ class AveragedUNet:
         if self.ema is not None:
             copy_into(self.unet.named_parameters(), weights)
             self.ema.optimization_step = state["optimization_step"]
+
+
+@torch.no_grad()
+def move(average: list[torch.Tensor], weights: list[torch.Tensor], share: float) -> None:
+    """Move `average` in place by `share` of the way to `weights`.
+
+    `EMAModel.step` reads and writes every number twice for it. From a half on `lerp` comes from the
+    other end, which rounds otherwise.
+    """
+    if share < 0.5:
+        torch._foreach_lerp_(average, weights, share)
+    else:
+        torch._foreach_sub_(average, torch._foreach_sub(average, weights), alpha=share)
 
 
 @torch.no_grad()
