@@ -106,9 +106,9 @@ def test_what_is_recognised_is_counted_by_class():
     [
         ("2", r"`guidance` is '2'; it must be a mapping"),
         ({"weight": 2}, "`weight` is an unknown key"),
-        ({"scale": 2, "interval": [0.8, 0.2]}, "guidance: `guidance_interval` is"),
-        ({"interval": [0.2, 0.8]}, "guidance: `guidance_scale` is None"),
-        ({"scale": float("nan")}, "guidance: `guidance_scale` is nan"),
+        ({"scale": 2, "interval": [0.8, 0.2]}, "guidance: `interval` is"),
+        ({"interval": [0.2, 0.8]}, "guidance: `scale` is None, and `interval` would"),
+        ({"scale": float("nan")}, "guidance: `scale` is nan"),
         ({"scale": 2, "guide": 3}, "`guide` is 3; it must be a path"),
     ],
 )
@@ -121,8 +121,8 @@ def test_bad_guidance_is_named_when_the_file_is_read(folder, change, message):
 @pytest.mark.parametrize(
     ("pipeline", "change", "message"),
     [
-        ("plain", 2, "`guidance_scale` is 2, but `unet` is unconditional"),
-        ("classes", {"scale": 2, "labels": ["digit 11"]}, "'digit 11'"),
+        ("plain", 2, "`scale` is 2, but `unet` is unconditional"),
+        ("classes", {"scale": 2, "labels": ["digit 11"]}, r"`labels\[0\]` is 'digit 11'"),
         ("classes", {"scale": 2, "guide": "other"}, "`guide` was trained with other noise levels"),
         ("classes", {"scale": 2, "guide": "nothing"}, "nothing"),
     ],

@@ -72,6 +72,7 @@ def test_samples_are_the_decoded_latents_in_every_output_type():
     assert torch.allclose(alone(output_type="pt", **call).images, expected, atol=1e-5)
     alone.vae.enable_tiling()
     alone.vae.tile_sample_min_size, alone.vae.tile_latent_min_size = 4, 2
+    alone.vae.tile_overlap_factor = 0.5
     tiled = (alone.codec.decode(z) / 2 + 0.5).clamp(0, 1)
     assert not torch.allclose(tiled, expected, atol=1e-3)  # tiles do not see each other
     assert torch.allclose(alone(output_type="pt", **call).images, tiled, atol=1e-5)

@@ -45,6 +45,7 @@ from ddim_schedulers.pipelines.sampling_job import (
     settings_of,
     with_classes,
 )
+from ddim_schedulers.training.common.flags import renamed
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.common.versions import commit, device_name
@@ -56,7 +57,13 @@ from ddim_schedulers.training.evaluation.cell_files import (
     check_sum_of_images,
 )
 from ddim_schedulers.training.evaluation.config import EvaluationConfig
-from ddim_schedulers.training.evaluation.grid import GUIDES, Cell, defaults_of, scheduler_class
+from ddim_schedulers.training.evaluation.grid import (
+    GUIDES,
+    RENAMED,
+    Cell,
+    defaults_of,
+    scheduler_class,
+)
 from ddim_schedulers.training.evaluation.references import Progress, RealImages, from_uint8
 from ddim_schedulers.training.metrics.distances import endpoint_errors
 from ddim_schedulers.training.networks.places import pipeline_folder
@@ -130,8 +137,9 @@ class Evaluation:
             step_arguments(scheduler, None, None, cell.sampler.use_clipped_model_output)
             with_classes(self.pipe, self._job(cell), self.guides_of(cell))
         except ValueError as error:
+            said = renamed(str(error), RENAMED)
             raise ValueError(
-                f"`tables` has the row {cell.sampler.name!r}, S = {cell.steps}: {error}"
+                f"`tables` has the row {cell.sampler.name!r}, S = {cell.steps}: {said}"
             ) from error
 
     def _pipe_of(self, cell: Cell) -> GenerationPipeline:

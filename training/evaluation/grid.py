@@ -141,6 +141,7 @@ _GUIDANCE = {
     "guide": "guide",
     "classifier": "classifier",
 }
+RENAMED = {argument: key for key, argument in _GUIDANCE.items()}  # in messages
 GUIDES = ("guide", "classifier")
 
 
@@ -217,8 +218,7 @@ def _guided(sampler: Sampler, entry: Any, where: str) -> Sampler:
         given = {key: value for key, value in conditions.items() if key not in GUIDES}
         SamplingJob(num_images=1, **given)
     except ValueError as error:
-        names = {argument: key for key, argument in _GUIDANCE.items()}
-        raise ValueError(f"{where}: guidance: {renamed(str(error), names)}") from error
+        raise ValueError(f"{where}: guidance: {renamed(str(error), RENAMED)}") from error
     said = ", ".join(_said(key, value) for key, value in values.items()) if name is None else name
     return dataclasses.replace(
         sampler, name=f"{sampler.name}, {said}", conditions=conditions, base=sampler.name
