@@ -4,7 +4,6 @@ All that needs two runs in one `torchrun` (its start costs more than the trainin
 by several tests. Both sides of each comparison run with one thread.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,14 +14,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_vae
 from tiny_runs import UNET
-
-_spec = importlib.util.spec_from_file_location(
-    "latent_models", Path(__file__).with_name("latent_models.py")
-)
-_models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_models)
-small_vae = _models.small_vae
 
 CHILD = '''
 """Trains each of the given configs and writes what came out. Run by the test through torchrun."""
@@ -174,7 +167,7 @@ def folder(tmp_path_factory, processes):
     two.append(["whole", settings("whole", **whole), None])
     two.append(["parts", settings("parts", **whole | {"stop_after": 4}), None])
     two.append(["parts-2", settings("parts", **whole, resume="latest"), None])
-    small_vae().save_pretrained(root / "kl")
+    tiny_vae().save_pretrained(root / "kl")
     latents = {"vae": str(root / "kl"), **double}
     one.append(["latents-1x8", settings("latents-1x8", **latents), None])
     two.append(["latents-2x4", settings("latents-2x4", **latents | {"stop_after": 12}), None])

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.training import train
-from ddim_schedulers.training.config import OptimisationConfig
+from ddim_schedulers.training.config import EMAConfig, OptimisationConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoints import CheckpointError
 from ddim_schedulers.training.trainer import saving, signals, trainer
@@ -365,7 +365,7 @@ def test_the_average_moves_as_that_of_diffusers_to_the_bit(power):
     torch.manual_seed(0)
     source = torch.nn.Linear(40, 30)
     settings = {"ema_power": power, "ema_decay": 0.9, "ema_warmup": True, "ema_inv_gamma": 1.0}
-    ours = AveragedUNet(source, TrainingConfig(**settings))
+    ours = AveragedUNet(source, EMAConfig(**settings))
     theirs = EMAModel(
         copy.deepcopy(source).parameters(),
         decay=0.9,
