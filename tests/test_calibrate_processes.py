@@ -1,9 +1,15 @@
-"""A calibration that is killed goes on, on two processes, and ends as one that ran alone."""
+"""A killed calibration goes on, on two processes; objectives share a folder and a config."""
 
 import json
 
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddim_schedulers.training.calibration import samples_run, solver_run
+from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.common.processes import Team
+from ddim_schedulers.training.likelihood import error_sweep
 
 SCRIPT = """
 import os, signal, sys
@@ -31,16 +37,7 @@ sys.exit(main(words))
 """
 
 
-@pytest.mark.parametrize(
-    ("objective", "more", "kill"),
-    [
-        ("solver", "--num_images 5 --held_out 3 --trajectory_steps 8 --batch_size 2", 9),
-        ("samples", "--data digits --num_images 48 --features pixels details", 5),
-    ],
-)
-def test_a_killed_run_goes_on_on_two_processes_and_gives_the_same(
-    objective, more, kill, tmp_path, processes
-):
+def _save(folder, **settings):
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -51,8 +48,21 @@ def test_a_killed_run_goes_on_on_two_processes_and_gives_the_same(
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
     )
-    scheduler = DDPMScheduler(50, beta_end=0.3)
-    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "p")
+    scheduler = DDPMScheduler(**{"num_train_timesteps": 50, "beta_end": 0.3, **settings})
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "kill"),
+    [
+        ("solver", "--num_images 5 --held_out 3 --trajectory_steps 8 --batch_size 2", 9),
+        ("samples", "--data digits --num_images 48 --features pixels details", 5),
+    ],
+)
+def test_a_killed_run_goes_on_on_two_processes_and_gives_the_same(
+    objective, more, kill, tmp_path, processes
+):
+    _save(tmp_path / "p")
     script, work = tmp_path / "go.py", tmp_path / "work"
     script.write_text(SCRIPT)
     words = ["calibrate", "--objective", objective, "--pipeline", str(tmp_path / "p")]
@@ -81,3 +91,72 @@ def test_a_killed_run_goes_on_on_two_processes_and_gives_the_same(
         together, alone = together["samples"], alone["samples"]
     for key in ("held_out", "analytic") if objective == "solver" else ("distance", "gain"):
         assert together[key] == pytest.approx(alone[key], rel=1e-3)
+
+
+class _Owner:
+    def check(self):
+        pass
+
+
+def _parts(folder):
+    """Parts of all three computations, each with its claim."""
+    team, owner, one = Team(), _Owner(), {"x": torch.zeros(1)}
+    sweep = error_sweep.SweepFiles(
+        folder, dict.fromkeys(error_sweep.NETWORK_PARTS), (1, 1, 8, 8), [[0]], 1, team, owner
+    )
+    solver = solver_run.SolverFiles(folder, {"seed": 0}, team, owner)
+    samples = samples_run.MeasurementFiles(folder, {"seed": 0}, team, owner)
+    for files, items in (
+        (sweep, [(0, 0)]),
+        (solver, [("fine", 0), ("fine-held-out", 1), ("3-free-0-001-row", 0), ("5-held-out", 0)]),
+        (samples, ["data-00000000", "data-rows", "search-3-ab-0-2", "held-out-3-ab-0-8"]),
+    ):
+        files.claim()
+        for item in items:
+            files.save(item, one)
+    return samples
+
+
+@pytest.mark.parametrize("kind", [error_sweep, solver_run, samples_run])
+def test_parts_of_another_objective_stay(kind, tmp_path):
+    _parts(tmp_path / "work")
+    before = len(list((tmp_path / "work").iterdir()))
+    kind.discard(tmp_path / "work")
+    left = {path.name for path in (tmp_path / "work").iterdir()}
+    assert before == 12 and len(left) == {error_sweep: 10, solver_run: 7, samples_run: 7}[kind]
+    for other in (error_sweep, solver_run, samples_run):
+        assert (other.CLAIM in left) == (other is not kind)
+        other.discard(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_other_settings_are_refused_where_there_are_parts_alone(tmp_path):
+    first = _parts(tmp_path)
+    other = type(first)(tmp_path, {"seed": 1}, Team(), _Owner())
+    with pytest.raises(ValueError, match="unfinished calibration .*seed: 0 there, 1 now"):
+        other.claim()
+    for item in ("data-00000000", "data-rows", "search-3-ab-0-2", "held-out-3-ab-0-8"):
+        first.path_of(item).unlink()
+    other.claim()  # nothing would be lost
+    assert other.kept_settings() == {"seed": 1}
+
+
+def test_an_output_that_is_not_of_this_process_is_refused_before_work_is_done(tmp_path, capsys):
+    _save(tmp_path / "p")
+    _save(tmp_path / "betas", beta_end=0.1)
+    _save(tmp_path / "v", prediction_type="v_prediction")
+    words = ["calibrate", "--objective", "solver", "--pipeline", str(tmp_path / "p"), "--cpu"]
+    for target, message in (
+        (tmp_path / "betas", "the config of another process or prediction type"),
+        (tmp_path / "v" / "scheduler", "the config of another process or prediction type"),
+        (tmp_path / "p" / "model_index.json", "not the config of a scheduler"),
+        (tmp_path / "p" / "model_index.json" / "x", "is a file; it must be a folder"),
+    ):
+        before = [path.read_bytes() for path in sorted(tmp_path.rglob("*.json"))]
+        assert main([*words, "--output", str(target)]) == 2
+        told = capsys.readouterr().err
+        assert message in told and "fine trajectories" not in told
+        assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.json"))] == before
+    file = tmp_path / "p" / "model_index.json"
+    assert main([*words, "--work_dir", str(file)]) == 2
+    assert f"`--work_dir` is '{file}'" in capsys.readouterr().err

@@ -61,6 +61,7 @@ class MeasurementFiles(SealedParts[str]):
     """The measurements of one calibration, by name."""
 
     settings_name = CLAIM
+    names = tuple(f"part-{kind}-*.safetensors" for kind in ("data", "search", HELD_OUT))
 
     def path_of(self, item: str) -> Path:
         """Return where a measurement is, or will be."""
@@ -123,7 +124,7 @@ def calibrate_samples(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a run that is done, and the folder unless it holds anything else."""
-    discard_parts(work_dir, CLAIM, CLASSIFIER_FILE)
+    discard_parts(work_dir, MeasurementFiles, CLASSIFIER_FILE)
 
 
 class _Run:

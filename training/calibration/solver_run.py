@@ -48,6 +48,8 @@ class SolverFiles(SealedParts[Item]):
     """The sums of one run, by name and chunk."""
 
     settings_name = CLAIM
+    # of a fine trajectory, of one number of calls
+    names = ("part-fine-*.safetensors", "part-[0-9]*-[a-z]*.safetensors")
 
     def path_of(self, item: Item) -> Path:
         """Return where a part is, or will be."""
@@ -117,7 +119,7 @@ def calibrate_solver(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a run that is done, and the folder unless it holds anything else."""
-    discard_parts(work_dir, CLAIM)
+    discard_parts(work_dir, SolverFiles)
 
 
 class _Calibration:

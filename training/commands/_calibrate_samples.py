@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
     from ddim_schedulers.training.calibration.predictor import Guiding
     from ddim_schedulers.training.common.processes import AccelerateTeam
     from ddim_schedulers.training.data.images import ImageData
+    from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
 CALLS = (5, 10, 20)
 NUM_IMAGES = 2000
@@ -42,7 +43,12 @@ def guiding_of(args: argparse.Namespace) -> Guiding:
 
 
 def run(
-    args: argparse.Namespace, target: Path, team: AccelerateTeam, work_dir: Path, owner: Owner
+    args: argparse.Namespace,
+    model: MeasuredModel,
+    target: Path,
+    team: AccelerateTeam,
+    work_dir: Path,
+    owner: Owner,
 ) -> int:
     """Choose settings for each number of calls, and write those that are better."""
     from ddim_schedulers.training.calibration import samples_job, samples_run, solver_job
@@ -51,9 +57,7 @@ def run(
         labels_in_turn,
         load_measured_data,
     )
-    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
-    model = load_measured_model(args.pipeline, team.state.device, allow_pickle=args.allow_pickle)
     has_classes = bool(args.label_column or args.class_names or args.data == "digits")
     if model.codec is not None:
         raise ValueError(

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 from ddim_schedulers.training.commands import _calibrate_samples
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
+    import torch
+
     from ddim_schedulers.pipelines.ownership import Owner
     from ddim_schedulers.training.common.processes import AccelerateTeam
+    from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
 HELP = "Measure a pipeline for the optimal noise and trajectory, or fit a sampler to it."
 
@@ -154,20 +157,35 @@ def run(args: argparse.Namespace) -> int:
             "`--data` is missing; it must name the images that --objective "
             f"{args.objective} measures"
         )
+    from ddim_schedulers.pipelines.files import check_folders
     from ddim_schedulers.training.common.processes import AccelerateTeam, own_together
 
     target = config_file(args.output, args.pipeline)
     team = AccelerateTeam(args.cpu)
     work_dir = Path(args.work_dir) if args.work_dir else target.parent / "calibration-parts"
+    check_folders(work_dir, "", "--work_dir")
     with (
         own_together(owned_folder(target), "calibrate", team) as owner,
         own_together(work_dir, "calibrate", team, transient=True),
     ):
+        model = _load_model(args, target, team.state.device)
         if args.objective == "solver":
-            return _fit_solver(args, target, team, work_dir, owner)
+            return _fit_solver(args, model, target, team, work_dir, owner)
         if args.objective == "samples":
-            return _calibrate_samples.run(args, target, team, work_dir, owner)
-        return _run_pass(args, target, team, work_dir, owner)
+            return _calibrate_samples.run(args, model, target, team, work_dir, owner)
+        return _run_pass(args, model, target, team, work_dir, owner)
+
+
+def _load_model(
+    args: argparse.Namespace, target: Path, device: "torch.device | str"
+) -> "MeasuredModel":
+    from ddim_schedulers.training.likelihood.calibration import check_target
+    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
+
+    model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
+    if args.output is not None:
+        check_target(target, model)
+    return model
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
@@ -183,16 +201,18 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 
 
 def _run_pass(
-    args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
+    args: argparse.Namespace,
+    measured_model: "MeasuredModel",
+    target: Path,
+    team: "AccelerateTeam",
+    work_dir: Path,
+    owner: "Owner",
 ) -> int:
     from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.error_sweep import discard
     from ddim_schedulers.training.likelihood.measured_data import load_measured_images
-    from ddim_schedulers.training.likelihood.measured_model import clip_limit, load_measured_model
+    from ddim_schedulers.training.likelihood.measured_model import clip_limit
 
-    measured_model = load_measured_model(
-        args.pipeline, team.state.device, allow_pickle=args.allow_pickle
-    )
     num_images = 100 if args.num_images is None else args.num_images
     _, images, measured_model = load_measured_images(args, measured_model, num_images)
     result, cost = calibration.calibrate(
@@ -220,16 +240,17 @@ def _run_pass(
 
 
 def _fit_solver(
-    args: argparse.Namespace, target: Path, team: "AccelerateTeam", work_dir: Path, owner: "Owner"
+    args: argparse.Namespace,
+    measured_model: "MeasuredModel",
+    target: Path,
+    team: "AccelerateTeam",
+    work_dir: Path,
+    owner: "Owner",
 ) -> int:
     from ddim_schedulers.training.calibration import solver_job, solver_run
     from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.measured_data import labels_in_turn
-    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
-    measured_model = load_measured_model(
-        args.pipeline, team.state.device, allow_pickle=args.allow_pickle
-    )
     job = solver_job.SolverJob(
         calls=solver_job.SolverJob.calls if args.calls is None else tuple(args.calls),
         num_samples=128 if args.num_images is None else args.num_images,
@@ -298,10 +319,9 @@ def _measure_trajectory(args: argparse.Namespace, target: Path, owner: "Owner") 
     from ddim_schedulers import GeneralizedDDIMScheduler
     from ddim_schedulers.training.likelihood import calibration
     from ddim_schedulers.training.likelihood.measured_data import labels_in_turn
-    from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    measured_model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
+    measured_model = _load_model(args, target, device)
     num_samples = 48 if args.num_images is None else args.num_images
     measured, cost = calibration.measure_trajectory(
         measured_model.labelled(labels_in_turn(args.labels, measured_model, num_samples)),

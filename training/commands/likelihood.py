@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     team = AccelerateTeam(args.cpu)
     output = Path(args.output_dir)
     work_dir = Path(args.work_dir) if args.work_dir else output / "likelihood-parts"
+    check_folders(work_dir, "", "--work_dir")
     with (
         own_together(output, "likelihood", team) as owner,
         own_together(work_dir, "likelihood", team, transient=True),

@@ -1,7 +1,7 @@
 """Sealed parts of a long computation, in a folder that a later call goes on with."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class SealedParts(Workdir[Item, Tensors]):
     Attributes:
         unit: what the parts belong to, for messages.
         made: how a part is made, for messages.
+        names: patterns of the files of parts, those of no other computation: several may use one
+            folder.
         newer: settings that earlier versions did not note; what is not noted counts as the same.
 
     Args:
@@ -44,6 +46,7 @@ class SealedParts(Workdir[Item, Tensors]):
     remedy = "delete it, or choose another folder"
     unit = "calibration"
     made = "measured"
+    names: tuple[str, ...]
     newer: tuple[str, ...] = ()
 
     def __init__(self, work_dir: Path, settings: dict[str, Any], team: Team, owner: Owner) -> None:
@@ -70,7 +73,7 @@ class SealedParts(Workdir[Item, Tensors]):
             # parts that are sealed for the same computation are still used
             logger.warning(f"{error} It is made again, and parts of this {self.unit} are used.")
             before = None
-        if before is None:
+        if before is None or not [*files_of(self.folder, self.names)]:
             write_bytes(self.folder / self.settings_name, to_json(self.settings))
         else:
             unknown = {name: self.settings[name] for name in self.newer}
@@ -149,16 +152,22 @@ class SealedParts(Workdir[Item, Tensors]):
             logger.warning(f"{error} It is {self.made} again.")
 
 
-def discard_parts(work_dir: Path, claim: str, *others: str) -> None:
+def files_of(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """Yield the files in a folder with names of these patterns."""
+    for pattern in patterns:
+        yield from folder.glob(pattern)
+
+
+def discard_parts(work_dir: Path, kind: type[SealedParts[Any]], *others: str) -> None:
     """Delete the parts of what is done, and the folder unless it holds anything else.
 
     Args:
         work_dir: where they are.
-        claim: the file with their settings.
+        kind: of the parts.
         others: further files to delete.
     """
-    for pattern in (claim, *others, "part-*.safetensors", ".part-*.tmp", f".{claim}.*.tmp"):
-        for path in work_dir.glob(pattern):
-            path.unlink(missing_ok=True)
+    names = (kind.settings_name, *kind.names, *others)
+    for path in files_of(work_dir, (*names, *(f".{name}.*.tmp" for name in names))):
+        path.unlink(missing_ok=True)
     if work_dir.is_dir() and not any(work_dir.iterdir()):
         work_dir.rmdir()

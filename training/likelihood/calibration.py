@@ -26,7 +26,7 @@ from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.common.storage import to_json
 from ddim_schedulers.training.likelihood.error_sweep import STATISTICS, ErrorSweep, run_error_sweep
-from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
+from ddim_schedulers.training.likelihood.measured_model import MeasuredModel, measured_model_of
 from ddim_schedulers.trajectory import MAX_FINE_STEPS, pack_trajectory
 
 CONFIG_NAME = "scheduler_config.json"
@@ -206,6 +206,28 @@ def measure_trajectory(
             progress(f"{calls} network calls")
     measured = {"trajectory": pack_trajectory(planned, gram / noise.numel())}
     return measured, {"network_calls": calls, "seconds": time.perf_counter() - begun}
+
+
+def check_target(config_file: Path, measured_model: MeasuredModel) -> None:
+    """Check that what is measured of a model belongs into a file, if there is one.
+
+    Raises:
+        ValueError: it is no config of a scheduler, or one of another process.
+    """
+    if not config_file.exists():
+        return
+    config, name = read_json(config_file), f"`--output` is {str(config_file)!r}"
+    if "num_train_timesteps" not in config:
+        raise ValueError(f"{name}, which is not the config of a scheduler; it must be one, or new")
+    there = measured_model_of(measured_model.unet, config)
+    kinds = [each.prediction_type for each in (there, measured_model)]
+    levels = [each.alpha_bar for each in (there, measured_model)]
+    same = kinds[0] == kinds[1] and len(levels[0]) == len(levels[1])
+    if not same or not torch.allclose(*levels, rtol=1e-6, atol=0):
+        raise ValueError(
+            f"{name}, the config of another process or prediction type; it must be of those of "
+            "--pipeline, or new"
+        )
 
 
 def save_calibration(

@@ -168,7 +168,7 @@ def _run(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a pass that is done, and the folder unless it holds anything else."""
-    discard_parts(work_dir, CLAIM)
+    discard_parts(work_dir, SweepFiles)
 
 
 Part = tuple[int, int]  # the number of a chunk of images, and of a block of timesteps
@@ -190,6 +190,7 @@ class SweepFiles(SealedParts[Part]):
     holds = "an unfinished pass"
     settings_name = CLAIM
     unit = "pass"
+    names = (f"part-{'[0-9]' * 5}-{'[0-9]' * 5}.safetensors",)
     # an earlier version noted less, and not which inputs of `network` differ
     newer = (SEALED, *NETWORK_PARTS)
 
