@@ -336,6 +336,18 @@ def test_a_loop_may_start_anywhere_on_the_plan():
     torch.testing.assert_close(second, expected)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "quadratic"])
+def test_the_history_goes_on_however_many_calls_there_are(spacing):
+    for calls in (31, 32, 50, 100):
+        scheduler = GeneralizedDDIMScheduler(**{**FEW_STEPS, "timestep_spacing": spacing})
+        scheduler.set_timesteps(calls)
+        known, x = [], X[:1, :1]
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            known.append(int(scheduler._past.known))
+        assert known == [0, 1, *[2] * (calls - 2)]
+
+
 @pytest.mark.parametrize("t", [998, 500, 0])
 def test_an_unplanned_timestep_has_order_one(t):
     scheduler = _sampler(solver_order=3, solver_corrector=True, clip_sample=False)
