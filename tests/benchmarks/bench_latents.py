@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_training import STEPS
+from bench_training import STEPS, steps_of
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from pairing import clock_of, paired, parser, report
 
@@ -27,7 +27,6 @@ from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks.models import make_unet
 from ddim_schedulers.training.trainer.latents import fill_cache
 from ddim_schedulers.training.trainer.trainer import Trainer
-from ddim_schedulers.training.trainer.training_log import Window
 
 SIDE = 64  # of the images; latents have a fourth
 
@@ -63,22 +62,7 @@ def ours(folder, batch_size):
     )
     trainer = Trainer(config)
     trainer.batches.cache = fill_cache(trainer)
-
-    def batches():
-        with trainer.loader(STEPS) as loader:
-            yield from loader
-
-    loader, window = batches(), Window(trainer.share, 0)
-
-    def steps(count):
-        for _ in range(count):
-            trainer.one_step(loader, window)
-            trainer.step += 1
-            trainer.average.step()
-        reading = window.read(trainer.accelerator, False)
-        trainer.log.take(reading, trainer.step, config.lr, batch_size)
-
-    return steps
+    return steps_of(trainer)
 
 
 def bare(batch_size):

@@ -49,14 +49,18 @@ def ours(images, folder, preset, batch_size, **options):
         **options,
     )
     trainer = Trainer(config)
+    (folder / "run").mkdir()
+    return steps_of(trainer)
+
+
+def steps_of(trainer):
+    """Returns a function that does steps of a trainer, and one reading."""
 
     def batches():
         with trainer.loader(STEPS) as loader:
             yield from loader
 
-    loader = batches()
-    window = Window(trainer.share, 0)
-    (folder / "run").mkdir()
+    loader, window = batches(), Window(trainer.share, 0)
 
     def steps(count):
         for _ in range(count):
@@ -64,7 +68,7 @@ def ours(images, folder, preset, batch_size, **options):
             trainer.step += 1
             trainer.average.step()
         reading = window.read(trainer.accelerator, False)
-        trainer.log.take(reading, trainer.step, config.lr, batch_size)
+        trainer.log.take(reading, trainer.step, trainer.config.lr, trainer.config.batch_size)
 
     return steps
 

@@ -26,17 +26,10 @@ import torch
 import ddim_schedulers.training.trainer.trainer  # noqa: F401  # forked runs have it ready
 from ddim_schedulers.training import train
 
-torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_runs import UNET
 
-UNET = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-    "dropout": 0.1,
-}
+torch.set_num_threads(1)
 
 
 def settings(folder: Path, name: str, steps: int) -> list[str]:
@@ -155,7 +148,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
-    (folder / "unet.json").write_text(json.dumps(UNET))
+    (folder / "unet.json").write_text(json.dumps({**UNET, "dropout": 0.1}))
     rng = random.Random(args.seed)
 
     def start(name: str) -> Run:
