@@ -1,7 +1,7 @@
 """Pictures made of pictures: grids of samples, and a sample as it forms."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -75,7 +75,13 @@ def _joined(
     return canvas
 
 
-def path_grid(path: SamplingPath, columns: int = 10, *, scale: int = 1) -> Image.Image:
+def path_grid(
+    path: SamplingPath,
+    columns: int = 10,
+    *,
+    scale: int = 1,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Image.Image:
     """Return x0_hat as it forms, an image a row: from the first step to the result.
 
     It is the picture of DDPM, Fig. 6.
@@ -84,6 +90,7 @@ def path_grid(path: SamplingPath, columns: int = 10, *, scale: int = 1) -> Image
         path: of `GenerationPipeline(..., return_path=True)`.
         columns: steps shown, evenly chosen, >= 2, the result included as the last.
         scale: integer factor of enlargement.
+        decode: of a path of latents: `pipe.pixels_of`.
 
     Raises:
         ValueError: if `columns` is below 2.
@@ -95,7 +102,8 @@ def path_grid(path: SamplingPath, columns: int = 10, *, scale: int = 1) -> Image
     picked = [round(i * (total - 1) / max(shown - 1, 1)) for i in range(shown)]
     frames = torch.cat([path.x0[picked], path.x_t[-1:]])
     rows = frames.transpose(0, 1).flatten(0, 1)
-    return make_grid(to_pil(to_uint8(rows)), shown + 1, scale=scale)
+    pixels = rows if decode is None else decode(rows)
+    return make_grid(to_pil(to_uint8(pixels)), shown + 1, scale=scale)
 
 
 def _as_pil(images: Sequence[Image.Image] | np.ndarray | torch.Tensor) -> list[Image.Image]:

@@ -184,10 +184,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def route(self, path, body):
+        # a Space is kept as "spaces/USER/NAME"
+        of_model = re.sub("^/(api/)?spaces/", lambda m: "/api/models/" if m[1] else "/", path)
         for method, pattern, name in self.routes:
-            match = re.fullmatch(pattern, path)
+            match = re.fullmatch(pattern, of_model)
             if match and re.fullmatch(method, self.command):
                 parts = {k: urllib.parse.unquote(v or "") for k, v in match.groupdict().items()}
+                if of_model != path:
+                    parts["repo"] = f"spaces/{parts['repo']}"
                 with self.hub.lock:
                     return getattr(self, name)(body=body, **parts)
         raise Refuse(501, f"the loopback hub does not know {self.command} {path}")
@@ -241,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, repo_id, write=False):
         user = self.user()
         repo = self.hub.repos.get(repo_id)
-        owner = user is not None and user[0] == repo_id.partition("/")[0]
+        owner = user is not None and user[0] == repo_id.split("/")[-2]
         if repo is None or (repo.private and not owner):
             raise Refuse(404 if user else 401, "Repository not found", "RepoNotFound")
         if write and user is None:
@@ -276,8 +280,12 @@ class Handler(BaseHTTPRequestHandler):
             raise Refuse(401, "Unauthorized")
         namespace = asked.get("organization") or user[0]
         repo_id = f"{namespace}/{asked['name']}"
+        if asked.get("type") == "space":
+            if asked.get("sdk") != "gradio":
+                raise Refuse(400, "sdk is required for a Space")
+            repo_id = f"spaces/{repo_id}"
         if namespace != user[0] or not user[1]:
-            raise Refuse(403, f"you have no right to create a model under {namespace}")
+            raise Refuse(403, f"you have no right to create a repository under {namespace}")
         url = {"url": f"{self.base}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
             return 409, {**url, "error": "You already created this model repo"}, {}

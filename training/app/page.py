@@ -23,7 +23,8 @@ from ddim_schedulers.training.app.settings import SCHEDULERS, Settings
 from ddim_schedulers.training.commands._model_options import PRESETS
 from ddim_schedulers.training.common.failures import sentence
 
-SHOWN_PIXELS = 192  # small pictures are enlarged up to this side
+SHOWN_PIXELS = 640  # small pictures are enlarged up to this side
+UPLOAD_HEIGHT = 140
 MAX_UPLOAD = "20mb"
 AS_SAVED = "as saved"
 SAMPLER = (
@@ -42,11 +43,16 @@ COMMON = ("seed", "num_images", "labels", "guidance_scale")
 # No request for a font leaves the page.
 FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
 
-# Two pictures in a row on a phone.
-PHONE = (
-    "@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, 1fr) "
-    "!important; } }"
-)
+# A gallery is as high as its pictures, of which a phone has two in a row, or a strip.
+CSS = """
+.pictures, .pictures .grid-wrap { min-height: 0 !important; max-height: none !important; }
+@media (max-width: 640px) {
+  .pictures .grid-container { grid-template-columns: repeat(2, 1fr) !important; }
+  .strips .grid-container { grid-template-columns: 1fr !important; }
+}
+.strips .thumbnail-item { aspect-ratio: auto !important; }
+.code .cm-gutters { display: none !important; }  /* they keep the height of a narrower page */
+"""
 
 
 class Stopped(Exception):  # noqa: N818
@@ -60,7 +66,7 @@ class _Page:
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="ddim-schedulers", analytics_enabled=False) as blocks:
-            c, h, w = self.playground.image_shape
+            c, h, w = self.playground.picture_shape
             gr.Markdown(f"## ddim-schedulers playground\nPixels {w}x{h}, channels {c}.")
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
@@ -78,7 +84,7 @@ class _Page:
             seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=100)
             count = gr.Number(
                 min(4, limits.num_images),
-                label=f"Images (at most {limits.num_images})",
+                label=f"Images (max {limits.num_images})",
                 precision=0,
                 elem_id="num_images",
                 min_width=100,
@@ -89,8 +95,13 @@ class _Page:
             multiselect=True,
             label="Classes: image i has class i modulo their number",
             visible=bool(names),
+            elem_id="labels",
         )
-        guidance = gr.Textbox(label="Guidance scale (empty: without guidance)", visible=bool(names))
+        guidance = gr.Textbox(
+            label="Guidance scale (empty: without guidance)",
+            visible=bool(names),
+            elem_id="guidance_scale",
+        )
         return [seed, count, labels, guidance]
 
     def _sampler(self, prefix: str = "") -> list[Any]:
@@ -108,9 +119,7 @@ class _Page:
             label="Preset (few: FEW_STEPS; calibrated: CALIBRATED)",
             elem_id=f"{prefix}preset",
         )
-        steps = gr.Number(
-            20, label=f"Steps (at most {most})", precision=0, elem_id=f"{prefix}steps"
-        )
+        steps = gr.Number(20, label=f"Steps (max {most})", precision=0, elem_id=f"{prefix}steps")
         # an empty `Number` would say 0
         eta = gr.Textbox(label="eta (empty: as saved; 0: DDIM; 1: DDPM)", elem_id=f"{prefix}eta")
         spacing = choice("Spacing", SCHEDULER_SPACINGS, "spacing")
@@ -130,7 +139,7 @@ class _Page:
             self._outputs("sample", _with_settings(play.sample), inputs)
         with gr.Tab("Watch"):
             gr.Markdown("x_t and x0_hat along the trajectory, a row for each image.")
-            self._outputs("watch", _with_settings(play.watch), inputs)
+            self._outputs("watch", _with_settings(play.watch), inputs, strips=True)
         with gr.Tab("Compare"):
             gr.Markdown("The sampler at the side, and a second one on the same seeds.")
             with gr.Accordion("Second sampler", open=True):
@@ -151,27 +160,44 @@ class _Page:
         with gr.Tab("Reconstruct"):
             gr.Markdown("Invert a picture with DDIM, and decode it again.")
             upload, fit = self._upload("reconstruct")
-            again = gr.Number(0, label="Refinements", precision=0)
+            again = gr.Number(0, label="Refinements", precision=0, elem_id="refinements")
             self._outputs(
                 "reconstruct", _with_settings(play.reconstruct), [*inputs, upload, fit, again]
             )
         with gr.Tab("Restore"):
-            gr.Markdown("Fill the hole of a picture.")
-            upload, fit = self._upload("restore")
-            mask = gr.Dropdown(list(MASKS), value="half", label="What is known")
-            file = gr.File(label="Or a mask: white pixels are known", height=100)
-            self._outputs(
-                "restore", _with_settings(play.restore), [*inputs, upload, fit, mask, file]
-            )
+            if play.no_restoration is None:
+                self._restoration(inputs)
+            else:
+                gr.Markdown(f"Not for this pipeline: {play.no_restoration}.")
+
+    def _restoration(self, inputs: list[Any]) -> None:
+        gr.Markdown("Fill the hole of a picture.")
+        upload, fit = self._upload("restore")
+        mask = gr.Dropdown(list(MASKS), value="half", label="What is known", elem_id="mask")
+        file = gr.File(
+            label="Or a mask: white pixels are known", height=UPLOAD_HEIGHT, elem_id="mask_file"
+        )
+        restore = _with_settings(self.playground.restore)
+        self._outputs("restore", restore, [*inputs, upload, fit, mask, file])
 
     def _upload(self, name: str) -> list[Any]:
-        file = gr.File(label="Picture", elem_id=f"{name}_picture", height=100)
+        file = gr.File(label="Picture", elem_id=f"{name}_picture", height=UPLOAD_HEIGHT)
         fit = gr.Dropdown(
-            list(FITS), value="resize_crop", label="Fit: how it becomes as large as the images"
+            list(FITS),
+            value="resize_crop",
+            label="Fit: how it becomes as large as the images",
+            elem_id=f"{name}_fit",
         )
         return [file, fit]
 
-    def _outputs(self, name: str, function: Callable[..., Result], inputs: list[Any]) -> None:
+    def _outputs(
+        self,
+        name: str,
+        function: Callable[..., Result],
+        inputs: list[Any],
+        *,
+        strips: bool = False,
+    ) -> None:
         with gr.Row():
             go = gr.Button("Run", variant="primary", elem_id=f"{name}_run", min_width=100)
             cancel = gr.Button("Cancel", elem_id=f"{name}_cancel", min_width=100)
@@ -179,14 +205,23 @@ class _Page:
         pictures = gr.Gallery(
             label="Pictures",
             elem_id=f"{name}_pictures",
+            elem_classes=["pictures", "strips"] if strips else ["pictures"],
             object_fit="contain",
-            columns=4,
+            columns=1 if strips else 4,
             height="auto",
             format="png",
             interactive=False,
         )
         python, command = (
-            gr.Code(language=language, label=label, wrap_lines=True, lines=1, elem_id=name + end)
+            gr.Code(
+                language=language,
+                label=label,
+                wrap_lines=True,
+                show_line_numbers=False,  # beside wrapped lines they slip
+                elem_classes=["code"],
+                lines=1,
+                elem_id=name + end,
+            )
             for language, label, end in (
                 ("python", "Python", "_python"),
                 ("shell", "Command", "_command"),
@@ -338,7 +373,7 @@ def launch(page: gr.Blocks, host: str, port: int = 0, *, block: bool = True) -> 
         footer_links=[],
         max_file_size=MAX_UPLOAD,
         ssr_mode=False,
-        css=PHONE,
+        css=CSS,
         theme=gr.themes.Default(font=FONT, font_mono=MONO),
     )
     address = f"http://{host}:{port}/"

@@ -27,7 +27,7 @@ from ddim_schedulers.training.app.settings import Choice, Settings, called, choo
 from ddim_schedulers.training.commands import _loading, _model_options
 from ddim_schedulers.training.common.repositories import divided
 from ddim_schedulers.training.data.fitting import fit_image
-from ddim_schedulers.training.networks.places import pipeline_folder
+from ddim_schedulers.training.networks.places import SHIPPED, pipeline_folder
 
 FITS = ("exact", "resize_crop", "squash")
 COLUMNS = 10  # steps that are shown of a path
@@ -81,26 +81,30 @@ class Playground:
         limits: see `Limits`.
 
     Raises:
-        ValueError: for a place or a device that cannot be used, or a pipeline of latents.
+        ValueError: for a place or a device that cannot be used.
     """
 
     def __init__(self, place: str, device: str | None = None, limits: Limits | None = None) -> None:
-        self.place = pipeline_folder(place, "--pipeline")
+        found = pipeline_folder(place, "--pipeline")
+        # the code that is shown names what comes with the package, wherever that is installed
+        self.shipped = found == str(SHIPPED.get(place))
+        self.place = place if self.shipped else found
         self.limits = Limits() if limits is None else limits
-        saved = _loading.read_saved(self.place)
-        if getattr(saved, "vae", None) is not None:
-            raise ValueError(
-                f"`--pipeline` is {place!r}, a pipeline of latents; it must be one of pixels here."
-            )
+        saved = _loading.read_saved(found)
         self.device = _loading.device_named(device)
         self.saved = _loading.moved(saved, self.device)
         self.labels = class_labels_of(self.saved.unet)
         self._lock = threading.Lock()
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W) of the network."""
-        return self.saved.image_shape
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of the images, which are decoded where the network has latents."""
+        return self.saved.picture_shape
+
+    @property
+    def no_restoration(self) -> str | None:
+        """Return why pictures cannot be restored; None where they can."""
+        return None if self.saved.vae is None else RestorationPipeline._refuses_vae
 
     def class_names(self) -> list[str]:
         """Return the names of the classes, their numbers where they have none; [] without any."""
@@ -125,12 +129,10 @@ class Playground:
         """Return x_t and x0_hat along the trajectory, a row for each image; reports each step."""
         choice, pipe = self._pipe(GenerationPipeline, settings)
         arguments = {**self._arguments(settings, choice), "return_path": True}
-        steps: list[int] = []
 
         def step(_: Any, index: int, t: int, tensors: dict[str, torch.Tensor]) -> None:  # noqa: ANN401
-            steps.append(int(t))
             found = [x for x in tensors.values() if x is not None]
-            frame = to_pil(to_uint8(torch.cat(found)))
+            frame = to_pil(to_uint8(pipe.pixels_of(torch.cat(found).cpu())))
             report(f"step {index + 1}, t = {int(t)}", make_grid(frame, settings.num_images))
 
         with self._run(report):
@@ -142,18 +144,20 @@ class Playground:
         path = output.path
         picked = np.linspace(0, len(path.x_t) - 1, min(COLUMNS, len(path.x_t))).round().astype(int)
         frames = path.x_t[picked.tolist()]
-        noisy = make_grid(to_pil(to_uint8(frames.transpose(0, 1).flatten(0, 1))), len(picked))
+        noisy = pipe.pixels_of(frames.transpose(0, 1).flatten(0, 1))
+        decode = None if self.saved.vae is None else pipe.pixels_of
+        decoded = "" if decode is None else ", decode=pipe.pixels_of"
         lines = (
             f"output = {called('pipe', **arguments)}",
-            f'path_grid(output.path, {COLUMNS}).save("path.png")',
+            f'path_grid(output.path, {COLUMNS}{decoded}).save("path.png")',
         )
         python = self._python("GenerationPipeline, path_grid", choice, *lines)
-        return Result(
-            [noisy, path_grid(path, COLUMNS), *output.images],
-            ["x_t", "x0_hat", *self._captions(settings)],
-            python,
-            self._sample_command(settings, choice),
-        )
+        strips = [
+            make_grid(to_pil(to_uint8(noisy)), len(picked)),
+            path_grid(path, COLUMNS, decode=decode),
+        ]
+        command = self._sample_command(settings, choice)
+        return Result(strips, ["x_t", "x0_hat"], python, command)
 
     def compare(self, first: Settings, second: Settings, report: Report = silent) -> Result:
         """Return samples of two samplers; seeds, classes and guidance are those of `first`."""
@@ -265,8 +269,8 @@ class Playground:
             files[MASK] = self._mask(mask_file, fit)
             known, given = torch.from_numpy(np.array(files[MASK]) == 255), MASK
             line = f'torch.from_numpy(np.array(Image.open("{MASK}")) == 255)'
-        task = task_named("inpaint", self.image_shape, mask=known)
-        y = task.operator.A(to_model_space(image, self.image_shape, pipe.state_dtype))
+        task = task_named("inpaint", self.picture_shape, mask=known)
+        y = task.operator.A(to_model_space(image, self.picture_shape, pipe.state_dtype))
         arguments = self._arguments(settings, choice)
         count = {"method": "ddnm", "num_samples": settings.num_images}
         with self._run(report):
@@ -335,12 +339,15 @@ class Playground:
         name, revision = divided(self.place)
         named = {} if revision is None else {"revision": revision}
         cls = classes.partition(",")[0]
-        start = called(f"{cls}.from_pretrained", repr(name), **named)
+        there = f"SHIPPED[{name!r}]" if self.shipped else repr(name)
+        start = called(f"{cls}.from_pretrained", there, **named)
         device = "" if self.device == "cpu" else f".to({self.device!r})"
+        shipped = "from ddim_schedulers.training.networks.places import SHIPPED"
         return "\n".join(
             [
                 *([choice.imports] if choice.imports else []),
                 f"from ddim_schedulers.pipelines import {classes}",
+                *([shipped] if self.shipped else []),
                 f"pipe = {start}{device}",
                 *choice.lines,
                 *lines,
@@ -353,10 +360,10 @@ class Playground:
             raise ValueError("`picture` is missing; it must be an image file.")
         if fit not in FITS:
             raise ValueError(f"`fit` is {fit!r}; it must be one of {FITS}.")
-        channels, height, width = self.image_shape
+        channels, height, width = self.picture_shape
         if fit == "exact":
             image = read_image(path, "picture")
-            to_model_space(image, self.image_shape, torch.float32)
+            to_model_space(image, self.picture_shape, torch.float32)
             return image, ""
         pixels = self._pixels(path, PIL_MODES.get(channels, "RGB"), "picture")
         have = pixels.shape[-2:]
@@ -367,7 +374,7 @@ class Playground:
 
     def _mask(self, path: str, fit: str) -> Image.Image:
         """Return a mask as large as the network's images, of black and white alone."""
-        _, height, width = self.image_shape
+        _, height, width = self.picture_shape
         pixels = torch.from_numpy(self._pixels(path, "L", "mask"))
         if not bool(((pixels == 0) | (pixels == 255)).all()):
             raise ValueError("`mask` has grey pixels; each must be black or white.")

@@ -20,6 +20,8 @@ serve({place!r}, host="0.0.0.0", port=7860)
 # torch is named, so that the Space takes the CPU's build.
 REQUIREMENTS = """--extra-index-url https://download.pytorch.org/whl/cpu
 torch
+# From PyPI. A version that is not there, as one before its release, makes the build of the Space
+# fail: put "ddim-schedulers[app] @ " and the address of a wheel in its place.
 ddim-schedulers[app]=={version}
 """
 CARD = """---
@@ -41,11 +43,18 @@ interpolate, reconstruct and restore pictures. {where}
 """
 
 
+def _pipeline_files(folder: Path) -> dict[str, bytes | Path]:
+    """Return the files in the plug-in form, for the Space has this package, where there is one."""
+    try:
+        return export_folder(folder, "plug-in").files
+    except ValueError:  # of stock classes alone; or it cannot be exported, which is said again
+        return export_folder(folder, "portable").files
+
+
 def write_space(place: str, folder: str) -> list[Path]:
     """Write a Space into a new folder, the whole or nothing, and return its files.
 
-    A pipeline that is a folder here is copied into it, in the portable form; one on the Hub is
-    named.
+    A pipeline that is a folder here is copied into it; one on the Hub is named.
 
     Args:
         place: folder of a saved pipeline or of a run, or a name on the Hub.
@@ -61,7 +70,7 @@ def write_space(place: str, folder: str) -> list[Path]:
         raise ValueError(f"`--export_space` is {folder!r}; it must be a new or an empty folder.")
     files: dict[str, bytes | Path] = {}
     if Path(name).is_dir():
-        files = {f"pipeline/{p}": c for p, c in export_folder(Path(name), "portable").files.items()}
+        files = {f"pipeline/{p}": c for p, c in _pipeline_files(Path(name)).items()}
         inside, models, where = "pipeline", "", "The pipeline lies in `pipeline/`."
         root = Path(name).resolve()
         title = (root.parent if root.name == "pipeline" else root).name

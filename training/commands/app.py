@@ -9,7 +9,11 @@ HELP = "Open a playground for a pipeline in the browser, or write it as a Huggin
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--pipeline", required=True, help=_model_options.PIPELINE_HELP)
+    parser.add_argument(
+        "--pipeline",
+        default="digits",
+        help=f"{_model_options.PIPELINE_HELP} (digits, which comes with the package)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port; 0 takes a free one (0)")
     parser.add_argument(
@@ -32,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
         for path in write_space(args.pipeline, args.export_space):
             print(path)
+        print(f"To share it: ddim-schedulers push --space {args.export_space} --repo_id USER/NAME")
+        print("Its requirements.txt asks PyPI for this version of the package.")
         return 0
     from ddim_schedulers.training.app.page import serve
     from ddim_schedulers.training.app.playground import Limits

@@ -11,8 +11,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,27 @@ TIMEOUT = 120.0  # seconds without an answer; the Hub client has no limit
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 
 USER_IN_URL = re.compile(r"(?<=://)[^/\s]*@")  # "name:password@", as in the address of a proxy
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of repository.
+
+    Attributes:
+        repo_type: its name on the Hub.
+        word: what it holds, for messages.
+        mark: the file by which one is known.
+        creation: further arguments of `create_repo`.
+    """
+
+    repo_type: str
+    word: str
+    mark: str
+    creation: Mapping[str, str] = field(default_factory=dict)
+
+
+MODEL = Kind("model", "pipeline", "model_index.json")
+SPACE = Kind("space", "Space", "app.py", {"space_sdk": "gradio"})
 
 
 class PushError(RuntimeError):
@@ -103,16 +126,32 @@ def _push_owned(
 
     export = export_folder(pipeline_dir, form)
     export.files["README.md"] = cards.card_for(export, repo_id, form)
+    return send(export, MODEL, repo_id, private, revision, token, message, endpoint, attempts)
+
+
+def send(
+    export: Export,
+    kind: Kind,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    token: str | None,
+    message: str,
+    endpoint: str | None,
+    attempts: int,
+) -> str:
+    """Search the files for credentials and send them; see `push_pipeline`."""
     token = _usable_token(token)
     for path, content in export.files.items():
         check_upload(path, content, token)
     if export.left_out:
         shown = ", ".join(export.left_out[:3]) + (", ..." if len(export.left_out) > 3 else "")
         print(
-            f"Not part of the pipeline, and not uploaded: {shown} ({len(export.left_out)} files).",
+            f"Not part of the {kind.word}, and not uploaded: {shown} "
+            f"({len(export.left_out)} files).",
             file=sys.stderr,
         )
-    push = _Push(repo_id, token, endpoint, attempts)
+    push = _Push(kind, repo_id, token, endpoint, attempts)
     try:
         return push.run(export, private, revision, message)
     except PushError:
@@ -165,17 +204,18 @@ def push_after_training(
 
 
 def repeat_command(
-    pipeline_dir: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    form: str = "portable",
+    option: str = "--pipeline",
+    form: str | None = "portable",
     private: bool = False,
     revision: str | None = None,
     **ignored: Any,
 ) -> str:
     """Return the command line that does the same push; the token is never part of it."""
-    words = ["ddim-schedulers", "push", "--pipeline", os.fspath(pipeline_dir)]
-    words += ["--repo_id", repo_id, "--form", str(form)]
+    words = ["ddim-schedulers", "push", option, os.fspath(folder), "--repo_id", repo_id]
+    words += [] if form is None else ["--form", form]
     words += ["--private"] if private else []
     words += ["--revision", revision] if revision else []
     return shlex.join(words)
@@ -184,11 +224,14 @@ def repeat_command(
 class _Push:
     """One push: the client, and the steps that are repeated while the network fails."""
 
-    def __init__(self, repo_id: str, token: str, endpoint: str | None, attempts: int) -> None:
+    def __init__(
+        self, kind: Kind, repo_id: str, token: str, endpoint: str | None, attempts: int
+    ) -> None:
         from huggingface_hub import HfApi
 
         from ddim_schedulers import __version__
 
+        self.kind = kind
         self.repo_id = repo_id
         self.attempts = attempts
         self.api = HfApi(
@@ -209,39 +252,49 @@ class _Push:
 
         # `False` would overrule an organisation whose repositories are private by default
         visibility = True if private else None
-        self._retry(lambda: self.api.create_repo(self.repo_id, private=visibility, exist_ok=True))
-        if private and not self._retry(lambda: self.api.model_info(self.repo_id)).private:
+        create, of = partial(self.api.create_repo, **self.kind.creation), self.kind.repo_type
+        self._retry(lambda: create(self.repo_id, repo_type=of, private=visibility, exist_ok=True))
+        if private and not self._retry(self._info).private:
             raise PushError(
                 f"{self.repo_id} exists and is public, but --private was asked for; nothing was "
                 "uploaded. Make it private in its settings, or take another name."
             )
         if revision is not None and revision != "main":
             self._retry(
-                lambda: self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
+                lambda: self.api.create_branch(
+                    self.repo_id, repo_type=of, branch=revision, exist_ok=True
+                )
             )
 
         def commit() -> str:
             # Made again for every attempt: the client marks operations as it goes. What arrived in
             # an attempt whose answer was lost is recognised by its hash, or no longer listed.
-            there = self.api.list_repo_files(self.repo_id, revision=revision)
+            there = self.api.list_repo_files(self.repo_id, repo_type=of, revision=revision)
             delete = [CommitOperationDelete(path) for path in self._stale(export, there)]
             add = [
                 CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
                 for path, content in export.files.items()
             ]
             done = self.api.create_commit(
-                self.repo_id, [*add, *delete], commit_message=message, revision=revision
+                self.repo_id,
+                [*add, *delete],
+                repo_type=of,
+                commit_message=message,
+                revision=revision,
             )
             return done.commit_url
 
         return self._retry(commit)
 
+    def _info(self) -> Any:  # noqa: ANN401
+        return self.api.repo_info(self.repo_id, repo_type=self.kind.repo_type)
+
     def _stale(self, export: Export, there: list[str]) -> list[str]:
         """Return the repository's files that the new version replaces by nothing."""
         kept = {".gitattributes", "README.md", "LICENSE"}
-        if "model_index.json" not in there and not set(there) <= kept:
+        if self.kind.mark not in there and not set(there) <= kept:
             raise PushError(
-                f"{self.repo_id} exists and holds something else than a pipeline "
+                f"{self.repo_id} exists and holds something else than a {self.kind.word} "
                 f"({sorted(set(there) - kept)[0]}, ...); nothing was uploaded. Take another name."
             )
         folders = {path.partition("/")[0] for path in export.files if "/" in path}
