@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,6 +251,58 @@ def test_a_network_without_classes(tiny_ddpm, tmp_path):
     assert play.class_names() == []
     result = play.sample(Settings("ddim", None, 2, num_images=1))
     assert "labels" not in result.python + result.command
+
+
+def test_digits_is_what_comes_with_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    play = Playground("digits", "cpu")
+    result = play.sample(Settings("ddim", None, 2, num_images=1))
+    assert "--pipeline digits " in result.command and str(tmp_path.anchor) not in result.python
+    assert (pixels(of_python(result)) == pixels(result.images)).all()
+    assert (pixels(of_command(result, tmp_path / "samples")) == pixels(result.images)).all()
+    tiny = GenerationPipeline.from_pretrained(play.saved.config._name_or_path)
+    tiny.save_pretrained("digits")  # a folder of that name wins
+    local = Playground("digits", "cpu").sample(Settings("ddim", None, 2, num_images=1))
+    assert "from_pretrained('digits')" in local.python
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    file = Path(__file__).with_name("latent_models.py")
+    spec = importlib.util.spec_from_file_location("latent_models", file)
+    latent_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(latent_models)
+    folder = tmp_path_factory.mktemp("latent") / "pipeline"
+    latent_models.latent_pipeline().save_pretrained(folder)
+    return Playground(str(folder), "cpu")
+
+
+def test_latents_are_decoded(latent, picture, tmp_path, capsys):
+    two = Settings("ddim", None, 3, num_images=2)
+    sampled = latent.sample(two)
+    assert all(image.size == (8, 8) for image in sampled.images)
+    told = []
+    watched = latent.watch(two, lambda text, frame: told.append(frame))
+    assert {frame.size for frame in told if frame is not None} == {(22, 22)}
+    assert [image.size for image in watched.images] == [(42, 22), (42, 22)]
+    assert (pixels(of_python(watched)) == pixels(sampled.images)).all()
+    assert (np.asarray(Image.open("path.png")) == np.asarray(watched.images[1])).all()
+    chain = latent.interpolate(two, 9, 3)
+    assert (pixels(of_command(chain, tmp_path / "chain")) == pixels(chain.images)).all()
+    again = latent.reconstruct(two, picture, "squash")
+    again.files["picture.png"].save("picture.png")
+    assert (pixels(of_python(again)) == pixels(again.images[1:])).all()
+
+
+@with_gradio
+def test_latents_have_no_restoration(latent, play, picture):
+    from ddim_schedulers.training.app.page import make_page
+
+    refuse("it must be left out of RestorationPipeline", latent.restore, Settings(), picture)
+    shown = str(make_page(latent).get_config_file())
+    assert "a measurement is of pixels" in shown and "restore_run" not in shown
+    shown = str(make_page(play).get_config_file())
+    assert "a measurement is of pixels" not in shown and "restore_run" in shown
 
 
 @with_gradio
