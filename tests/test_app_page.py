@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-import torch
-from diffusers import UNet2DModel
 from PIL import Image
+from tiny_models import tiny_unet
 
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -56,19 +55,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("page")
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=4,
-    )
+    unet = tiny_unet(blocks=(8, 8), num_class_embeds=4)
     note_class_labels(unet, 3, ["ant", "bee", "cat"])
     GenerationPipeline(unet, GeneralizedDDIMScheduler()).save_pretrained(folder / "tiny")
     (folder / "calls").touch()

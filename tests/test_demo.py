@@ -14,11 +14,14 @@ from ddim_schedulers.training import demo
 from ddim_schedulers.training.common.storage import slug
 from ddim_schedulers.training.metrics.classifier import load_classifier
 
+# of stock code, with numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     settings = demo.DemoSettings(
-        tmp_path_factory.mktemp("digits"), 0, 8, 12, 16, steps=(3, 5), long_steps=6
+        tmp_path_factory.mktemp("digits"), 0, 8, 12, 16, steps=(3, 5), long_steps=6, few_steps=(2,)
     )
     return settings, demo.run_demo(settings)
 
@@ -29,7 +32,8 @@ def test_table_has_every_cell_with_the_same_n(run):
     rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "sigma-hat"]
     every = {(f"{row}, trailing", s) for row in rows for s in settings.steps}
     long = {(f"{row}, trailing", settings.long_steps) for row in (rows[0], rows[-1])}
-    assert cells == every | long
+    few = {(row, s) for row in demo.FEW for s in settings.few_steps}
+    assert cells == every | long | few
     assert {cell["n"] for cell in results["table"]} == {settings.num_images}
     assert all(cell["network_calls"] == cell["steps"] for cell in results["table"])
     assert all(0 <= c["sure_share"] <= 1 <= c["classes"] <= 10 for c in results["table"])
@@ -45,7 +49,7 @@ def test_page_shows_each_cell_and_picture(run):
     for cell in results["table"]:
         assert format(cell["frechet"], ".3f") in page and format(cell["seconds"], ".1f") in page
         assert format(cell["frechet"], ".3f") in report.read_text()
-    for picture in ("samples.png", "ways.png"):
+    for picture in ("samples.png", "few.png", "ways.png", "evaluation/digits-nearest.png"):
         assert f"({picture})" in page
         pixels = np.asarray(Image.open(settings.output / picture).convert("L"))
         assert pixels.std() > 10, f"{picture} is blank"

@@ -37,7 +37,7 @@ def space(tiny_ddpm, tmp_path, monkeypatch, capsys):
         patch.setattr(importlib.metadata, "version", lambda _: "6.31.0")
         words = ["app", "--pipeline", str(tmp_path / "p"), "--export_space", str(folder)]
         assert cli.main(words) == 0
-    assert f"push --space {folder}" in capsys.readouterr().out
+    assert f"push --space {folder}" in capsys.readouterr().err
     return folder
 
 

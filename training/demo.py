@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline
 
-from ddim_schedulers import GeneralizedDDIMScheduler
+from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.pipelines import GenerationPipeline, InterpolationPipeline, InversionPipeline
 from ddim_schedulers.pipelines.files import write_bytes, write_json
@@ -33,8 +33,15 @@ from ddim_schedulers.training.train import train
 SURE = 0.9
 MEMBERS = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
 LONG_MEMBERS = (0.0, "sigma-hat")
+# Few steps: schedulers of diffusers on their own spacing, and ours.
+FEW = {
+    "DDIMScheduler of diffusers": {"class": "DDIMScheduler", "timestep_spacing": "leading"},
+    "DPM-Solver++": {"class": "DPMSolverMultistepScheduler", "timestep_spacing": "linspace"},
+    "UniPC": {"class": "UniPCMultistepScheduler", "timestep_spacing": "linspace"},
+    "few steps preset": {"class": "GeneralizedDDIMScheduler", **FEW_STEPS},
+}
 RECONSTRUCTION_STEPS = (10, 50, 100)
-SHOWN, SAMPLES_SHOWN = 12, 64
+SHOWN, SAMPLES_SHOWN, FEW_SHOWN = 12, 64, 25
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class DemoSettings:
         batch_size: images a step.
         steps: S of the columns of the table.
         long_steps: S of the column that has sigma-hat and eta = 0 alone, at most 1000.
+        few_steps: S of the table that has the schedulers of `FEW`.
     """
 
     output: Path
@@ -58,6 +66,7 @@ class DemoSettings:
     batch_size: int = 64
     steps: tuple[int, ...] = (10, 20, 50, 100)
     long_steps: int = 1000
+    few_steps: tuple[int, ...] = (5, 10)
 
 
 def quick(output: Path, seed: int) -> DemoSettings:
@@ -96,6 +105,7 @@ def _run(settings: DemoSettings, wanted: EvaluationConfig, owner: Owner) -> dict
         for cell in wanted.cells
     }
     _draw_samples(settings, samples)
+    _draw_few(settings, samples)
     results = {
         "training": {
             "parameters": measured["network"]["parameters"],
@@ -137,6 +147,8 @@ def _training(settings: DemoSettings) -> TrainingConfig:
         lr_warmup_steps=min(100, settings.train_steps // 4),
         ema_decay=0.995,
         timestep_sampling="stratified",
+        prediction_type="v_prediction",
+        beta_schedule="squaredcos_cap_v2",
         checkpoint_every=500,
         resume="latest",  # a second call goes on where the first one was stopped
         seed=settings.seed,
@@ -151,16 +163,25 @@ def _evaluation(settings: DemoSettings) -> dict[str, Any]:
         {**block, "steps": list(settings.steps), "members": list(MEMBERS)},
         {**block, "steps": [settings.long_steps], "members": list(LONG_MEMBERS)},
     ]
+    few = [{"name": name, **sampler} for name, sampler in FEW.items()]
+    n = settings.num_images
     return {
         "pipeline": settings.output / "pipeline",
         "output_dir": settings.output / "evaluation",
         "data": {"data": "digits"},
         "features": ["pixels", "classifier"],
         "classifier_epochs": 20,
-        "neighbours": min(5, settings.num_images - 1),
-        "batch_size": settings.num_images,
+        "neighbours": min(5, n - 1),
+        "batch_size": n,
         "keep_images": True,
-        "tables": [{"name": "Digits", "n": settings.num_images, "grid": grid}],
+        "tables": [
+            {"name": "Digits", "n": n, "grid": grid},
+            {
+                "name": "Few steps",
+                "n": n,
+                "grid": [{"steps": list(settings.few_steps), "schedulers": few}],
+            },
+        ],
     }
 
 
@@ -197,6 +218,16 @@ def _draw_samples(settings: DemoSettings, samples: dict[tuple[str, int], torch.T
         (f"{names[row]}, {s} steps", tiled(samples[row, s][:SAMPLES_SHOWN], 8)) for row, s in shown
     ]
     save_figure(panels_figure(panels, 2, 3.2), settings.output / "samples.png")
+
+
+def _draw_few(settings: DemoSettings, samples: dict[tuple[str, int], torch.Tensor]) -> None:
+    """Draw the same seeds under the schedulers for few steps, a row for each S."""
+    panels = [
+        (f"{name}, {s} steps", tiled(samples[name, s][:FEW_SHOWN], 5))
+        for s in settings.few_steps
+        for name in FEW
+    ]
+    save_figure(panels_figure(panels, len(FEW), 2.4), settings.output / "few.png")
 
 
 def _draw_ways(settings: DemoSettings, evaluation: Evaluation) -> dict[str, Any]:
@@ -267,7 +298,11 @@ def render(results: dict[str, Any], measured: dict[str, Any]) -> str:
         "",
         "![The same seeds under DDPM and DDIM](samples.png)",
         "",
+        "![The same seeds in few steps, under schedulers of diffusers and ours](few.png)",
+        "",
         "![A sample as it forms, a way between two, and digits encoded and decoded](ways.png)",
+        "",
+        "![Samples, and below each its nearest training image](evaluation/digits-nearest.png)",
         "",
         "More measurements and pictures: [evaluation/report.md](evaluation/report.md).",
     ]

@@ -1,6 +1,8 @@
 """`ddim-schedulers app`: a playground in the browser."""
 
 import argparse
+import shlex
+import sys
 
 from ddim_schedulers.training.commands import _model_options
 
@@ -36,8 +38,12 @@ def run(args: argparse.Namespace) -> int:
 
         for path in write_space(args.pipeline, args.export_space):
             print(path)
-        print(f"To share it: ddim-schedulers push --space {args.export_space} --repo_id USER/NAME")
-        print("Its requirements.txt asks PyPI for this version of the package.")
+        push = shlex.join(["ddim-schedulers", "push", "--space", args.export_space])
+        print(
+            f"To share it: {push} --repo_id USER/NAME\n"
+            "Its requirements.txt asks PyPI for this version of the package.",
+            file=sys.stderr,
+        )
         return 0
     from ddim_schedulers.training.app.page import serve
     from ddim_schedulers.training.app.playground import Limits
