@@ -1,8 +1,9 @@
-"""Hooks of mkdocs: pages that lie outside of docs/, and links that leave it.
+"""Hooks of mkdocs: pages that lie outside of docs/, notebooks, and links that leave docs/.
 
 A file of the repository that is a page of the site has one text, at its place in the repository.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -22,18 +23,42 @@ PAGES = {
     "model_cards/fashion-mnist-32/README.md": "results/fashion-mnist-32/index.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?(?:\s+\"[^\"]*\")?\))")
+_BADGE = re.compile(r"\[!\[([^\]]*)\]\([^)]*\)\]")  # a picture of another site that is a link
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of `PAGES`, and the pictures that lie beside them."""
+    """Add the files of `PAGES`, the pictures that lie beside them, and the notebooks."""
     for source, page in PAGES.items():
         text = _FRONT_MATTER.sub("", (ROOT / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=_moved(text, source, page, config)))
         for picture in sorted((ROOT / source).parent.glob("*.png")):
             place = posixpath.join(posixpath.dirname(page), picture.name)
             files.append(File.generated(config, place, abs_src_path=str(picture)))
+    for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        page = f"notebooks/{notebook.stem}.md"
+        content = page_of(notebook.read_text(encoding="utf-8"), notebook.name)
+        files.append(File.generated(config, page, content=content))
     return files
+
+
+def page_of(notebook: str, name: str) -> str:
+    """Return a notebook as Markdown, with the outputs that are stored in it."""
+    parts = []
+    for cell in json.loads(notebook)["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(_BADGE.sub(r"[\1]", text))
+            continue
+        parts.append(f"```python\n{text}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                code = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f"![What the cell above shows](data:image/png;base64,{code})")
+            elif shown := "".join(data["text/plain"]).rstrip():
+                parts.append(f"````text\n{shown}\n````")
+    return "\n\n".join([*parts, f"[This page as a notebook]({name})"])
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

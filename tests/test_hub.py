@@ -410,3 +410,23 @@ def test_the_verb(server, folder, capsys):
     assert "is not a saved pipeline" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["push", "--pipeline", str(folder), "--repo_id", REPO, "--form", "zip"])
+
+
+def test_a_dry_run_shows_what_a_push_would_send_and_sends_nothing(
+    server, folder, monkeypatch, capsys
+):
+    monkeypatch.delenv("HF_TOKEN")
+    verb = ["push", "--pipeline", str(folder), "--repo_id", REPO]
+    assert cli.main([*verb, "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    listed = re.findall(r"^ *[\d,]+ bytes  (.+)$", told, re.M)
+    assert set(listed) == PIPELINE and told.endswith("Nothing was sent.\n")
+    assert server.requests == [] and server.repos == {}
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert cli.main(verb) == 0
+    sent = server.repos[REPO].files("main")
+    assert set(sent) - {".gitattributes"} == PIPELINE
+    assert sent["README.md"].decode() in told
+    (folder / "README.md").write_text(f"mine: {TOKEN}")
+    assert cli.main([*verb, "--dry_run"]) == 2
+    assert cli.main([*verb[:-1], "no-name", "--dry_run"]) == 2

@@ -109,6 +109,7 @@ def test_messages_name_the_argument_and_what_is_allowed():
 def test_pages_are_in_plain_words_and_explain_their_terms():
     for page in [
         *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")),
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
     ]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from ddim_schedulers.forms import FORMS
 
@@ -25,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="create it as private")
     parser.add_argument("--revision", help="branch, created where missing; main if not given")
     parser.add_argument("--message", help="first line of the commit (Upload pipeline, or Space)")
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="print the files and the card that would be pushed; nothing is sent",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +51,12 @@ def run(args: argparse.Namespace) -> int:
         kept = {"option": "--space", "form": None}
     else:
         raise ValueError(f"`--form` is {args.form!r}; it must be left out with --space.")
+    if args.dry_run:
+        if args.space is None:
+            _show(hub.contents_of_push(folder, args.repo_id, form))
+        else:
+            _show(hub.contents(spaces.space_files(folder), hub.SPACE, args.repo_id))
+        return 0
     try:
         url = push(folder, args.repo_id, **options, **named)
     except hub.PushError as error:
@@ -53,3 +66,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(url)
     return 0
+
+
+def _show(files: dict[str, Path | bytes]) -> None:
+    """Print names and sizes, and the card."""
+    for path, content in sorted(files.items()):
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{size:>12,} bytes  {path}")
+    card = files["README.md"]
+    text = card if isinstance(card, bytes) else card.read_bytes()
+    print(f"\n{text.decode()}\nNothing was sent.")

@@ -111,6 +111,53 @@ def push_pipeline(
         )
 
 
+def contents_of_push(
+    pipeline_dir: str | os.PathLike[str], repo_id: str, form: str = "portable"
+) -> dict[str, Path | bytes]:
+    """Return what `push_pipeline` would send, by path in the repository; nothing is sent.
+
+    No token and no network is needed. A file is bytes where the form writes it, as the card
+    README.md, and otherwise the place of the file that is sent as it is.
+
+    Raises:
+        ValueError: as `push_pipeline`.
+    """
+    check_form(form)
+    return contents(_with_card(Path(pipeline_dir), repo_id, form), MODEL, repo_id)
+
+
+def contents(export: Export, kind: Kind, repo_id: str) -> dict[str, Path | bytes]:
+    """Return the files that `send` would send, searched as it does.
+
+    Raises:
+        ValueError: for a name that no repository can have, or a file that holds a credential.
+    """
+    check_repo_id(repo_id)
+    _check(export, kind, _stored_token() or "")
+    return export.files
+
+
+def _with_card(pipeline_dir: Path, repo_id: str, form: str) -> Export:
+    from ddim_schedulers.training.sharing import cards
+
+    export = export_folder(pipeline_dir, form)
+    export.files["README.md"] = cards.card_for(export, repo_id, form)
+    return export
+
+
+def _check(export: Export, kind: Kind, token: str) -> None:
+    """Refuse files with a credential in them; say on stderr what is left out."""
+    for path, content in export.files.items():
+        check_upload(path, content, token)
+    if export.left_out:
+        shown = ", ".join(export.left_out[:3]) + (", ..." if len(export.left_out) > 3 else "")
+        print(
+            f"Not part of the {kind.word}, and not uploaded: {shown} "
+            f"({len(export.left_out)} files).",
+            file=sys.stderr,
+        )
+
+
 def _push_owned(
     pipeline_dir: Path,
     repo_id: str,
@@ -122,10 +169,7 @@ def _push_owned(
     endpoint: str | None,
     attempts: int,
 ) -> str:
-    from ddim_schedulers.training.sharing import cards
-
-    export = export_folder(pipeline_dir, form)
-    export.files["README.md"] = cards.card_for(export, repo_id, form)
+    export = _with_card(pipeline_dir, repo_id, form)
     return send(export, MODEL, repo_id, private, revision, token, message, endpoint, attempts)
 
 
@@ -142,15 +186,7 @@ def send(
 ) -> str:
     """Search the files for credentials and send them; see `push_pipeline`."""
     token = _usable_token(token)
-    for path, content in export.files.items():
-        check_upload(path, content, token)
-    if export.left_out:
-        shown = ", ".join(export.left_out[:3]) + (", ..." if len(export.left_out) > 3 else "")
-        print(
-            f"Not part of the {kind.word}, and not uploaded: {shown} "
-            f"({len(export.left_out)} files).",
-            file=sys.stderr,
-        )
+    _check(export, kind, token)
     push = _Push(kind, repo_id, token, endpoint, attempts)
     try:
         return push.run(export, private, revision, message)

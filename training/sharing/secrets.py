@@ -41,7 +41,7 @@ def check_upload(path: str, content: Path | bytes, token: str) -> None:
     Args:
         path: the name in the repository, for the message.
         content: the file, or what it will hold.
-        token: the credential of this upload itself.
+        token: the credential of this upload itself, or "" without one.
 
     Raises:
         ValueError: naming the file and what it holds, never the credential.
@@ -53,7 +53,7 @@ def check_upload(path: str, content: Path | bytes, token: str) -> None:
     for name, pattern in _PATTERNS.items():
         if pattern.search(data):
             raise ValueError(f"{path} holds {name}; remove it before pushing.")
-    if token.encode() in data:
+    if token and token.encode() in data:
         raise ValueError(f"{path} holds a Hugging Face token; remove it before pushing.")
 
 
