@@ -411,7 +411,7 @@ def test_an_unfinished_solution_is_told_of(caplog):
     assert "relative residuals of up to" in caplog.text and "max_iterations" in caplog.text
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "restore.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BIAS = re.findall(
     r"^\| `(\w+)`(?:, (\d+) times)? \| (0|0\.2) \| ([\d.]+)(, paper)? \| (.*) \|$",
     PAGE.read_text(),
