@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard, constants, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ddim_schedulers.training.evaluation import tables
 from ddim_schedulers.training.evaluation.card import (
@@ -154,6 +156,18 @@ def test_committed_cards_are_rendered_from_their_measurements(folder):
         if line.startswith("!["):
             picture = folder / line.split("](")[1].rstrip(")")
             assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_the_hub_reads_the_metadata_of_committed_cards(folder, loopback_hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", loopback_hub.url)
+    card = ModelCard.load(folder / "README.md")
+    card.validate()
+    found = metadata_load(folder / "README.md")
+    assert found["license"] and found["library_name"] == "diffusers"
+    measured = model_index_to_eval_results(found["model-index"])[1]
+    assert measured == card.data.eval_results and len(measured) > 4
+    assert all(isinstance(result.metric_value, float) for result in measured)
 
 
 @pytest.mark.parametrize("name", ["digits-8", "fashion-mnist-32"])

@@ -248,7 +248,7 @@ def test_the_card_tells_the_classes_and_shows_them(settings):
     export = export_folder(plain.pipeline_dir, "portable")
     card = render(export, "me/clothes", "portable")
     assert "classes" not in card and "unconditional-image-generation" in card
-    assert not [name for name in export.files if name.startswith("assets")]
+    assert [n for n in export.files if n.startswith("assets")] == ["assets/samples.png"]
 
 
 def test_the_card_of_a_network_without_a_null_class_or_names(settings):

@@ -16,8 +16,14 @@ from ddim_schedulers.export import INDEX, Export
 from ddim_schedulers.latent_forms import LATENT_CLASS
 from ddim_schedulers.reading import parse_json, read_text
 
+<<<<<<< HEAD
 MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # characters that mean something in Markdown
 # The grid of samples that a run with classes leaves in its pipeline.
+=======
+MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # what has a meaning there
+# The grid of samples that a run leaves in its pipeline, without classes and with them.
+PICTURE = "assets/samples.png"
+>>>>>>> eb1d30f (A training run leaves a card with its pipeline; a push completes it)
 CLASS_PICTURE = "assets/classes.png"
 SECTION = re.compile(
     r"<!-- ddim-schedulers: how to load it -->.*?<!-- /ddim-schedulers -->", re.DOTALL

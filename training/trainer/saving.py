@@ -23,7 +23,8 @@ from ddim_schedulers.training.config import TrainingConfig
 from ddim_schedulers.training.networks import checkpoints
 from ddim_schedulers.training.networks.checkpoint_contents import read_state
 from ddim_schedulers.training.networks.checkpoint_network import VAE_FOLDER
-from ddim_schedulers.training.sharing.cards import CLASS_PICTURE
+from ddim_schedulers.training.sharing.cards import CLASS_PICTURE, PICTURE
+from ddim_schedulers.training.trainer.card import card_of
 from ddim_schedulers.training.trainer.ema import copy_into
 from ddim_schedulers.training.trainer.same_run import STAMPED, describe_data, require_same_run
 from ddim_schedulers.training.trainer.validation import plot_losses
@@ -210,10 +211,11 @@ def _export(trainer: "Trainer") -> Path:
             for note in save_pipeline(pipeline, folder, form):
                 logger.warning(note)
             grid = trainer.watcher.grid_path(trainer.step)
-            if trainer.data.classes is not None and grid.is_file():
-                picture = folder / CLASS_PICTURE
+            if grid.is_file():
+                picture = folder / (PICTURE if trainer.data.classes is None else CLASS_PICTURE)
                 picture.parent.mkdir(exist_ok=True)
                 write_bytes(picture, grid.read_bytes())
+            write_bytes(folder / "README.md", card_of(trainer, grid.is_file()).encode())
 
         _replace(trainer, target, write_pipeline)
         _replace(trainer, trainer.root / "unet_raw", trainer.unet.save_pretrained)
