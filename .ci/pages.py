@@ -79,6 +79,7 @@ def _moved(text: str, source: str, page: str, config: MkDocsConfig) -> str:
             if not target.startswith(repository):
                 return found[0]
             target = target.removeprefix(repository)  # the README's links are absolute, for PyPI
+            target = re.sub(r"^(docs/notebooks/.*)\.ipynb$", r"\1.md", target)
         else:
             target = posixpath.normpath(posixpath.join(here, target))
         if target in PAGES:

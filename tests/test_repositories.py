@@ -98,6 +98,20 @@ def test_a_revision_of_what_has_none_is_refused(tmp_path):
             pinned(place, revision)
 
 
+def test_an_install_without_accelerate_is_not_told_of_it(tiny_ddpm, monkeypatch, tmp_path):
+    import diffusers.models.modeling_utils
+    import diffusers.pipelines.pipeline_utils
+
+    tiny_ddpm(DDPMScheduler()).save_pretrained(tmp_path)
+    parts = (diffusers.utils, diffusers.models.modeling_utils, diffusers.pipelines.pipeline_utils)
+    said = []
+    for part in parts:
+        monkeypatch.setattr(part, "is_accelerate_available", lambda: False)
+    for part in parts[1:]:
+        monkeypatch.setattr(part.logger, "warning", said.append)
+    assert read_saved(str(tmp_path)).unet is not None and said == []
+
+
 def test_each_state_is_read_by_its_name(two_states, states, capsys):
     first, second = two_states
     for name, commit, files in (

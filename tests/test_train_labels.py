@@ -251,8 +251,9 @@ def test_the_card_tells_the_classes_and_shows_them(settings):
     assert [n for n in export.files if n.startswith("assets")] == ["assets/samples.png"]
 
 
-def test_the_card_of_a_network_without_a_null_class_or_names(settings):
-    result = train(settings(label_dropout=0.0))
+@pytest.mark.parametrize(("names", "first"), [(None, "0"), (["0", "1", "2"], "'0'")])
+def test_the_card_of_a_network_without_a_null_class_or_names(names, first, settings):
+    result = train(settings(label_dropout=0.0, class_names=names))
     card = render(export_folder(result.pipeline_dir, "portable"), "me/clothes", "portable")
-    assert "class_labels=0)" in card and "0, 1, 2." in card
+    assert f"class_labels={first})" in card and "\n0, 1, 2." in card
     assert "It has no null class" in card and "](assets/classes.png)" not in card

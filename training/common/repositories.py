@@ -84,8 +84,13 @@ class Saved:
 
     def read(self, network: Any, **where: Any) -> Any:
         """Call `from_pretrained` on the folder: safetensors alone, unless pickles are allowed."""
+        from diffusers.utils import is_accelerate_available
+
         return network.from_pretrained(
-            self.folder, use_safetensors=None if self.allow_pickle else True, **where
+            self.folder,
+            use_safetensors=None if self.allow_pickle else True,
+            low_cpu_mem_usage=is_accelerate_available(),  # without it diffusers asks for it
+            **where,
         )
 
     def finish(self, network: Any, vae: Any = None) -> None:

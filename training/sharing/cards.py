@@ -16,14 +16,9 @@ from ddim_schedulers.export import INDEX, Export
 from ddim_schedulers.latent_forms import LATENT_CLASS
 from ddim_schedulers.reading import parse_json, read_text
 
-<<<<<<< HEAD
-MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # characters that mean something in Markdown
-# The grid of samples that a run with classes leaves in its pipeline.
-=======
 MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|!&]")  # what has a meaning there
 # The grid of samples that a run leaves in its pipeline, without classes and with them.
 PICTURE = "assets/samples.png"
->>>>>>> eb1d30f (A training run leaves a card with its pipeline; a push completes it)
 CLASS_PICTURE = "assets/classes.png"
 SECTION = re.compile(
     r"<!-- ddim-schedulers: how to load it -->.*?<!-- /ddim-schedulers -->", re.DOTALL
@@ -73,7 +68,11 @@ def _classes(export: Export) -> dict[str, Any]:
     if labels is None:
         return {"classes": []}
     # a name is shown as it is, without Markdown or HTML
-    names = {number: MARKDOWN.sub(r"\\\g<0>", name) for number, name in labels.names.items()}
+    names = {
+        number: MARKDOWN.sub(r"\\\g<0>", name)
+        for number, name in labels.names.items()
+        if name != str(number)  # it would be told twice
+    }
     first = labels.ids[0]
     return {
         "classes": [(number, names.get(number, "")) for number in labels.ids],
