@@ -153,7 +153,7 @@ class SealedParts(Workdir[Item, Tensors]):
 
 
 def files_of(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """Yield the files in a folder with names of these patterns."""
+    """Find the files in a folder with names of these patterns."""
     for pattern in patterns:
         yield from folder.glob(pattern)
 

@@ -216,17 +216,20 @@ def check_target(config_file: Path, measured_model: MeasuredModel) -> None:
     """
     if not config_file.exists():
         return
-    config, name = read_json(config_file), f"`--output` is {str(config_file)!r}"
+    config = read_json(config_file)
     if "num_train_timesteps" not in config:
-        raise ValueError(f"{name}, which is not the config of a scheduler; it must be one, or new")
+        raise ValueError(
+            f"`--output` is {str(config_file)!r}, which is not the config of a scheduler; it must "
+            "be one, or new"
+        )
     there = measured_model_of(measured_model.unet, config)
     kinds = [each.prediction_type for each in (there, measured_model)]
     levels = [each.alpha_bar for each in (there, measured_model)]
     same = kinds[0] == kinds[1] and len(levels[0]) == len(levels[1])
     if not same or not torch.allclose(*levels, rtol=1e-6, atol=0):
         raise ValueError(
-            f"{name}, the config of another process or prediction type; it must be of those of "
-            "--pipeline, or new"
+            f"`--output` is {str(config_file)!r}, the config of another process or prediction "
+            "type; it must be of those of --pipeline, or new"
         )
 
 

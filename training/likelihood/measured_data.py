@@ -196,7 +196,7 @@ def labels_in_turn(
     if given == ["null"]:
         _check_null(classes)
         return null_labels(measured_model, count)
-    if given in (None, ["data"]):
+    if given is None or given == ["data"]:
         return torch.tensor(classes.balanced(count))
     numbers = [classes.number(label, "--labels") for label in given]
     return torch.tensor([numbers[i % len(numbers)] for i in range(count)])
