@@ -181,9 +181,10 @@ class ClassifierFreeNetwork(BoundNetwork):
     def is_plain(self) -> bool:
         """Tell whether it is w of one class and the null class alone, as stored samplers know."""
         classes = class_labels_of(self.conditional.networks[0])
-        null = None if classes is None else classes.null_class
+        if classes is None or classes.null_class is None:
+            return False
         mixes = self.conditional.weights is not None
-        return not self.rescale and not mixes and bool((self.negative == null).all())
+        return not (self.rescale or mixes) and bool((self.negative == classes.null_class).all())
 
     def predict(self, x: torch.Tensor, t: Timestep) -> torch.Tensor:
         """Return the guided prediction."""

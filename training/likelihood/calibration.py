@@ -226,7 +226,7 @@ def check_target(config_file: Path, measured_model: MeasuredModel) -> None:
     kinds = [each.prediction_type for each in (there, measured_model)]
     levels = [each.alpha_bar for each in (there, measured_model)]
     same = kinds[0] == kinds[1] and len(levels[0]) == len(levels[1])
-    if not same or not torch.allclose(*levels, rtol=1e-6, atol=0):
+    if not same or not torch.allclose(levels[0], levels[1], rtol=1e-6, atol=0):
         raise ValueError(
             f"`--output` is {str(config_file)!r}, the config of another process or prediction "
             "type; it must be of those of --pipeline, or new"
