@@ -837,6 +837,9 @@ def test_a_network_without_a_null_class_says_so():
     assert sample(pipe, class_labels=0, guidance_scale=2, negative_label=1).isfinite().all()
     with pytest.raises(ValueError, match="`class_labels` is None"):
         pipe(num_inference_steps=2, guidance_scale=0)
+    asked = Conditions(0, guidance_scale=2, negative_label=1)
+    bound = BoundConditions(asked, pipe.unet, pipe.scheduler, 1, torch.device("cpu"))
+    assert not bound.of(0, 1).is_plain
 
 
 def test_a_classifier_cannot_guide_where_x_t_says_nothing():

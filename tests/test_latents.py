@@ -26,6 +26,7 @@ from ddim_schedulers.pipelines.codec import AUTOENCODERS, Codec, note_scale, sca
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.evaluation.config import parse_evaluation
 from ddim_schedulers.training.evaluation.report import evaluate
+from ddim_schedulers.training.sharing import cards
 
 KINDS = ("kl", "tiny", "vq")
 FEW = {"num_inference_steps": 3, "eta": 0.0}
@@ -224,6 +225,10 @@ def test_what_ldm_would_lose_is_refused_in_the_portable_form(what, tmp_path):
         assert index["_class_name"] == expected
         loaded = GenerationPipeline.from_pretrained(tmp_path / form)
         assert loaded.codec.shift == pipe.codec.shift
+        card = cards.render(export_folder(tmp_path / form, form), "me/model", form)
+        assert "pipe = GenerationPipeline.from_pretrained" in card
+        assert ("trust_remote_code=True" in card) == (form == "self-contained")
+        assert "of diffusers loads the repository" not in card
         with pytest.raises(ValueError, match="`form` is 'portable'"):
             export_folder(tmp_path / form, "portable")
         for other in ("plug-in", "self-contained"):

@@ -11,6 +11,7 @@ from ddim_schedulers.training.commands._model_options import add_repository_argu
 from ddim_schedulers.training.networks.places import WEIGHTS
 
 HELP = "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form."
+RENAMED = {"form": "--form"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

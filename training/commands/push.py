@@ -9,6 +9,7 @@ from pathlib import Path
 from ddim_schedulers.forms import FORMS
 
 HELP = "Share a saved pipeline, or a Space of the playground, on the Hugging Face Hub."
+RENAMED = {"form": "--form"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -136,9 +136,9 @@ class Draws:
         `mirrored` are the flipped images where they are at hand, as encodings are.
         """
         u, flip, _ = self.small(step)
-        flip = flip[positions]
-        mirrored = images.flip(-1) if mirrored is None else mirrored
-        images = torch.where(flip[:, None, None, None], mirrored, images)
+        if self.random_flip:
+            mirrored = images.flip(-1) if mirrored is None else mirrored
+            images = torch.where(flip[positions][:, None, None, None], mirrored, images)
         shape = tuple(images.shape[1:]) if self.shape is None else self.shape
         batch = {} if labels is None else {"labels": labels}
         if labels is not None and self.null_class is not None:

@@ -114,6 +114,7 @@ def render(export: Export, repo_id: str, form: str, **fields: Any) -> str:
         "title": repo_id.partition("/")[2],
         "summary": f"A `{pipeline_class}` {home}.",
         "own_class": pipeline_class == LATENT_CLASS,
+        "carried": pipeline_class == LATENT_PIPELINE,
         "repo_id": repo_id,
         "form": form,
         "pipeline_class": pipeline_class,
