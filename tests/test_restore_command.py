@@ -338,7 +338,10 @@ REFUSED = {
         ("--task", "sense", "--measured"),
         "`--task` is 'sense', which measures no image",
     ),
-    "measured size": (("--task", "superres4", "--measured"), "`images"),
+    "measured size": (
+        ("--task", "superres4", "--measured"),
+        "`images[0]` is 16x16 (width x height); with --measured it must be 4x4, as superres4",
+    ),
     "eta of ddpm": (
         ("--task", "inpaint", "--eta", 0.5),
         "`--eta` is 0.5, which does not fit DDPMScheduler",

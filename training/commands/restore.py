@@ -215,6 +215,12 @@ def _measurement(
                 f"`--task` is {args.task!r}, which measures no image; it must be another one with "
                 "--measured."
             )
+        for i, image in enumerate(images):
+            if image.size != (shape[2], shape[1]):
+                raise ValueError(
+                    f"`images[{i}]` is {image.width}x{image.height} (width x height); with "
+                    f"--measured it must be {shape[2]}x{shape[1]}, as {args.task} measures."
+                )
         pictures = to_model_space(images, shape, pipe.state_dtype)
         # of images in [0, 1]: y becomes 2 y - A(1)
         ones = task.operator.A(torch.ones(1, *pipe.image_shape, dtype=pipe.state_dtype))

@@ -31,7 +31,7 @@ class Inpainting(SingularOperator):
                 f"`mask` is {kind}; it must be a tensor of bool, or of zeros and ones."
             )
         channels, height, width = check_image_shape(image_shape)
-        allowed = [(height, width), (1, height, width), (channels, height, width)]
+        allowed = [*dict.fromkeys([(height, width), *((c, height, width) for c in (1, channels))])]
         if tuple(mask.shape) not in allowed:
             raise ValueError(f"`mask` has shape {tuple(mask.shape)}; it must be one of {allowed}.")
         values = mask.detach().cpu().double()
