@@ -40,7 +40,7 @@ class AveragedUNet:
         )
         # EMAModel updates its shadow in place, so sharing the storage keeps `unet` up to date.
         self.ema.shadow_params = [parameter.data for parameter in self.unet.parameters()]
-        self.weights = list(source.parameters())
+        self.weights: list[torch.Tensor] = list(source.parameters())
 
     @property
     def name(self) -> str:
@@ -53,8 +53,7 @@ class AveragedUNet:
             return
         ema = self.ema
         ema.optimization_step += 1
-        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-        move(ema.shadow_params, self.weights, 1 - ema.cur_decay_value)
+        move(ema.shadow_params, self.weights, 1 - ema.get_decay(ema.optimization_step))
 
     def state_dict(self) -> dict[str, int]:
         """Return the clock of the warm-up; the weights are saved as a UNet."""
