@@ -184,7 +184,7 @@ def send(
     endpoint: str | None,
     attempts: int,
 ) -> str:
-    """Search the files for credentials and send them; see `push_pipeline`."""
+    """Send the files after a search for credentials; see `push_pipeline`."""
     token = _usable_token(token)
     _check(export, kind, token)
     push = _Push(kind, repo_id, token, endpoint, attempts)
