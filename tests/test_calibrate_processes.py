@@ -8,8 +8,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddim_schedulers.training.calibration import samples_run, solver_run
 from ddim_schedulers.training.cli import main
+from ddim_schedulers.training.commands import _calibrate_samples
 from ddim_schedulers.training.common.processes import Team
 from ddim_schedulers.training.likelihood import error_sweep
+from ddim_schedulers.training.metrics import features
 
 SCRIPT = """
 import os, signal, sys
@@ -139,6 +141,37 @@ def test_other_settings_are_refused_where_there_are_parts_alone(tmp_path):
         first.path_of(item).unlink()
     other.claim()  # nothing would be lost
     assert other.kept_settings() == {"seed": 1}
+
+
+def test_a_classifier_of_other_data_is_not_used_again(tmp_path, monkeypatch):
+    made = []
+    facts = {"accuracy": 1.0, "held_out_n": 1}
+    monkeypatch.setattr(features, "train_classifier", lambda *a, **k: (None, facts))
+    monkeypatch.setattr(features, "save_classifier", lambda *a: made.append(a[-1].touch()))
+
+    class Data:
+        shape = (1, 2, 2)
+
+        def __init__(self, value):
+            self.images = torch.full((4, 1, 2, 2), value)
+
+        def __len__(self):
+            return 4
+
+        def labels(self, rows):
+            return torch.tensor([0, 1, 0, 1])[list(rows)]
+
+        def batch(self, rows):
+            return self.images[list(rows)], 0
+
+    def classifier(value, seed):
+        words = Team(), tmp_path, seed, lambda line: None
+        return _calibrate_samples._classifier(Data(value), *words)
+
+    names = [classifier(*each) for each in ((0.0, 0), (0.0, 0), (0.5, 0), (0.0, 1))]
+    assert len(made) == 3 and names[0] == names[1] and len(set(names)) == 3
+    samples_run.discard(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_an_output_that_is_not_of_this_process_is_refused_before_work_is_done(tmp_path, capsys):

@@ -50,7 +50,7 @@ from ddim_schedulers.training.metrics.features import extract, space_fingerprint
 
 METHOD = 1  # changes with everything that changes the numbers of a part
 CLAIM = "samples.json"
-CLASSIFIER_FILE = "classifier.safetensors"
+CLASSIFIER_FILES = "classifier*.safetensors"
 READ_BATCH = 2000
 HELD_OUT = "held-out"
 # How many settings, the best of the search first, are compared with the one that is there now.
@@ -124,7 +124,7 @@ def calibrate_samples(
 
 def discard(work_dir: Path) -> None:
     """Delete the parts of a run that is done, and the folder unless it holds anything else."""
-    discard_parts(work_dir, MeasurementFiles, CLASSIFIER_FILE)
+    discard_parts(work_dir, MeasurementFiles, CLASSIFIER_FILES)
 
 
 class _Run:

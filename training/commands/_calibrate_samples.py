@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,15 +138,19 @@ def _classifier(
     seed: int,
     progress: Any,  # noqa: ANN401
 ) -> Path:
-    """Return the file of a classifier of the data; the first process trains it where missing."""
-    from ddim_schedulers.training.calibration.samples_run import CLASSIFIER_FILE
+    """Return the file of a classifier of the data; the first process trains it where missing.
+
+    Its name tells the seed and the data, of which an earlier run may have used others.
+    """
     from ddim_schedulers.training.evaluation.references import as_uint8_sees
     from ddim_schedulers.training.metrics import features
 
-    path = work_dir / CLASSIFIER_FILE
+    labels = data.labels(range(len(data)))
+    assert labels is not None
+    digest = hashlib.sha256(repr((seed, data.shape, labels.tolist())).encode())
+    digest.update(data.batch(range(min(len(data), 100)))[0].numpy().tobytes())
+    path = work_dir / f"classifier-{digest.hexdigest()[:16]}.safetensors"
     if team.index == 0 and not path.exists():
-        labels = data.labels(range(len(data)))
-        assert labels is not None
         network, facts = features.train_classifier(
             lambda rows: as_uint8_sees(data.batch(rows)[0]),
             features.class_names(labels.tolist())[1],
