@@ -5,7 +5,6 @@ Nothing on disk is changed. The token is read from where `hf auth login` or HF_T
 into the request headers alone, and is cut out of every message.
 """
 
-import json
 import os
 import re
 import shlex
@@ -21,16 +20,21 @@ from typing import Any, TypeVar
 from ddim_schedulers.export import Export, export_folder
 from ddim_schedulers.forms import check_form
 from ddim_schedulers.pipelines.ownership import own
+from ddim_schedulers.training.sharing.failures import (
+    OFFLINE,
+    cause_of,
+    is_passing,
+    sentence_of,
+    status_of,
+    wait_after,
+)
 from ddim_schedulers.training.sharing.secrets import HUB_TOKEN, check_upload
 
 R = TypeVar("R")
 
 ATTEMPTS = 4
-FIRST_WAIT = 1.0  # seconds; doubled after every attempt
 LONGEST_WAIT = 300.0  # the public Hub counts requests in 300 s and may ask for all of it
 TIMEOUT = 120.0  # seconds without an answer; the Hub client has no limit
-# 409 and 412: somebody else changed the repository at the same time.
-TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 
 USER_IN_URL = re.compile(r"(?<=://)[^/\s]*@")  # "name:password@", as in the address of a proxy
 
@@ -193,7 +197,7 @@ def send(
     except PushError:
         raise
     except Exception as error:  # all that the client raises becomes one sentence
-        raise PushError(_scrub(_sentence(error, repo_id, push.endpoint), token)) from None
+        raise PushError(_scrub(sentence_of(error, repo_id, push.endpoint), token)) from None
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -342,11 +346,11 @@ class _Push:
                 with _timeout():
                     return call()
             except Exception as error:
-                status, wait = _status(error), _wait(error, attempt)
+                status, wait = status_of(error), wait_after(error, attempt)
                 last = attempt == self.attempts or wait > LONGEST_WAIT
-                if last or not _is_passing(error):
+                if last or not is_passing(error):
                     raise
-                reason = f"it answers {status}" if status else type(_cause(error)).__name__
+                reason = f"it answers {status}" if status else type(cause_of(error)).__name__
                 print(
                     f"{self.endpoint} fails ({reason}); trying again in {wait:.0f} s "
                     f"({attempt} of {self.attempts - 1}).",
@@ -370,87 +374,6 @@ def _timeout() -> Iterator[None]:
         session.timeout = before
 
 
-def _http_error() -> type[Exception]:
-    """Return the base of all errors of the HTTP library that this client uses (httpx, httpx2)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return HfHubHTTPError.__bases__[0]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the HTTP error behind an error: the client wraps those of an upload in another."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, _http_error()):
-        cause = cause.__cause__
-    return error if cause is None else cause
-
-
-def _status(error: BaseException) -> int | None:
-    response = getattr(_cause(error), "response", None)
-    return None if response is None else int(response.status_code)
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Return whether to try again: the client reads some answers as JSON before their status."""
-    status = _status(error)
-    if status is not None:
-        return status in TRANSIENT
-    return isinstance(_cause(error), (_http_error(), json.JSONDecodeError))
-
-
-def _wait(error: BaseException, attempt: int) -> float:
-    """Return how long to wait, in seconds: as long as is asked, else twice as long each time."""
-    asked = _asked_wait(error)
-    return FIRST_WAIT * 2 ** (attempt - 1) if asked is None else asked
-
-
-def _asked_wait(error: BaseException) -> float | None:
-    """Return the seconds in the answer's Retry-After or, as the public Hub says it, RateLimit."""
-    response = getattr(_cause(error), "response", None)
-    if response is None:
-        return None
-    said = re.fullmatch(r"\s*(\d{1,9})\s*", response.headers.get("Retry-After", ""), re.ASCII)
-    if said is None and response.status_code == 429:
-        said = re.search(r";\s*t=(\d{1,9})", response.headers.get("RateLimit", ""), re.ASCII)
-    return None if said is None else float(said[1])
-
-
-def _sentence(error: Exception, repo_id: str, endpoint: str) -> str:
-    """Say what happened and what to do, in one sentence."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status, cause = _status(error), _cause(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return _OFFLINE
-    if status == 401:
-        return (
-            f"{endpoint} does not accept the token (401): it is mistyped or expired; run "
-            "`hf auth login` again or set HF_TOKEN."
-        )
-    if status == 403:
-        return (
-            f"the token has no permission to write to {repo_id} (403): it needs the role 'write', "
-            "and the user must be allowed to write there; or take another USER/NAME."
-        )
-    if status == 404:
-        return f"{repo_id} is not there, or the token may not see it (404)."
-    if status in (409, 412):
-        return f"{repo_id} was being changed by somebody else ({status}); try again."
-    if status == 429:
-        wait = _asked_wait(error)
-        later = "later" if wait is None else f"in {wait:.0f} s"
-        return f"{endpoint} limits the rate of requests (429); try again {later}."
-    said = " ".join(str(getattr(cause, "server_message", None) or cause).split())[:300]
-    if status is not None:
-        return f"{endpoint} answers {status}: {said}"
-    if isinstance(cause, _http_error()):
-        return f"{endpoint} cannot be reached ({type(cause).__name__}: {said})."
-    return f"{type(cause).__name__}: {said}"
-
-
-_OFFLINE = "offline mode is on (HF_HUB_OFFLINE); unset it to push."
-
-
 def _stored_token() -> str | None:
     from huggingface_hub import get_token
 
@@ -465,7 +388,7 @@ def _usable_token(token: str | None) -> str:
     from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
-        raise PushError(_OFFLINE)
+        raise PushError(OFFLINE)
     token = (token if token is not None else _stored_token() or "").strip()
     if not token:
         raise PushError("there is no Hugging Face token; run `hf auth login` or set HF_TOKEN.")
