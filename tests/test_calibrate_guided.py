@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
+from tiny_models import tiny_unet
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.class_labels import note_class_labels
@@ -74,22 +75,11 @@ def _pipeline(unet, entry):
 
 
 def _unet(classes=3):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        num_class_embeds=classes,
-    )
+    unet = tiny_unet(num_class_embeds=classes)
     if classes is not None:
         note_class_labels(unet, 2, ["cat", "dog"])
         torch.nn.init.normal_(unet.class_embedding.weight)
-    return unet.eval()
+    return unet
 
 
 def _words(caplog):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
+from tiny_models import tiny_unet
 
 from ddim_schedulers.training.calibration import samples_run, solver_run
 from ddim_schedulers.training.cli import main
@@ -40,18 +41,8 @@ sys.exit(main(words))
 
 
 def _save(folder, **settings):
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
     scheduler = DDPMScheduler(**{"num_train_timesteps": 50, "beta_end": 0.3, **settings})
-    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    DDPMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
