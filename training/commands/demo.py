@@ -4,6 +4,12 @@ import argparse
 from pathlib import Path
 
 HELP = "Train a small model on embedded digits and sample it with every member of the family."
+FILES = {
+    "results.md": "all tables and pictures",
+    "samples.png": "the same seeds under DDPM and DDIM",
+    "few.png": "few steps: schedulers of diffusers, and ours",
+    "ways.png": "a sample as it forms, a way between two, digits encoded and decoded",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     settings = demo.quick(output, args.seed) if args.quick else demo.DemoSettings(output, args.seed)
     results = demo.run_demo(settings)
     print(results["short"])
-    print(f"Pictures and results.md: {output}")
+    print("Open:")
+    for name, what in FILES.items():
+        print(f"  {output / name}  {what}")
     print(f'Load it: DiffusionPipeline.from_pretrained("{output / "pipeline"}")')
     print(f"{results['seconds']:.0f} seconds in all.")
     return 0
