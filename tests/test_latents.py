@@ -261,6 +261,7 @@ for what, call in {calls!r}.items():
     np.savez("found " + what, images=images, again=again)
 """,
         without_package=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for what in calls:
