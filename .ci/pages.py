@@ -75,10 +75,13 @@ def _moved(text: str, source: str, page: str, config: MkDocsConfig) -> str:
     def link(found: re.Match[str]) -> str:
         before, target, after = found.groups()
         if re.match(r"[a-z]+:|//", target):
-            repository = f"{config.repo_url}/blob/main/"
-            if not target.startswith(repository):
+            # the README's links and pictures are absolute, for PyPI
+            raw = str(config.repo_url).replace("//github.com/", "//raw.githubusercontent.com/")
+            homes = (f"{config.repo_url}/blob/main/", f"{raw}/main/")
+            if not target.startswith(homes):
                 return found[0]
-            target = target.removeprefix(repository)  # the README's links are absolute, for PyPI
+            for home in homes:
+                target = target.removeprefix(home)
             target = re.sub(r"^(docs/notebooks/.*)\.ipynb$", r"\1.md", target)
         else:
             target = posixpath.normpath(posixpath.join(here, target))

@@ -34,7 +34,7 @@ SURE = 0.9
 MEMBERS = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
 LONG_MEMBERS = (0.0, "sigma-hat")
 # Few steps: schedulers of diffusers on their own spacing, and ours.
-FEW = {
+FEW: dict[str, dict[str, Any]] = {
     "DDIMScheduler of diffusers": {"class": "DDIMScheduler", "timestep_spacing": "leading"},
     "DPM-Solver++": {"class": "DPMSolverMultistepScheduler", "timestep_spacing": "linspace"},
     "UniPC": {"class": "UniPCMultistepScheduler", "timestep_spacing": "linspace"},

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ddim_schedulers.forms import FORMS
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"private": args.private, "revision": args.revision}
     named = {} if args.message is None else {"message": args.message}
     push: Callable[..., str]
+    kept: dict[str, Any]
     if args.space is None:
         folder = pipeline_folder(args.pipeline, "--pipeline", on_hub=False)
         form = "portable" if args.form is None else args.form

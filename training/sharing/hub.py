@@ -53,7 +53,7 @@ class Kind:
     repo_type: str
     word: str
     mark: str
-    creation: Mapping[str, str] = field(default_factory=dict)
+    creation: Mapping[str, Any] = field(default_factory=dict)
 
 
 MODEL = Kind("model", "pipeline", "model_index.json")
@@ -293,7 +293,9 @@ class _Push:
         # `False` would overrule an organisation whose repositories are private by default
         visibility = True if private else None
         create, of = partial(self.api.create_repo, **self.kind.creation), self.kind.repo_type
-        self._retry(lambda: create(self.repo_id, repo_type=of, private=visibility, exist_ok=True))
+        self._retry(
+            lambda: create(repo_id=self.repo_id, repo_type=of, private=visibility, exist_ok=True)
+        )
         if private and not self._retry(self._info).private:
             raise PushError(
                 f"{self.repo_id} exists and is public, but --private was asked for; nothing was "
