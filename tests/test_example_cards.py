@@ -166,11 +166,11 @@ def test_the_hub_reads_the_metadata_of_committed_cards(folder, loopback_hub, mon
     found = metadata_load(folder / "README.md")
     assert found["license"] and found["library_name"] == "diffusers"
     measured = model_index_to_eval_results(found["model-index"])[1]
-    assert measured == card.data.eval_results and len(measured) > 4
+    assert measured == card.data.eval_results and len(measured) >= 4
     assert all(isinstance(result.metric_value, float) for result in measured)
 
 
-@pytest.mark.parametrize("name", ["digits-8", "fashion-mnist-32"])
+@pytest.mark.parametrize("name", ["digits-8", "fashion-mnist-32", "fashion-mnist-32-conditional"])
 def test_examples_have_the_texts_of_a_card(name):
     config = load_evaluation(
         str(Path(str(files("ddim_schedulers.training"))) / "configs" / f"{name}-evaluate.yaml")

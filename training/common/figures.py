@@ -41,7 +41,8 @@ def panels_figure(panels: Sequence[tuple[str, Image.Image]], columns: int, width
         axis.axis("off")
     for axis, (title, picture) in zip(axes, panels, strict=False):
         axis.imshow(np.asarray(picture), **_GREY)
-        axis.set_title(title, fontsize=9)
+        # a letter is about 0.6 of its size wide, and an inch has 72 points
+        axis.set_title(title, fontsize=min(9, width * 72 / (0.6 * max(len(title), 1))))
     return figure
 
 

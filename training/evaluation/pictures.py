@@ -11,7 +11,7 @@ from ddim_schedulers.training.common.figures import panels_figure, rows_figure
 from ddim_schedulers.training.evaluation.cells import Evaluation
 from ddim_schedulers.training.evaluation.references import from_uint8
 
-SHOWN_ROWS, SHOWN_IMAGES, SHOWN_STEPS = 8, 8, 3
+SHOWN_ROWS, SHOWN_IMAGES, SHOWN_STEPS = 8, 10, 3
 
 
 def curves(
@@ -115,6 +115,8 @@ def guidance_figure(table: dict[str, Any], features: Sequence[str]) -> Any:
         right.set(xlabel="guidance scale w", ylabel="share recognised")
         for axis in (left, middle, right):
             axis.grid(alpha=0.3)
+        if not right.lines:  # a space that calls no classes
+            right.axis("off")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
     return figure
