@@ -343,6 +343,11 @@ def measurement():
     return box_superresolution(SHAPE, 2).A(images())
 
 
+def median(x):
+    """A(-2 x) = -2 A(x), and yet not linear."""
+    return torch.stack([x, x.roll(1, -1), x.roll(2, -1)]).median(dim=0).values
+
+
 REFUSED = {
     "a size": (
         {"measurement": lambda: images()},
@@ -424,6 +429,10 @@ REFUSED = {
     ),
     "a square": (
         {"operator": lambda: Broken(A=lambda x: box_superresolution(SHAPE, 2).A(x) ** 2)},
+        "`operator.A` of Broken is not linear, or mixes the images of a batch",
+    ),
+    "a median": (
+        {"operator": lambda: Broken(A=lambda x: boxes().A(median(x)))},
         "`operator.A` of Broken is not linear, or mixes the images of a batch",
     ),
     "A of the batch's mean": (

@@ -80,11 +80,14 @@ def check_operator(
     if bool(of_zeros.any()):
         raise ValueError(f"`operator.A` of {kind} is not linear; A(0) must be 0.")
     pair = _probe(2, ones)
-    of_pair, other = _applied(operator, "A", pair), _applied(operator, "A", -2 * pair[1:])
-    if float((other + 2 * of_pair[1:]).abs().max()) > _LINEAR * float(other.abs().max()):
+    first, second = _applied(operator, "A", pair)
+    together = _applied(operator, "A", pair[:1] - 2 * pair[1:])[0]
+    # of two images, for a median is linear in the scale of one
+    error = (together - (first - 2 * second)).abs().max()
+    if float(error) > _LINEAR * float(together.abs().max()):
         raise ValueError(
-            f"`operator.A` of {kind} is not linear, or mixes the images of a batch; A(-2 x) of one "
-            "image must be -2 A(x) of the same image beside another one."
+            f"`operator.A` of {kind} is not linear, or mixes the images of a batch; A(x - 2 z) "
+            "must be A(x) - 2 A(z), also where x and z are in one batch."
         )
     for name in ("A_adjoint", "A_dagger"):
         back = _applied(operator, name, of_ones)
