@@ -46,11 +46,14 @@ VERBS: dict[str, str] = {
     "resumable.",
     "export": "Make a pipeline's folder of a run, a checkpoint, or a pipeline in another form.",
     "convert": "Turn a PyTorch DDPM checkpoint (pesser/pytorch_diffusion, DDIM) into a pipeline.",
-    "push": "Share a saved pipeline on the Hugging Face Hub.",
+    "push": "Share a saved pipeline, or a Space of the playground, on the Hugging Face Hub.",
 }
 OWN_PARSER: frozenset[str] = frozenset({"train"})
 
-WITHOUT_ARGUMENTS = {"demo"}  # these run; any other verb shows its help where no word follows
+WITHOUT_ARGUMENTS = {
+    "app",
+    "demo",
+}  # these run; any other verb shows its help where no word follows
 
 # The modules that each extra brings, by the name under which they are imported.
 EXTRAS: dict[str, tuple[str, ...]] = {
