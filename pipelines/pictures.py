@@ -10,13 +10,15 @@ from PIL import Image
 from ddim_schedulers.pipelines.images import to_pil, to_uint8
 from ddim_schedulers.pipelines.observers import SamplingPath
 
+SHOWN_PIXELS = 64
+
 
 def make_grid(
     images: Sequence[Image.Image] | np.ndarray | torch.Tensor,
     columns: int | None = None,
     *,
     padding: int = 2,
-    scale: int = 1,
+    scale: int | None = 1,
 ) -> Image.Image:
     """Return one picture of all images, row by row on a mid-grey ground.
 
@@ -25,7 +27,8 @@ def make_grid(
             tensor (N, C, H, W) in [0, 1]: what the pipelines return as pil, np and pt.
         columns: images in a row; None makes the grid about square.
         padding: pixels between and around the images, >= 0.
-        scale: integer factor of enlargement, by repeating pixels.
+        scale: integer factor of enlargement, by repeating pixels; None enlarges images up to 64
+            pixels on their short side, so that small ones can be seen.
 
     Raises:
         ValueError: for no images, images of different sizes or modes, or arguments out of range.
@@ -37,6 +40,7 @@ def make_grid(
     if any(tile.size != size or tile.mode != mode for tile in tiles):
         raise ValueError("`images` differ in size or mode; a grid needs them all alike.")
     columns = math.ceil(math.sqrt(len(tiles))) if columns is None else columns
+    scale = max(1, SHOWN_PIXELS // min(size)) if scale is None else scale
     if columns < 1 or padding < 0 or scale < 1:
         raise ValueError(
             f"`columns` is {columns}, `padding` {padding}, `scale` {scale}; they must be >= "

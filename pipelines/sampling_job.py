@@ -297,7 +297,7 @@ def _sample_share(
             complete = False  # another process is about to make it again
         else:
             owner.check()
-            write_png(folder / GRID, make_grid(first), rank)
+            write_png(folder / GRID, make_grid(first, scale=None), rank)
     return SamplingReport(written, present, complete, sampled)
 
 

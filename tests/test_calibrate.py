@@ -266,7 +266,7 @@ def test_commands_from_end_to_end(pipeline, tmp_path, capsys):
         [
             "likelihood",
             *arguments,
-            *("--part", "held_out", "--output_dir", str(tmp_path / "out"), "--steps", "3", "12"),
+            *("--part", "held_out", "--output", str(tmp_path / "out"), "--steps", "3", "12"),
             *("--trajectories", "even", "optimal", "--work_dir", str(tmp_path / "elsewhere")),
         ]
     )

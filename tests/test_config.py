@@ -57,6 +57,11 @@ def test_flags_win_over_files(tmp_path):
     assert parse_args(["--batch-size", "4"])[0].batch_size == 4
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--output-dir", "--output"])
+def test_the_folder_of_a_run_is_named_as_in_the_other_verbs(flag):
+    assert parse_args([flag, "mine"])[0].output_dir == "mine"
+
+
 def test_a_flag_can_take_back_what_a_file_sets(tmp_path):
     path = write(tmp_path / "run.yaml", {"dropout": 0.1, "value_range": [0, 1]})
     words = ["--dropout", "null", "--value_range", "null", "--max_grad_norm", "null"]

@@ -200,7 +200,7 @@ def test_a_folder_is_extended(tmp_path, file_format, world_size):
         kept = [name for name in first if name.startswith("images")]
         assert len(kept) == 6 and all(grown[name] == first[name] for name in kept)
     with Image.open(tmp_path / "grown/grid.png") as a, Image.open(tmp_path / "whole/grid.png") as b:
-        assert a.size == b.size
+        assert a.size == b.size == (4 * (64 + 2) + 2, 3 * (64 + 2) + 2)
 
 
 def test_a_folder_of_other_images_is_refused(tmp_path):
@@ -493,7 +493,7 @@ def test_reconstruct_and_interpolate_commands(model, tmp_path, capsys):
     assert report["residual_max"] > 0 and isinstance(report["converged"], bool)
     assert load_file(out / "latents.safetensors")["latents"].shape == (2, 1, SIZE, SIZE)
     with Image.open(out / "grid.png") as grid:
-        assert grid.size == (4 * (SIZE + 2) + 2, SIZE + 4)
+        assert grid.size == (4 * (64 + 2) + 2, 64 + 4)
 
     ddim = [*common, "--scheduler", "ddim", "--num_points", "3"]
     for name, extra, count in (

@@ -26,9 +26,9 @@ def names_code(feature_space: str) -> bool:
     return ":" in feature_space and not known and not feature_space.endswith(".safetensors")
 
 
-def option(default: Any, help_text: str) -> Any:
-    """Return a field whose `help_text` is what `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def option(default: Any, help_text: str, *aliases: str) -> Any:
+    """Return a field whose `help_text` is what `--help` shows; `aliases` are more flags of it."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "aliases": aliases})
 
 
 @dataclass
@@ -286,7 +286,7 @@ class CheckpointConfig:
 
     _argument_group_name = "checkpoints"
 
-    output_dir: str = option("runs/train", "folder of the run")
+    output_dir: str = option("runs/train", "folder of the run", "--output")
     checkpoint_every: int = option(1000, "steps between checkpoints; 0: only at the end")
     keep_last: int = option(2, "checkpoints kept, the best one not counted")
     resume: str = option(

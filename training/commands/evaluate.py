@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", help="folder or Hub name, in place of the file's")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--data", help="data set, in place of the file's")
-    parser.add_argument("--output_dir", help="folder for all that is written; goes on where it was")
+    parser.add_argument(
+        "--output_dir", "--output", help="folder for all that is written; goes on where it was"
+    )
     parser.add_argument("--cache_dir", help="where features of the real images are kept")
     parser.add_argument("--classifier", help="file of the classifier; trained if it is missing")
     parser.add_argument("--batch_size", type=int, help="images in a network call")

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     add_condition_arguments(parser)
     parser.add_argument("--num_images", type=int, default=64, help="images (64)")
-    parser.add_argument("--output_dir", required=True, help="folder for JSON, table and plot")
+    parser.add_argument(
+        "--output_dir", "--output", required=True, help="folder for JSON, table and plot"
+    )
     parser.add_argument(
         "--steps",
         type=int,

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         _picture_files.write(folder, names, output.images)
         _picture_files.write_latents(folder / "latents.safetensors", output.inversion.latents)
         pairs = [image for pair in zip(images, output.images, strict=True) for image in pair]
-        _picture_files.write_grid(folder, make_grid(pairs, min(len(pairs), 16)))
+        _picture_files.write_grid(folder, make_grid(pairs, min(len(pairs), 16), scale=None))
         residual = output.inversion.residual
         mean = float(output.error.mean())
         report = {

@@ -29,7 +29,6 @@ METHOD_OPTIONS = {
     "jump_length": "repaint",
 }
 SHEET_IMAGES = 8
-SHOWN_PIXELS = 64  # small images are enlarged up to this side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -356,5 +355,4 @@ def _sheet(
     if each > 1:
         # the largest standard deviation of values in [0, 1] is 0.5
         columns += [grouped.mean(dim=1), 2 * grouped.std(dim=1, correction=0)]
-    scale = max(1, SHOWN_PIXELS // min(restored.shape[-2:]))
-    return make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), scale=scale)
+    return make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), scale=None)
