@@ -86,6 +86,23 @@ class Conditions:
                     f"`{one}` and {_quoted(both)} are both given; pass one of the two."
                 )
 
+    @classmethod
+    def of_call(cls, keywords: dict[str, Any]) -> "Conditions":
+        """Return the conditions among a pipeline's arguments, which are what it has left over.
+
+        Raises:
+            TypeError: for a name that no condition has.
+            ValueError: as the class.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in keywords:
+            if name not in names:
+                raise TypeError(
+                    f"`{name}` is no argument of this pipeline; as conditions it takes "
+                    f"{', '.join(f'`{one}`' for one in names)}."
+                )
+        return cls(**keywords)
+
     def given(self) -> set[str]:
         """Return the names of the attributes that are set."""
         return {f.name for f in fields(self) if not _is_default(getattr(self, f.name), f.default)}
@@ -292,7 +309,7 @@ def one_class(conditions: dict[str, Any]) -> dict[str, Any]:
         TypeError: for a name that no condition has.
         ValueError: for labels of several images, or as `Conditions`.
     """
-    labels = Conditions(**conditions).class_labels
+    labels = Conditions.of_call(conditions).class_labels
     if count_of(labels) is not None:
         raise ValueError(f"`class_labels` is {labels!r}; it must be a single class for all images.")
     return conditions

@@ -108,7 +108,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         """
         _check_count("num_points", num_points)
         common = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
-        asked = Conditions(**conditions)
+        asked = Conditions.of_call(conditions)
         ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) < 2:
             name = "seeds" if seeds is not None else "images" if latents is None else "latents"
@@ -163,7 +163,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         _check_count("rows", rows)
         _check_count("columns", columns)
         common = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
-        asked = Conditions(**conditions)
+        asked = Conditions.of_call(conditions)
         ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) != 4:
             raise ValueError(f"{len(ends.latents)} corners are given; the grid needs four.")
@@ -236,7 +236,7 @@ class InterpolationPipeline(UnconditionalPipeline):
         t = nearest_planned(self._check_timestep(timestep), planned, "timestep")
         x_t = q_sample(x0, eps, Levels(self.scheduler).at(t))
         weights = [i / (num_points - 1) for i in range(num_points)]
-        labels = Conditions(**conditions).class_labels
+        labels = Conditions.of_call(conditions).class_labels
         _check_ends(labels, 2)
         mixed = torch.stack([(1 - w) * x_t[0] + w * x_t[1] for w in weights])
         images_out = self.sibling(GenerationPipeline)(

@@ -173,7 +173,7 @@ class AnnealedLangevinPipeline(UnconditionalPipeline):
         if eta is not None and not predictor:
             raise ValueError(f"`eta` is {eta!r} without `predictor`; it is the predictor's.")
         latents = None if latents is None else self.check_latents(latents)
-        asked = Conditions(**conditions)
+        asked = Conditions.of_call(conditions)
         noise = make_noise(num_images, seeds, generator, latents, count_of(asked.class_labels))
         named = noise.seeds if latents is None else None
         output = self.buffer(output_type, noise.num_images, named)

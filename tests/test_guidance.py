@@ -721,7 +721,7 @@ def test_variations_keep_their_class():
     assert torch.equal(run.original, plain[0]) and len(run.images[0]) == 2
     with pytest.raises(ValueError, match="single class"):
         pipe.variations(3, [500], [7, 8], class_labels=[1, 1], **settings)
-    with pytest.raises(TypeError, match="guidance_scael"):
+    with pytest.raises(TypeError, match="`guidance_scael` is no argument of this pipeline"):
         pipe.variations(3, [500], [7, 8], guidance_scael=2, **settings)
 
 

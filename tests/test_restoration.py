@@ -311,7 +311,7 @@ def test_labels_and_guidance_compose():
         pipe(y, operator, **settings)
     with pytest.raises(ValueError, match="`class_labels` has 2 labels for 1 images"):
         pipe(y, operator, class_labels=[0, 1], **settings)
-    with pytest.raises(TypeError, match="unknown"):
+    with pytest.raises(TypeError, match="`unknown` is no argument of this pipeline"):
         pipe(y, operator, unknown=1, **settings)
 
 

@@ -171,7 +171,7 @@ class RestorationPipeline(UnconditionalPipeline):
         each = _samples_of_each(num_samples, len(y), seeds, generator, latents)
         noise = make_noise(len(y) * each, seeds, generator, latents)
         bound = BoundConditions(
-            Conditions(**conditions), self.unet, self.scheduler, noise.num_images, device
+            Conditions.of_call(conditions), self.unet, self.scheduler, noise.num_images, device
         )
         tau = self.planned(num_inference_steps, timesteps, device)
         steps = steps_of(self.scheduler, [int(t) for t in tau.tolist()], eta, eta_rule)
