@@ -80,7 +80,7 @@ def register() -> None:
 
 
 def to_portable(scheduler: Any) -> tuple[Any, list[str]]:
-    """Return the stock scheduler that stands in for ours, carrying our settings in its config.
+    """Return the stock scheduler that takes the place of ours, with our settings in its config.
 
     Args:
         scheduler: one of our three schedulers.

@@ -20,7 +20,7 @@ from .parameterization import Coefficients
 
 
 class Scales(NamedTuple):
-    """What the rows of a table are scaled by; None stands for 1.
+    """What the rows of a table are scaled by; None means 1.
 
     eps is k(t), (T,). end multiplies what a step returns, (T,): 1 but where it finishes the sample.
     """

@@ -12,7 +12,7 @@ SETTINGS_KEY = "_ddim_schedulers"
 def restore_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with the settings of a portable export put back; any other as it is.
 
-    A value that stands in for one of ours is replaced only where nobody changed it since. The
+    A stock value in the place of one of ours is replaced only where nobody changed it since. The
     values are checked by the constructor, like those of any config.
 
     Raises:

@@ -46,7 +46,7 @@ def encode_and_refine(
     """Encode samples along a trajectory with any network call, each step refined.
 
     One step up from x_s to x_t takes one call, plain inversion (DDIM, Sec. 4.3), and one more for
-    each refinement. Nothing is said of an image that has not converged: read `converged`.
+    each refinement. An image that has not converged causes no error: read `converged`.
 
     Args:
         denoise: (x_t, t) -> the model output, of the scheduler's `prediction_type` and in the dtype

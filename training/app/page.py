@@ -312,7 +312,7 @@ def _number(name: str, text: str | None) -> float | None:
 
 
 def _newest(said: queue.Queue[Any]) -> Any:  # noqa: ANN401
-    """Return what is said last: a browser does not need every call of a fast network."""
+    """Return the latest line of progress: a browser does not need every call of a fast network."""
     found = said.get()
     while not said.empty():
         later = said.get()

@@ -47,7 +47,7 @@ def _pipeline_files(folder: Path) -> dict[str, bytes | Path]:
     """Return the files in the plug-in form, for the Space has this package, where there is one."""
     try:
         return export_folder(folder, "plug-in").files
-    except ValueError:  # of stock classes alone; or it cannot be exported, which is said again
+    except ValueError:  # of stock classes alone; or it cannot be exported, which is reported later
         return export_folder(folder, "portable").files
 
 

@@ -127,7 +127,7 @@ class Outcome:
 def stored_entry(
     config: Mapping[str, Any], calls: int, guiding: Guiding = UNGUIDED
 ) -> dict[str, Any]:
-    """Return what is there now for a number of calls: a stored table, or the analytic steps.
+    """Return the present sampler of a number of calls: a stored table, or the analytic steps.
 
     A table that was made at other guidance does not count.
 

@@ -54,7 +54,7 @@ class Sampler:
         said: the settings that the name says.
         conditions: arguments of generation that guide it, by their names; `guide` and `classifier`
             are places of networks.
-        base: the name without what is said of guidance.
+        base: the name without the guidance settings.
     """
 
     name: str

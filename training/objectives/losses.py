@@ -208,7 +208,7 @@ def make_objective(config: TrainingConfig, levels: int | None) -> Objective:
 
 
 def bound_variance(variance_type: str) -> str:
-    """Return the variance of the bound that a setting `variance_type` stands for."""
+    """Return the variance of the bound of a setting `variance_type`."""
     return "fixed_large" if variance_type == "auto" else variance_type
 
 

@@ -21,7 +21,7 @@ class Ddrm(Method):
 
     In the direction of a singular value s, y / s is x_0 with noise of standard deviation
     noise_std / s. Where x_s is noisier than that, it starts from y / s; where it is cleaner, the
-    measurement's error stands in for eps_hat; what was not measured is the family.
+    measurement's error takes the place of eps_hat; what was not measured is the family.
 
     Args:
         eta_b: share of y / s in the mean, in [0, 1].
