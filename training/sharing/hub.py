@@ -60,6 +60,28 @@ MODEL = Kind("model", "pipeline", "model_index.json")
 SPACE = Kind("space", "Space", "app.py", {"space_sdk": "gradio"})
 
 
+@dataclass(frozen=True)
+class PushSettings:
+    """Where a push goes, and how; `push_pipeline` explains each.
+
+    Raises:
+        ValueError: for a `repo_id` or `attempts` that cannot be.
+    """
+
+    repo_id: str
+    private: bool
+    revision: str | None
+    token: str | None = field(repr=False)
+    message: str
+    endpoint: str | None
+    attempts: int
+
+    def __post_init__(self) -> None:
+        check_repo_id(self.repo_id)
+        if self.attempts < 1:
+            raise ValueError(f"`attempts` is {self.attempts}; it must be >= 1.")
+
+
 class PushError(RuntimeError):
     """A push that did not happen; the message is one sentence that says what to do."""
 
@@ -103,16 +125,12 @@ def push_pipeline(
         PushError: if the Hub cannot be reached or refuses.
     """
     check_form(form)
-    check_repo_id(repo_id)
-    if attempts < 1:
-        raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
+    settings = PushSettings(repo_id, private, revision, token, message, endpoint, attempts)
     root = Path(pipeline_dir)
     if not root.is_dir():  # raises, and names the fault
         export_folder(root, form)
     with own(root, "push", read_only=True):
-        return _push_owned(
-            root, repo_id, form, private, revision, token, message, endpoint, attempts
-        )
+        return send(_with_card(root, repo_id, form), MODEL, settings)
 
 
 def contents_of_push(
@@ -162,42 +180,17 @@ def _check(export: Export, kind: Kind, token: str) -> None:
         )
 
 
-def _push_owned(
-    pipeline_dir: Path,
-    repo_id: str,
-    form: str,
-    private: bool,
-    revision: str | None,
-    token: str | None,
-    message: str,
-    endpoint: str | None,
-    attempts: int,
-) -> str:
-    export = _with_card(pipeline_dir, repo_id, form)
-    return send(export, MODEL, repo_id, private, revision, token, message, endpoint, attempts)
-
-
-def send(
-    export: Export,
-    kind: Kind,
-    repo_id: str,
-    private: bool,
-    revision: str | None,
-    token: str | None,
-    message: str,
-    endpoint: str | None,
-    attempts: int,
-) -> str:
+def send(export: Export, kind: Kind, settings: PushSettings) -> str:
     """Send the files after a search for credentials; see `push_pipeline`."""
-    token = _usable_token(token)
+    token = _usable_token(settings.token)
     _check(export, kind, token)
-    push = _Push(kind, repo_id, token, endpoint, attempts)
+    push = _Push(kind, settings, token)
     try:
-        return push.run(export, private, revision, message)
+        return push.run(export)
     except PushError:
         raise
     except Exception as error:  # all that the client raises becomes one sentence
-        raise PushError(_scrub(sentence_of(error, repo_id, push.endpoint), token)) from None
+        raise PushError(_scrub(sentence_of(error, push.repo_id, push.endpoint), token)) from None
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -264,18 +257,16 @@ def repeat_command(
 class _Push:
     """One push: the client, and the steps that are repeated while the network fails."""
 
-    def __init__(
-        self, kind: Kind, repo_id: str, token: str, endpoint: str | None, attempts: int
-    ) -> None:
+    def __init__(self, kind: Kind, settings: PushSettings, token: str) -> None:
         from huggingface_hub import HfApi
 
         from ddim_schedulers import __version__
 
         self.kind = kind
-        self.repo_id = repo_id
-        self.attempts = attempts
+        self.settings = settings
+        self.repo_id = settings.repo_id
         self.api = HfApi(
-            endpoint=endpoint,
+            endpoint=settings.endpoint,
             token=token,
             library_name="ddim-schedulers",
             library_version=__version__,
@@ -287,9 +278,10 @@ class _Push:
                 "in the place of the token, and be shown in errors; take them out of it."
             )
 
-    def run(self, export: Export, private: bool, revision: str | None, message: str) -> str:
+    def run(self, export: Export) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        private, revision = self.settings.private, self.settings.revision
         # `False` would overrule an organisation whose repositories are private by default
         visibility = True if private else None
         create, of = partial(self.api.create_repo, **self.kind.creation), self.kind.repo_type
@@ -321,7 +313,7 @@ class _Push:
                 self.repo_id,
                 [*add, *delete],
                 repo_type=of,
-                commit_message=message,
+                commit_message=self.settings.message,
                 revision=revision,
             )
             return done.commit_url
@@ -343,19 +335,20 @@ class _Push:
         return [p for p in there if p.partition("/")[0] in folders and p not in export.files]
 
     def _retry(self, call: Callable[[], R]) -> R:
-        for attempt in range(1, self.attempts + 1):
+        attempts = self.settings.attempts
+        for attempt in range(1, attempts + 1):
             try:
                 with _timeout():
                     return call()
             except Exception as error:
                 status, wait = status_of(error), wait_after(error, attempt)
-                last = attempt == self.attempts or wait > LONGEST_WAIT
+                last = attempt == attempts or wait > LONGEST_WAIT
                 if last or not is_passing(error):
                     raise
                 reason = f"it answers {status}" if status else type(cause_of(error)).__name__
                 print(
                     f"{self.endpoint} fails ({reason}); trying again in {wait:.0f} s "
-                    f"({attempt} of {self.attempts - 1}).",
+                    f"({attempt} of {attempts - 1}).",
                     file=sys.stderr,
                 )
                 time.sleep(wait)

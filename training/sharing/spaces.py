@@ -44,14 +44,10 @@ def push_space(
         ValueError: for an argument out of its range, or a folder that is no Gradio Space.
         PushError: if the Hub cannot be reached or refuses.
     """
-    hub.check_repo_id(repo_id)
-    if attempts < 1:
-        raise ValueError(f"`attempts` is {attempts}; it must be >= 1.")
+    settings = hub.PushSettings(repo_id, private, revision, token, message, endpoint, attempts)
     export = space_files(folder)
     with own(folder, "push", read_only=True):
-        return hub.send(
-            export, hub.SPACE, repo_id, private, revision, token, message, endpoint, attempts
-        )
+        return hub.send(export, hub.SPACE, settings)
 
 
 def space_files(folder: str | os.PathLike[str]) -> Export:
