@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+from contextlib import contextmanager
 
 import pytest
 from huggingface_hub import SpaceCard
@@ -9,8 +10,9 @@ from huggingface_hub import SpaceCard
 from ddim_schedulers import GeneralizedDDIMScheduler
 from ddim_schedulers.export import save_pipeline
 from ddim_schedulers.pipelines import GenerationPipeline
+from ddim_schedulers.pipelines.ownership import own
 from ddim_schedulers.training import cli
-from ddim_schedulers.training.sharing import hub
+from ddim_schedulers.training.sharing import hub, spaces
 from ddim_schedulers.training.sharing.spaces import push_space, space_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -80,6 +82,26 @@ def test_a_later_version_leaves_no_old_files_of_the_pipeline(server, space):
     (space / "packages.txt").write_text("git\n")
     push_space(space, REPO, private=False, message="second")
     assert set(files(server)) == FILES - {"pipeline/unet/config.json"} | {"packages.txt"}
+
+
+def test_the_files_are_those_that_the_owner_before_left(server, space, monkeypatch):
+    @contextmanager
+    def after_another(folder, *args, **options):
+        (space / "packages.txt").write_text("git\n")
+        (space / "pipeline" / "unet" / "config.json").unlink()
+        with own(folder, *args, **options):
+            yield
+
+    monkeypatch.setattr(spaces, "own", after_another)
+    push_space(space, REPO)
+    assert set(files(server)) == FILES - {"pipeline/unet/config.json"} | {"packages.txt"}
+
+
+@pytest.mark.parametrize("place", ["missing", "space/app.py"])
+def test_what_is_no_folder_is_refused_and_not_made(server, space, place):
+    with pytest.raises(ValueError, match=re.escape("has no README.md; it must be a folder")):
+        push_space(space.parent / place, REPO)
+    assert not (space.parent / "missing").exists() and not server.repos
 
 
 def test_the_space_has_the_scheduler_as_it_was_saved(space):

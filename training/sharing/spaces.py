@@ -45,9 +45,10 @@ def push_space(
         PushError: if the Hub cannot be reached or refuses.
     """
     settings = hub.PushSettings(repo_id, private, revision, token, message, endpoint, attempts)
-    export = space_files(folder)
+    if not Path(folder).is_dir():  # raises, and names the fault
+        space_files(folder)
     with own(folder, "push", read_only=True):
-        return hub.send(export, hub.SPACE, settings)
+        return hub.send(space_files(folder), hub.SPACE, settings)
 
 
 def space_files(folder: str | os.PathLike[str]) -> Export:
