@@ -197,7 +197,10 @@ class UnconditionalPipeline(DiffusionPipeline):
         """
         network = cast(Any, self.unet)
         if dtype is not None and dtype != network.dtype:
-            network.to(dtype)
+            # `ModelMixin.to` warns of modules to be kept in float32 also where there are none
+            names = ("_keep_in_fp32_modules", "is_quantized")
+            special = any(getattr(network, name, None) for name in names)
+            network.to(dtype) if special else torch.nn.Module.to(network, dtype)
         if channels_last:
             network.to(memory_format=torch.channels_last)
         if compile is True or isinstance(compile, dict):

@@ -182,7 +182,7 @@ def run(verb, models, folder, *options, name="classes"):
     return cli.main([*options, "--num_inference_steps", "2", "--output", str(folder)])
 
 
-def test_sample_takes_labels_and_guidance(models, tmp_path, capsys):
+def test_sample_takes_labels_and_guidance(models, tmp_path, capsys, log):
     few = ["--num_images", "4"]
     guided = ["--labels", "cat", "2", "--guidance_scale", "2", "--guidance_interval", "0.2", "0.8"]
     assert run("sample", models, tmp_path / "a", *few, *guided, "--guidance_rescale", "0.7") == 0
@@ -190,7 +190,8 @@ def test_sample_takes_labels_and_guidance(models, tmp_path, capsys):
     assert said["class_labels"] == [0, 2] and said["guidance_interval"] == [0.2, 0.8]
     assert said["guidance_rescale"] == 0.7
     guide = ["--guide", str(models / "earlier"), "--guidance_scale", "1.5"]
-    assert run("sample", models, tmp_path / "b", *few, *guide) == 0
+    assert run("sample", models, tmp_path / "b", *few, *guide, "--dtype", "bfloat16") == 0
+    assert "float32" not in log.text
     said = json.loads((tmp_path / "b" / "sample.json").read_text())
     assert said["job"]["class_labels"] == [0, 1, 2] and "network" in said["guide"]
     negative = ["--labels", "cat", "--guidance_scale", "2", "--negative_label", "hot dog"]

@@ -61,9 +61,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_sweep_over_the_guidance_scale(folder):
+def test_a_sweep_over_the_guidance_scale(folder, log):
     config = parse_evaluation(settings(folder, folder / "early"))
     evaluation, results, written = evaluate(config, warns=False)
+    assert "float32" not in log.text
     (table,) = results["tables"]
     rows = [cell["row"] for cell in table["cells"]]
     name = "eta 0, trailing"

@@ -106,7 +106,7 @@ def test_network_and_step_are_one_graph(shapes):
     assert len(seen) == 1
 
 
-def test_options_compose_and_the_sample_keeps_float32():
+def test_options_compose_and_the_sample_keeps_float32(log):
     pipe = pipeline()
     settings = dict(seeds=[0, 1], num_inference_steps=3, output_type="latent", return_path=True)
     expected = pipe(**settings)
@@ -117,6 +117,14 @@ def test_options_compose_and_the_sample_keeps_float32():
     assert got.path.x_t[1].dtype == got.images.dtype == torch.float32
     torch.testing.assert_close(got.images, expected.images, rtol=0.05, atol=0.05)
     assert not torch.equal(got.images, expected.images)
+    assert not log.records
+
+
+def test_modules_that_belong_in_float32_are_told_of(log, monkeypatch):
+    pipe = pipeline()
+    monkeypatch.setattr(type(pipe.unet), "_keep_in_fp32_modules", ["time_embedding"])
+    pipe.speed_up(dtype=torch.bfloat16)
+    assert "should be kept in float32: ['time_embedding']" in log.text
 
 
 def test_a_network_compiled_by_the_user_is_taken(shapes):

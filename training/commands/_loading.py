@@ -29,8 +29,7 @@ def load_guides(pipe: "UnconditionalPipeline", args: argparse.Namespace) -> dict
 
         saved = read_saved(args.guide, allow_pickle=args.allow_pickle, option="--guide")
         check_same_process(pipe.scheduler, saved.scheduler, "guide")
-        guide: Any = saved.unet
-        found["guide"] = guide.to(device=pipe.device, dtype=pipe.unet.dtype)
+        found["guide"] = saved.to(pipe.device).speed_up(dtype=pipe.unet.dtype).unet
     if args.classifier is not None:
         from ddim_schedulers.training.networks.noisy_classifier import load_noisy_classifier
 

@@ -196,8 +196,7 @@ class Evaluation:
             return classifier.to(self.device)
         guide = self._read(place, name)
         check_same_process(self.pipe.scheduler, guide.scheduler, name)
-        network: Any = guide.unet
-        return network.to(device=self.device, dtype=self.pipe.unet.dtype)
+        return guide.to(self.device).speed_up(dtype=self.pipe.unet.dtype).unet
 
     def missing(self, cell: Cell) -> list[str]:
         """Return the feature spaces in which a cell is still to be measured."""
