@@ -224,16 +224,19 @@ def with_installed_schedulers(index: dict[str, Any]) -> dict[str, Any]:
 def _read_index(root: Path) -> dict[str, Any]:
     path = root / INDEX
     if not path.is_file():
-        raise ValueError(f"{root} is not a saved pipeline; such a folder must have a file {INDEX}.")
+        raise ValueError(
+            f"`pipeline_dir` is {str(root)!r}, which is not a saved pipeline; it must have a file "
+            f"{INDEX}."
+        )
     index = read_json(path)
     own = index.get("_class_name")
     if not isinstance(own, str) and not isinstance(own, list):
-        raise ValueError(f"{path}: `_class_name` must name the pipeline's class, got {own!r}.")
+        raise ValueError(f"{path}: `_class_name` is {own!r}; it must name the pipeline's class.")
     for name, entry in index.items():
         if not isinstance(entry, list):
             continue
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
-            raise ValueError(f"{path}: {name!r} must name a library and a class, got {entry!r}.")
+            raise ValueError(f"{path}: {name!r} is {entry!r}; it must be a library and a class.")
         if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[\w.]*", str(entry[0])):
             raise ValueError(
                 f"{path}: {name!r} or its library {entry[0]!r} is no name; a name must consist of "

@@ -112,7 +112,8 @@ def check_network_config(config: Mapping[str, Any], path: Place) -> None:
     lists = ("block_out_channels", "down_block_types", "up_block_types")
     lengths = {key: len(config[key]) for key in lists if key in config}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{str(path)!r}: {lengths} values; there must be as many of each.")
+        said = ", ".join(f"`{key}` has {length}" for key, length in lengths.items())
+        raise ValueError(f"{str(path)!r}: {said} values; there must be as many of each.")
     size, channels = config.get("sample_size") or 1, config.get("in_channels", 1)
     values = channels * (math.prod(size) if isinstance(size, list | tuple) else size**2)
     if values > VALUES:

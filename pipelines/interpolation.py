@@ -111,9 +111,9 @@ class InterpolationPipeline(UnconditionalPipeline):
         asked = Conditions.of_call(conditions)
         ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) < 2:
-            name = "seeds" if seeds is not None else "images" if latents is None else "latents"
             raise ValueError(
-                f"`{name}` has {len(ends.latents)} end; an interpolation must have at least two."
+                f"`{_given(seeds, latents)}` has {len(ends.latents)} end; an interpolation must "
+                "have at least two."
             )
         weights = [i / (num_points - 1) for i in range(num_points - 1)]
         mixed = slerp_chain(ends.latents, weights)
@@ -166,7 +166,10 @@ class InterpolationPipeline(UnconditionalPipeline):
         asked = Conditions.of_call(conditions)
         ends = self._ends(seeds, latents, images, refinements, batch_size, common, asked)
         if len(ends.latents) != 4:
-            raise ValueError(f"{len(ends.latents)} corners are given; the grid needs four.")
+            raise ValueError(
+                f"`{_given(seeds, latents)}` has {len(ends.latents)} corners; a grid must have "
+                "four."
+            )
         mixed = slerp_grid(ends.latents, rows, columns)
         labels = _over_grid(asked.class_labels, rows, columns)
         return self._decode(
@@ -338,6 +341,11 @@ class InterpolationPipeline(UnconditionalPipeline):
             **settings,
         )
         return InterpolationOutput(output.images, mixed, rows, ends.inversion)
+
+
+def _given(seeds: Sequence[int] | int | None, latents: torch.Tensor | None) -> str:
+    """Return the name of the argument that gave the ends."""
+    return "seeds" if seeds is not None else "images" if latents is None else "latents"
 
 
 def _check_ends(labels: ClassLabelInput | None, ends: int) -> None:

@@ -369,7 +369,7 @@ def test_other_schedulers_and_folders(tiny_ddpm, tmp_path):
     assert export.export_folder(tmp_path / "stock").schedulers == {}
     with pytest.raises(ValueError, match="no scheduler of .* is one of"):
         export.export_folder(tmp_path / "stock", "self-contained")
-    with pytest.raises(ValueError, match="is not a saved pipeline"):
+    with pytest.raises(ValueError, match="`pipeline_dir` is .*, which is not a saved pipeline"):
         export.export_folder(tmp_path)
     with pytest.raises(ValueError, match="`form` is 'zip'"):
         export.save_pipeline(stock, tmp_path / "zip", "zip")

@@ -169,8 +169,9 @@ INDEX = {
             "is no name; a name must consist of",
         ),
         ({**INDEX, "/etc": ["diffusers", "UNet2DModel"]}, "is no name; a name must consist of"),
-        ({**INDEX, "unet": ["diffusers"]}, "must name a library and a class"),
-        ({**INDEX, "unet": [{"a": 1}, 5]}, "must name a library and a class"),
+        ({**INDEX, "unet": ["diffusers"]}, "'unet' is .*; it must be a library and a class"),
+        ({**INDEX, "unet": [{"a": 1}, 5]}, "it must be a library and a class"),
+        ({**INDEX, "_class_name": 5}, "`_class_name` is 5; it must name the pipeline's class"),
         ({**INDEX, "scheduler": ["ddim_schedulers", "register"]}, "names the class 'register'"),
         (
             {**INDEX, "scheduler": ["ddim_schedulers.training.cli", "main"]},

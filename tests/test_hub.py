@@ -408,6 +408,11 @@ def test_the_verb(server, folder, capsys):
     assert told[2].strip().startswith("ddim-schedulers push --pipeline")
     assert cli.main(["push", "--pipeline", str(folder.parent), "--repo_id", REPO]) == 2
     assert "is not a saved pipeline" in capsys.readouterr().err
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"vqvae": ["diffusers", "VQModel"], "_class_name": "LDMPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert cli.main(["push", "--pipeline", str(folder), "--repo_id", REPO]) == 2
+    assert re.search("`--pipeline` is .*, whose vqvae has no config.json", capsys.readouterr().err)
     with pytest.raises(SystemExit):
         cli.main(["push", "--pipeline", str(folder), "--repo_id", REPO, "--form", "zip"])
 

@@ -72,6 +72,7 @@ WHOLES = {
     "pixels": ({"sample_size": 16384, "in_channels": 3}, "805306368 values"),
     "blocks": ({"up_block_types": ["UpBlock2D", "Nothing", "UpBlock2D", "UpBlock2D"]}, "Nothing"),
     "groups": ({"norm_num_groups": 5}, "no UNet2DModel has these settings"),
+    "as many": ({"block_out_channels": [32] * 3}, "`block_out_channels` has 3, `down_block_ty"),
     "number of blocks": ({"down_block_types": ["DownBlock2D"] * 10_000}, "1 to 12 names"),
 }
 

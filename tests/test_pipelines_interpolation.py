@@ -188,7 +188,9 @@ def test_what_does_not_fit_raises():
         pipe(seeds=[1])
     with pytest.raises(ValueError, match="`seeds` is {1: 2}; it must be an integer, or a list"):
         pipe(seeds={1: 2})
-    with pytest.raises(ValueError, match="four"):
+    with pytest.raises(ValueError, match="`seeds` has 2 corners; a grid must have four"):
         pipe.grid(seeds=[1, 2])
+    with pytest.raises(ValueError, match="`latents` has 3 corners"):
+        pipe.grid(latents=gaussian(3, 1, SIZE, SIZE))
     with pytest.raises(ValueError, match="num_points"):
         pipe(seeds=[1, 2], num_points=1)

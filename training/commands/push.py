@@ -10,7 +10,7 @@ from typing import Any
 from ddim_schedulers.forms import FORMS
 
 HELP = "Share a saved pipeline, or a Space of the playground, on the Hugging Face Hub."
-RENAMED = {"form": "--form"}
+RENAMED = {"form": "--form", "pipeline_dir": "--pipeline"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
