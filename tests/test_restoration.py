@@ -467,6 +467,33 @@ REFUSED = {
         {"operator": lambda: Broken(A_dagger=lambda y: y)},
         "`operator.A_dagger` of Broken changes the shape",
     ),
+    "another adjoint": (
+        {"operator": lambda: Broken(A_adjoint=boxes().A_dagger), "method": "mmps"},
+        "`operator.A_adjoint` of Broken is off by 0.59 of its size; it must be the adjoint",
+    ),
+    "an adjoint of a noisy measurement": (
+        {
+            "operator": lambda: Broken(A_adjoint=lambda y: boxes().A_adjoint(y).flip(-1)),
+            "method": "pigdm",
+            "noise_std": 0.1,
+        },
+        "`operator.A_adjoint` of Broken is off by",
+    ),
+    "an adjoint that mixes the batch": (
+        {
+            "operator": lambda: Broken(A_adjoint=lambda y: boxes().A_adjoint(y.flip(0))),
+            "method": "dps",
+        },
+        "`operator.A_adjoint` of Broken is off by",
+    ),
+    "a part's adjoint": (
+        {
+            "operator": lambda: Composition(
+                SHAPE, Broken(A_adjoint=lambda y: 1.1 * boxes().A_adjoint(y))
+            )
+        },
+        "`operator.A_adjoint` of Composition is off by 0.",
+    ),
     "too few seeds": ({"seeds": [1, 2, 3]}, "has 3 for 2 measurements"),
     "other seeds": ({"seeds": [1, 2], "num_samples": 2}, "contradict each other"),
     "samples": ({"num_samples": 0}, "`num_samples` is 0; it must be an integer >= 1"),

@@ -14,6 +14,7 @@ from ddim_schedulers.pipelines.restoration.operators import (
     Operator,
     Separable,
     SingularOperator,
+    adjoint_error,
     bicubic_superresolution,
     box_superresolution,
     gaussian_kernel,
@@ -80,6 +81,32 @@ def test_adjoint_and_pseudo_inverse(name):
         torch.testing.assert_close(a(kept), a(x), **close)
         fit = a(inverse(y))
         torch.testing.assert_close((fit * y).sum(), fit.square().sum(), **close)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_error_of_an_adjoint_is_rounding(name):
+    assert adjoint_error(OPERATORS[name](), SHAPE) < 1e-6
+    assert adjoint_error(OPERATORS[name](), SHAPE, torch.float64) < 1e-14
+
+
+class Paired:
+    """Two maps that may belong together."""
+
+    def __init__(self, forward, back):
+        self.A, self.A_adjoint = forward, back
+
+
+def test_the_error_of_an_adjoint_is_the_share_that_is_wrong():
+    blur = Blur(normal(3, 4), SHAPE)
+    for share in (1e-3, 1e-1):
+        off = adjoint_error(Paired(blur.A, lambda y, s=share: (1 + s) * blur.A_adjoint(y)), SHAPE)
+        assert share / 3 < off < 3 * share
+    assert adjoint_error(Paired(blur.A, blur.A), SHAPE) > 0.1
+    assert adjoint_error(Paired(blur.A, torch.zeros_like), SHAPE) > 0.1
+    mixed = Paired(blur.A, lambda y: blur.A_adjoint(y.flip(0)))
+    assert adjoint_error(mixed, SHAPE) > 0.1
+    with pytest.raises(ValueError, match=r"`operator.A_adjoint` of Paired gives \(2, 3, 12, 8\)"):
+        adjoint_error(Paired(blur.A, lambda y: y.mT), SHAPE)
 
 
 SINGULAR = [n for n, make in OPERATORS.items() if isinstance(make(), SingularOperator)]

@@ -5,7 +5,11 @@ from typing import Any
 import torch
 
 from ddim_schedulers.pipelines.restoration.methods import METHODS, Method
-from ddim_schedulers.pipelines.restoration.operators import LinearOperator, Operator
+from ddim_schedulers.pipelines.restoration.operators import (
+    LinearOperator,
+    Operator,
+    adjoint_error,
+)
 
 RANGES = ((-1, 1), (0, 1))
 # Methods take its square, which float32 must hold.
@@ -16,6 +20,8 @@ _ROUNDING = 1 / 128
 _DEVIATIONS = 10
 # The error by rounding that a linear operator may make, as a share of its largest value.
 _LINEAR = 1e-3
+# The same of an adjoint; half precision inside of an operator gives 1e-3.
+_ADJOINT = 1e-2
 
 
 def check_method(method: str | Method) -> Method:
@@ -56,12 +62,22 @@ def check_operator(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
+    uses_adjoint: bool,
 ) -> torch.Tensor:
     """Check that an operator takes images of `shape` and gives them back; return A(1), (1, ...).
 
+    Args:
+        operator: A.
+        shape: (C, H, W) of the images.
+        dtype: of the images.
+        device: of the images.
+        uses_adjoint: whether the method calls A_adjoint. Otherwise it is only compared with A in a
+            `LinearOperator`, whose A_dagger may be made of it.
+
     Raises:
         ValueError: for something without the three methods, an operator for other images, one that
-            is not linear, mixes the images of a batch, or changes the shape on the way back.
+            is not linear, mixes the images of a batch, changes the shape on the way back, or has
+            another adjoint.
     """
     kind = type(operator).__name__
     if isinstance(operator, type) or not isinstance(operator, Operator):
@@ -80,7 +96,8 @@ def check_operator(
     if bool(of_zeros.any()):
         raise ValueError(f"`operator.A` of {kind} is not linear; A(0) must be 0.")
     pair = _probe(2, ones)
-    first, second = _applied(operator, "A", pair)
+    measured = _applied(operator, "A", pair)
+    first, second = measured
     together = _applied(operator, "A", pair[:1] - 2 * pair[1:])[0]
     # of two images, for a median is linear in the scale of one
     error = (together - (first - 2 * second)).abs().max()
@@ -89,14 +106,27 @@ def check_operator(
             f"`operator.A` of {kind} is not linear, or mixes the images of a batch; A(x - 2 z) "
             "must be A(x) - 2 A(z), also where x and z are in one batch."
         )
-    for name in ("A_adjoint", "A_dagger"):
-        back = _applied(operator, name, of_ones)
-        if back.shape != ones.shape:
+    _check_back(operator, "A_adjoint", measured, pair)
+    if uses_adjoint or isinstance(operator, LinearOperator):
+        off = adjoint_error(operator, shape, dtype, device)
+        if not off <= _ADJOINT:
             raise ValueError(
-                f"`operator.{name}` of {kind} changes the shape: it gives {tuple(back.shape[1:])} "
-                f"for a measurement of images; it must give {shape}."
+                f"`operator.A_adjoint` of {kind} is off by {off:.2g} of its size; it must be the "
+                "adjoint of A, <A(x), y> = <x, A_adjoint(y)> for all x and y."
             )
+    _check_back(operator, "A_dagger", measured, pair)
     return of_ones
+
+
+def _check_back(operator: Any, name: str, y: torch.Tensor, images: torch.Tensor) -> None:  # noqa: ANN401
+    """Check that a method takes the measurement of images to their shape."""
+    back = _applied(operator, name, y)
+    if back.shape != images.shape:
+        raise ValueError(
+            f"`operator.{name}` of {type(operator).__name__} changes the shape: it gives "
+            f"{tuple(back.shape[1:])} for a measurement of images; it must give "
+            f"{tuple(images.shape[1:])}."
+        )
 
 
 def _applied(operator: Any, name: str, given: torch.Tensor) -> torch.Tensor:  # noqa: ANN401

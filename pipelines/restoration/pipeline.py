@@ -162,7 +162,8 @@ class RestorationPipeline(UnconditionalPipeline):
         check_callback(callback_on_step_end)
         device, shape = self._execution_device, self.image_shape
         chosen, noise_std = check_method(method), check_noise_std(noise_std)
-        of_ones = check_operator(operator, shape, self.state_dtype, device)
+        uses_adjoint = chosen.uses_adjoint(noise_std)
+        of_ones = check_operator(operator, shape, self.state_dtype, device, uses_adjoint)
         config = self.scheduler.config
         limit = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
         y = check_measurement(measurement, operator, of_ones, noise_std, measurement_range, limit)

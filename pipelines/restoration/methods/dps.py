@@ -33,6 +33,10 @@ class Dps(Method):
         if isinstance(zeta, bool) or not isinstance(zeta, int | float) or not 0 < zeta < math.inf:
             raise ValueError(f"`zeta` is {zeta!r}; it must be a finite number > 0.")
 
+    def uses_adjoint(self, noise_std: float) -> bool:
+        """Tell that it does."""
+        return True
+
     def predict(
         self, problem: Problem, denoiser: Denoiser, x_t: torch.Tensor, step: Step
     ) -> Prediction:

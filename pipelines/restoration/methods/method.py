@@ -51,6 +51,10 @@ class Method:
             ValueError: naming the argument.
         """
 
+    def uses_adjoint(self, noise_std: float) -> bool:
+        """Tell whether the method calls `A_adjoint` of an operator."""
+        return False
+
     def start(self, problem: Problem, noise: torch.Tensor, alpha_bar: float) -> torch.Tensor:
         """Return x_T (B, C, H, W) at `alpha_bar`, made of standard normal noise."""
         return noise

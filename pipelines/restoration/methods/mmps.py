@@ -54,6 +54,10 @@ class Mmps(Method):
         """Refuse levels without signal."""
         check_signal("mmps", steps)
 
+    def uses_adjoint(self, noise_std: float) -> bool:
+        """Tell that it does."""
+        return True
+
     def predict(
         self, problem: Problem, denoiser: Denoiser, x_t: torch.Tensor, step: Step
     ) -> Prediction:

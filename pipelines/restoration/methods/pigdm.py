@@ -29,6 +29,10 @@ class Pigdm(Method):
 
     name = "pigdm"
 
+    def uses_adjoint(self, noise_std: float) -> bool:
+        """Tell that it does where there is noise."""
+        return noise_std > 0
+
     def predict(
         self, problem: Problem, denoiser: Denoiser, x_t: torch.Tensor, step: Step
     ) -> Prediction:

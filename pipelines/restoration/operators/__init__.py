@@ -8,6 +8,7 @@ from ddim_schedulers.pipelines.restoration.operators.operator import (
     LinearOperator,
     Operator,
     SingularOperator,
+    adjoint_error,
 )
 from ddim_schedulers.pipelines.restoration.operators.sensing import CompressedSensing
 from ddim_schedulers.pipelines.restoration.operators.separable import (
@@ -27,6 +28,7 @@ __all__ = [
     "Operator",
     "Separable",
     "SingularOperator",
+    "adjoint_error",
     "bicubic_superresolution",
     "box_superresolution",
     "gaussian_kernel",

@@ -174,6 +174,48 @@ class SingularOperator(LinearOperator):
         return self._filter(self._transpose(y), weights)
 
 
+@torch.no_grad()
+def adjoint_error(
+    operator: Operator,
+    image_shape: ImageShape,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Return how far `A_adjoint` is from the adjoint of `A`, from one call of each.
+
+    Compares <A x, y> with <x, A_adjoint(y)> for two random images x and measurements y, always the
+    same ones. The result estimates the Frobenius norm of A_adjoint - A^T as a share of those of A
+    and A_adjoint: about 1e-7 by rounding in float32, 0.1 to 1.5 for a wrong factor or a flip.
+
+    Args:
+        operator: any object with A and A_adjoint, linear.
+        image_shape: (C, H, W) of its images.
+        dtype: of the images, float32 or float64.
+        device: of the images.
+
+    Raises:
+        ValueError: if A_adjoint gives another shape than that of images.
+    """
+    source = torch.Generator("cpu").manual_seed(1)
+
+    def normal(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=source, dtype=dtype, device="cpu")
+
+    x = normal((2, *check_image_shape(image_shape)), dtype)
+    forward = operator.A(x.to(device))
+    y = normal(forward.shape, forward.dtype)
+    back = operator.A_adjoint(y.to(forward.device))
+    if back.shape != x.shape:
+        raise ValueError(
+            f"`operator.A_adjoint` of {type(operator).__name__} gives {tuple(back.shape)}; it must "
+            f"be the shape of the images, {tuple(x.shape)}."
+        )
+    forward, back = forward.cpu().double(), back.cpu().double()
+    gap = (forward * y.double()).flatten(1).sum(1) - (x.double() * back).flatten(1).sum(1)
+    size = (forward.square().sum() + back.square().sum()) / 2
+    return float((gap.square().sum() / size).sqrt()) if size else 0.0
+
+
 def check_image_shape(shape: ImageShape) -> ImageShape:
     """Return `shape` if it is (C, H, W).
 
