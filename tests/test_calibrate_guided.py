@@ -19,7 +19,7 @@ from ddim_schedulers.solver_tables import SolverTable, guidance_of, pack_solver_
 from ddim_schedulers.training.calibration.predictor import Guiding, Predictor
 from ddim_schedulers.training.calibration.samples_job import SamplesJob, entry_of, stored_entry
 from ddim_schedulers.training.calibration.samples_run import calibrate_samples
-from ddim_schedulers.training.calibration.samples_search import Setting, Space
+from ddim_schedulers.training.calibration.samples_space import Setting, Space
 from ddim_schedulers.training.calibration.solver_fit import Constants
 from ddim_schedulers.training.calibration.solver_job import Outcome, SolverJob, lost
 from ddim_schedulers.training.calibration.solver_run import calibrate_solver

@@ -18,11 +18,16 @@ SCRIPT = """
 import os, signal, sys
 from functools import partial
 
-from ddim_schedulers.training.calibration import samples_job, samples_search, solver_job
+from ddim_schedulers.training.calibration import (
+    samples_job,
+    samples_search,
+    samples_space,
+    solver_job,
+)
 from ddim_schedulers.training.cli import main
 from ddim_schedulers.training.common.sealed_parts import SealedParts
 
-small = samples_search.Space(((0.0, None), (1.0, (0.2, 0.8))), (1.0, 1.1), (1.0,), rounds=0)
+small = samples_space.Space(((0.0, None), (1.0, (0.2, 0.8))), (1.0, 1.1), (1.0,), rounds=0)
 samples_job.SamplesJob = partial(samples_job.SamplesJob, space=small)
 # an untrained network: whatever comes first is stored
 samples_search.Verdict.wins = solver_job.Outcome.is_better = True

@@ -19,7 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from tiny_models import tiny_unet
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
-from ddim_schedulers.training.calibration import samples_job, samples_run, samples_search
+from ddim_schedulers.training.calibration import samples_job, samples_run, samples_space
 from ddim_schedulers.training.calibration.samples_job import (
     Outcome,
     SamplesJob,
@@ -122,7 +122,7 @@ def _synthetic(place, guards=lambda setting: 0.0, common=True, seed=0, n=100):
 
 def _away(setting):
     """How far a setting is from the best one: eps_scale 1.012, end_scale 1.02, eta 0.6."""
-    low, high = samples_search._line(setting.eps_scale)
+    low, high = samples_space._line(setting.eps_scale)
     off = [low - 1.012, high - 1.012, setting.end_scale - 1.02]
     return 20 * math.hypot(*off) + 0.5 * abs(setting.eta - 0.6)
 

@@ -33,6 +33,11 @@ class Guiding:
         """Tell whether it changes a prediction."""
         return guidance_of(self.scale, self.interval) is not None
 
+    @property
+    def calls(self) -> int:
+        """Return how many evaluations of the network a prediction takes."""
+        return 2 if self.acts else 1
+
     def check(self, model: MeasuredModel) -> None:
         """Check it against a network and its labels.
 

@@ -16,7 +16,8 @@ from ddim_schedulers.solver_tables import (
     solver_table_of,
 )
 from ddim_schedulers.training.calibration.predictor import UNGUIDED, Guiding, check_calls
-from ddim_schedulers.training.calibration.samples_search import BLOCKS, Setting, Space, Verdict
+from ddim_schedulers.training.calibration.samples_search import BLOCKS, Verdict
+from ddim_schedulers.training.calibration.samples_space import Setting, Space
 from ddim_schedulers.training.calibration.solver_job import NEUTRAL
 
 NEIGHBOURS = 5
@@ -117,10 +118,11 @@ class Outcome:
                 + (f"; kept out, {why}" if why else "; chosen")
                 + f" ({verdict.setting})"
             )
-            said += [
-                f"    {g.name}: {g.before:.4g} -> {g.value:.4g} +- {g.more.std_error:.2g}"
-                for g in verdict.guards
-            ]
+            if not why:
+                said += [
+                    f"    {g.name}: {g.before:.4g} -> {g.value:.4g} +- {g.more.std_error:.2g}"
+                    for g in verdict.guards
+                ]
         return said
 
 

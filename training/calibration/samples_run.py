@@ -21,6 +21,7 @@ from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.ownership import Owner
 from ddim_schedulers.training.calibration.predictor import Predictor
+from ddim_schedulers.training.calibration.progress import Progress, cost_line
 from ddim_schedulers.training.calibration.samples_job import (
     NEIGHBOURS,
     Outcome,
@@ -32,13 +33,14 @@ from ddim_schedulers.training.calibration.samples_search import (
     BLOCKS,
     FLOORS,
     Samples,
-    Setting,
     Tensors,
     Verdict,
     choose,
     compare,
+    most_blocks,
     search,
 )
+from ddim_schedulers.training.calibration.samples_space import Setting
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_parts
 from ddim_schedulers.training.common.seeds import generator
@@ -101,15 +103,7 @@ def calibrate_samples(
             of another run.
     """
     team = Team() if team is None else team
-    job.check(len(model.alpha_bar))
-    job.guiding.check(model)
-    if model.config.get("thresholding"):
-        raise ValueError(
-            "`thresholding` is True in the scheduler's config; a stored table goes with clipping "
-            "or with none"
-        )
-    if len(spaces) < 2:
-        raise ValueError(f"`features` is {[*spaces]}; one decides and another guards: name two")
+    check(model, job, [*spaces])
     begun = time.perf_counter()
     with own_together(work_dir, "calibrate", team, transient=True) as owner:
         run = _Run(model, data, spaces, job, work_dir, team, owner, progress)
@@ -120,6 +114,31 @@ def calibrate_samples(
         "processes": team.count,
     }
     return outcomes, cost
+
+
+def check(model: MeasuredModel, job: SamplesJob, spaces: Sequence[str]) -> None:
+    """Check what needs neither data nor feature spaces.
+
+    Args:
+        model: network and process.
+        job: what is calibrated.
+        spaces: names of the feature spaces.
+
+    Raises:
+        ValueError: as `calibrate_samples`, and for a stored table that does not fit the config.
+    """
+    job.check(len(model.alpha_bar))
+    job.guiding.check(model)
+    if model.config.get("thresholding"):
+        raise ValueError(
+            "`thresholding` is True in the scheduler's config; a stored table goes with clipping "
+            "or with none"
+        )
+    if len(spaces) < 2:
+        raise ValueError(f"`features` is {[*spaces]}; one decides and another guards: name two")
+    for calls in job.calls:
+        current = Setting.of(stored_entry(model.config, calls, job.guiding))
+        sampler_of(model.config, calls, current, job.guiding)
 
 
 def discard(work_dir: Path) -> None:
@@ -140,8 +159,12 @@ class _Run:
         progress: Callable[[str], object] | None,
     ) -> None:
         self.model, self.data, self.spaces, self.job = model, data, spaces, job
-        self.team, self.progress = team, progress or (lambda line: None)
-        self.predictor = Predictor(model, job.guiding)
+        self.team, self.predictor = team, Predictor(model, job.guiding)
+        each = job.block * most_blocks(job.space) * job.guiding.calls
+        costs = {calls: each * calls for calls in job.calls}
+        self.progress = Progress(progress, costs, lambda: self.predictor.evaluations, team.count)
+        if team.index == 0:
+            self.progress(cost_line(costs))
         self.device = self.predictor.device
         self.shape = data.shape
         self.files = MeasurementFiles(work_dir, self._settings(), team, owner)
@@ -210,8 +233,14 @@ class _Run:
 
     def outcome(self, calls: int) -> Outcome:
         """Return what was found for one number of calls."""
+        self.progress.begin(calls)
         before = self.predictor.evaluations
-        current = Setting.of(stored_entry(self.model.config, calls, self.job.guiding))
+        entry = stored_entry(self.model.config, calls, self.job.guiding)
+        current = Setting.of(entry)
+        shares = [t / len(self.model.alpha_bar) for t in entry["timesteps"]]
+        lands_on_data = entry["alpha_bar"][-1] == 1
+        # at zero terminal SNR x_T is eps itself, which cannot be scaled
+        space = replace(self.job.space, scales_eps=entry["alpha_bar"][0] > 0)
         ends = sorted({*self.job.space.end_scales, current.end_scale})
         first = next(iter(self.spaces))
 
@@ -222,14 +251,16 @@ class _Run:
             def measure(bases: Sequence[Setting], start: int, stop: int) -> list[Tensors]:
                 return self._measure(kind, calls, ends, bases, start, stop)
 
-            return Samples(self.real, measure, ends)
+            return Samples(
+                self.real, measure, ends, lambda each: each.acting(shares, lands_on_data)
+            )
 
         searched = samples("search")
-        ranked = search(searched, self.job.space, first, current, say)
+        ranked = search(searched, space, first, current, say)
         held_out = samples(HELD_OUT)
         more = [replace(ranked[0], end_scale=scale) for scale in ends]
         more.sort(key=lambda setting: searched.distance(setting, first))
-        tries = [s for s in dict.fromkeys([*ranked, *more]) if s != current][:TRIES]
+        tries = searched.distinct([current, *ranked, *more])[1 : 1 + TRIES]
 
         def verdicts() -> Iterator[Verdict]:
             for setting in tries:
@@ -256,6 +287,8 @@ class _Run:
         }
 
         def make(name: str) -> Tensors:
+            place = [*named].index(name) + 1
+            self.progress.tick(f"{calls} calls: {kind}, setting {place} of {len(named)}")
             finished = self._sample(kind, calls, named[name], start, stop)
             blocks = finished.split(self.job.block)
             each = [

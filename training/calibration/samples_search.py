@@ -8,114 +8,28 @@ other noise (`compare`), and only a gain beyond the scatter counts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from ddim_schedulers.training.calibration.samples_space import (
+    MOST_NEIGHBOURS,
+    Setting,
+    Space,
+    neighbours,
+)
 from ddim_schedulers.training.common.scatter import student
 from ddim_schedulers.training.metrics.distances import Gaussian, frechet_of_gaussians, root_of
 
 BLOCKS = 8
 # Blocks that are measured before the slower half of a race is left out.
 RUNGS = (2, 4, BLOCKS)
+KEPT = 3  # settings that a race returns, at most
 STUDENT = student(BLOCKS - 1)
 
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is chosen for one number of calls: keys of `GeneralizedDDIMScheduler`'s config."""
-
-    eta: float = 0.0
-    eta_interval: tuple[float, float] | None = None
-    eps_scale: float | tuple[float, float] = 1.0
-    end_scale: float = 1.0
-
-    def config(self) -> dict[str, Any]:
-        """Return the keys with their values, as JSON has them."""
-        found = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Setting":
-        """Return the setting that a config, or an entry of a calibration, holds."""
-        given = {key: config[key] for key in asdict(cls()) if key in config}
-        found: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
-        }
-        return cls(**found)
-
-    @property
-    def base(self) -> "Setting":
-        """Return the setting without what is done to finished samples."""
-        return replace(self, end_scale=1.0)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.config().items())
-
-
-@dataclass(frozen=True)
-class Space:
-    """What is searched.
-
-    Attributes:
-        noises: pairs of eta and its interval of t / T.
-        eps_scales: of the first race.
-        end_scales: of every setting; finished samples are multiplied, which takes no network call.
-        rounds: how often the neighbours of the best setting are tried, each time half as far away.
-    """
-
-    noises: tuple[tuple[float, tuple[float, float] | None], ...] = (
-        (0.0, None),
-        (0.4, (0.2, 0.8)),
-        (0.7, (0.2, 0.8)),
-        (1.0, (0.2, 0.8)),
-        (1.0, (0.4, 0.9)),
-        (0.5, None),
-    )
-    eps_scales: tuple[float, ...] = (1.0, 1.005, 1.01, 1.02)
-    end_scales: tuple[float, ...] = (1.0, 1.01, 1.02, 1.04)
-    rounds: int = 2
-
-    @property
-    def bases(self) -> list[Setting]:
-        """Return the settings of the first race."""
-        return [
-            Setting(eta, interval, scale)
-            for eta, interval in self.noises
-            for scale in self.eps_scales
-        ]
-
-
-def neighbours(setting: Setting, step: float) -> list[Setting]:
-    """Return settings beside one, for `race`.
-
-    Args:
-        setting: with `end_scale` 1.
-        step: 1 for the first round, half of it for the next.
-    """
-    found = []
-    low, high = _line(setting.eps_scale)
-    for a, b in ((-1, -1), (1, 1), (-1, 1), (1, -1)):
-        ends = (round(low + 0.004 * step * a, 5), round(high + 0.004 * step * b, 5))
-        if min(ends) > 0:
-            found.append(replace(setting, eps_scale=ends[0] if ends[0] == ends[1] else ends))
-    etas = [setting.eta - 0.2 * step, setting.eta + 0.2 * step] if setting.eta else [0.2 * step]
-    found += [replace(setting, eta=round(eta, 4)) for eta in etas if 0 < eta <= 1]
-    if setting.eta:
-        lower, upper = setting.eta_interval or (0.0, 1.0)
-        for a, b in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-            ends = (round(lower + 0.1 * step * a, 4), round(upper + 0.1 * step * b, 4))
-            if 0 <= ends[0] < ends[1] <= 1:
-                found.append(replace(setting, eta_interval=None if ends == (0, 1) else ends))
-    return found
-
-
-def _line(scale: float | tuple[float, float]) -> tuple[float, float]:
-    return scale if isinstance(scale, tuple) else (scale, scale)
 
 
 class Estimate(NamedTuple):
@@ -138,6 +52,7 @@ class Samples:
             `end_scales`: `SPACE.count`, `SPACE.total` and `SPACE.outer`, sums of the features and
             of their products, and, where `guards` are asked for, the values of `FLOORS`.
         end_scales: what finished samples were multiplied by.
+        acting: what a setting does: one of several that act alike is measured.
     """
 
     def __init__(
@@ -145,11 +60,20 @@ class Samples:
         real: Mapping[str, Gaussian],
         measure: Callable[[Sequence[Setting], int, int], list[Tensors]],
         end_scales: Sequence[float],
+        acting: Callable[[Setting], Hashable] = lambda setting: setting,
     ) -> None:
         self.real, self.end_scales, self._measure = real, list(end_scales), measure
+        self._acting = acting
         self._roots = {name: root_of(each.covariance) for name, each in real.items()}
         self._parts: dict[Setting, Tensors] = {}
         self._known: dict[tuple[Setting, str, int, int | None], float] = {}
+
+    def distinct(self, settings: Sequence[Setting]) -> list[Setting]:
+        """Return the first of those settings that act alike, in their order."""
+        found: dict[Hashable, Setting] = {}
+        for setting in settings:
+            found.setdefault(self._acting(setting), setting)
+        return [*found.values()]
 
     def blocks(self, base: Setting) -> int:
         """Return how many blocks of a setting were measured."""
@@ -215,7 +139,7 @@ def race(
     samples: Samples,
     bases: Sequence[Setting],
     space: str,
-    keep: int = 3,
+    keep: int = KEPT,
     progress: Callable[[str], object] = lambda line: None,
 ) -> list[Setting]:
     """Return the settings that come nearest to the data, the nearest first, each with its end.
@@ -230,7 +154,7 @@ def race(
         keep: how many are returned, at most.
         progress: called with a line of text after each rung.
     """
-    alive = list(dict.fromkeys(bases))
+    alive = samples.distinct(bases)
     ranked: list[Setting] = []
     for blocks in RUNGS:
         samples.extend(alive, blocks)
@@ -255,6 +179,18 @@ def _is_worse(samples: Samples, a: Setting, best: Setting, space: str, blocks: i
     return more.value > STUDENT * more.std_error
 
 
+def most_blocks(space: Space) -> int:
+    """Return how many blocks a search and the verdicts after it measure, at most."""
+    # of the races after the first the best of the one before and the present one are known
+    fields = [len(space.bases) + 1, *[KEPT + 1 + MOST_NEIGHBOURS] * space.rounds]
+    total = (KEPT + 1) * BLOCKS
+    for alive in fields:
+        for before, blocks in zip((0, *RUNGS), RUNGS, strict=False):
+            total += alive * (blocks - before)
+            alive = max(KEPT, math.ceil(alive / 2))
+    return total
+
+
 def search(
     samples: Samples,
     space: Space,
@@ -273,7 +209,7 @@ def search(
     """
     found = race(samples, [current.base, *space.bases], feature_space, progress=progress)
     for number in range(space.rounds):
-        beside = neighbours(found[0].base, 0.5**number)
+        beside = neighbours(found[0].base, 0.5**number, space.scales_eps)
         bases = [*(s.base for s in found), *beside, current.base]
         better = race(samples, bases, feature_space, progress=progress)
         if better[0].base == found[0].base and number:

@@ -160,7 +160,8 @@ class Fit:
         chunk: makes one.
         over: computes something of every chunk.
         constants: of the method.
-        progress: called with a line of text now and then, or None.
+        progress: called with a line of text after each iteration.
+        tick: called with a line of text much more often.
         most: samples that the network takes at once; derivatives are computed side by side as far
             as it allows.
     """
@@ -176,14 +177,15 @@ class Fit:
         chunk: Callable[[int], Chunk],
         over: Over,
         constants: Constants | None = None,
-        progress: Callable[[str], object] | None = None,
+        progress: Callable[[str], object] = lambda line: None,
+        tick: Callable[[str], object] = lambda line: None,
         most: int = 1,
     ) -> None:
         self.label, self.predict, self.clip, self.limit = label, predict, clip, limit
         self.alpha_bar, self.alpha_bar_end = alpha_bar, alpha_bar_end
         self.chunk, self.over = chunk, over
         self.constants = Constants() if constants is None else constants
-        self.progress, self.most = progress or (lambda line: None), most
+        self.progress, self.tick, self.most = progress, tick, most
         self._rollouts: dict[int, Rollout] = {}
         self._count, self._damping = 0, self.constants.damping
 
@@ -263,7 +265,7 @@ class Fit:
                     break
             if best is None or not best.loss < table.loss:
                 break
-            self.progress(f"{self.label}: {table.loss:.3g} -> {best.loss:.3g}")
+            self.progress(f"mean squared error {table.loss:.3g} -> {best.loss:.3g}")
             gained, self._damping = 1 - best.loss / table.loss, worked / 3
             table = best
             if gained < self.constants.least_gain:
@@ -305,15 +307,12 @@ class Fit:
             rollout.follow(table.timesteps, table.rows)
             end = self._clamped(rollout.states[-1])
             rows: list[torch.Tensor] = []
-            told = 0
             for group in _groups(moves, max(1, self.most // len(end))):
                 moved = self._moved_ends(rollout, table, group)
                 for (_, change), x in zip(group, moved.split(len(end)), strict=True):
                     size = change / 100 if isinstance(change, int) else self.constants.nudge
                     rows.append(((self._clamped(x) - end) / size).flatten())
-                if len(rows) >= told + 20:
-                    told = len(rows)
-                    self.progress(f"{self.label}: derivative {told} of {len(moves)}")
+                self.tick(f"derivative {len(rows)} of {len(moves)}, chunk {c + 1}")
             jacobian, miss = _flat(rows), self._miss(c, rollout.states[-1]).flatten()
             count = torch.tensor(float(len(miss)), dtype=torch.float64)
             normal, gradient = (jacobian @ jacobian.T).cpu(), (jacobian @ miss).cpu()

@@ -56,6 +56,21 @@ class SolverJob:
         """Return how many samples a chunk has."""
         return min(self.batch_size, CHUNK)
 
+    def most_evaluations(self, calls: int, starts: int, choices: int) -> int:
+        """Return how often a table of S steps asks the network for a sample, at most.
+
+        Args:
+            calls: S.
+            starts: trajectories that the fit step by step begins with.
+            choices: of clipping.
+        """
+        derivatives = sum((i + 2) * (calls - 1 - i) + (calls - i if i else 0) for i in range(calls))
+        # three dampings are tried, and the table before them runs again
+        iteration = derivatives + 4 * calls
+        iterations = choices + self.constants.iterations - 1
+        fit = choices * starts * calls + iterations * iteration
+        return (self.num_samples * fit + self.held_out * 2 * calls) * self.guiding.calls
+
     def check(self, big_t: int) -> None:
         """Check the numbers against a chain of `big_t` timesteps.
 

@@ -21,6 +21,7 @@ from ddim_schedulers.solver_rows import analytic_steps, differences_of
 from ddim_schedulers.solver_tables import MAX_WEIGHT, SolverTable, pack_solver_table
 from ddim_schedulers.timesteps import make_timesteps
 from ddim_schedulers.training.calibration.predictor import Predictor
+from ddim_schedulers.training.calibration.progress import Progress, cost_line
 from ddim_schedulers.training.calibration.solver_fit import (
     END,
     Chunk,
@@ -132,11 +133,21 @@ class _Calibration:
         autocast: torch.dtype | None,
     ) -> None:
         self.model, self.job, self.files = model, job, files
-        self.progress = progress or (lambda line: None)
         self.predictor = Predictor(model, job.guiding, autocast)
         self.grid = make_timesteps("trailing", job.steps, len(model.alpha_bar))
         self.limit = model.clip
+        self.choices = [None] if self.limit is None else [None, self.limit]
         self.starts = {calls: self._starts(calls) for calls in job.calls}
+        costs = {
+            calls: job.most_evaluations(calls, len(starts), len(self.choices))
+            for calls, starts in self.starts.items()
+        }
+        fine = (job.num_samples + job.held_out) * job.steps * job.guiding.calls
+        costs[job.calls[0]] += fine  # the first is what needs them
+        team = files.team
+        self.progress = Progress(progress, costs, lambda: self.predictor.evaluations, team.count)
+        if team.index == 0:
+            self.progress(f"{cost_line(costs)}; {fine:,} of the first are the fine trajectories")
         wanted = {t for starts in self.starts.values() for tau in starts for t in tau}
         self.kept = [*sorted(wanted, reverse=True), END]
         self.analytic = GeneralizedDDIMScheduler.from_config(
@@ -196,9 +207,12 @@ class _Calibration:
             },
         )
         scheduler.set_timesteps(timesteps=self.grid)
-        states = []
+        states, done = [], 0
 
         def keep(step: Step) -> None:
+            nonlocal done
+            done += 1
+            self.progress.tick(f"fine trajectories, chunk {c + 1}: step {done} of {self.job.steps}")
             if int(step.timestep) in kept:
                 states.append(step.x_t)
 
@@ -248,8 +262,8 @@ class _Calibration:
 
         The better of the two after one iteration goes on.
         """
-        choices = [None] if self.limit is None else [None, self.limit]
-        started = [self._start(calls, clip) for clip in choices]
+        self.progress.begin(calls)
+        started = [self._start(calls, clip) for clip in self.choices]
         table, fit = min(started, key=lambda each: each[0].loss)
         table = fit.improve(table, self.job.constants.iterations - 1)
         steps = analytic_steps(table.timesteps, self.model.alpha_bar, self.analytic.alpha_bar_end)
@@ -279,6 +293,7 @@ class _Calibration:
     def _start(self, calls: int, clip: float | None) -> tuple[Table, Fit]:
         """Fit step by step from each start, and improve the best once."""
         label = f"{calls}-{'free' if clip is None else 'clipped'}"
+        name = f"{calls} calls, {'no clipping' if clip is None else f'clipping at {clip:g}'}: "
         fits = []
         for number, tau in enumerate(self.starts[calls]):
             fit = Fit(
@@ -291,12 +306,13 @@ class _Calibration:
                 self._chunk,
                 self._fitted,
                 self.job.constants,
-                self.progress,
+                lambda line: self.progress(name + line),
+                lambda line: self.progress.tick(name + line),
                 self.job.batch_size,
             )
             fits.append((fit.greedy(tau), fit))
         table, fit = min(fits, key=lambda each: each[0].loss)
-        self.progress(f"{label}: step by step {table.loss:.3g}")
+        self.progress(f"{name}step by step, mean squared error {table.loss:.3g}")
         return fit.improve(table, 1), fit
 
     def _test(self, calls: int, entry: dict[str, Any]) -> tuple[float, float]:

@@ -75,7 +75,7 @@ def run(
     )
     job.check(len(model.alpha_bar))
     model = model.labelled(labels_in_turn(args.labels, model, job.held_out))
-    job.guiding.check(model)
+    samples_run.check(model, job, names)
     data = load_measured_data(args, model, class_conditional=CLASSIFIER in names)
 
     def progress(line: str) -> None:

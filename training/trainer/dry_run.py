@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ddim_schedulers.training.common.durations import duration
 from ddim_schedulers.training.parsing import to_yaml
 from ddim_schedulers.training.trainer.training_log import Window
 
@@ -51,7 +52,7 @@ def report(trainer: "Trainer") -> str:
             f"memory      {_memory(trainer)}",
             f"loss        {losses[0]:.4f} at step {start}",
             f"time        {seconds:.2f} s a step, without validation and sampling about "
-            f"{_duration(seconds, left)} for {left:,} steps",
+            f"{duration(seconds * left)} for {left:,} steps",
         ]
     )
 
@@ -79,11 +80,3 @@ def _memory(trainer: "Trainer") -> str:
         f"{copies * size / 2**20:,.0f} MiB for weights, gradients, AdamW and average; "
         f"{peak / 2**20:,.0f} MiB {what}"
     )
-
-
-def _duration(seconds: float, steps: int) -> str:
-    total = seconds * steps
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if total >= 2 * length:
-            return f"{total / length:.1f} {unit}"
-    return f"{total:.0f} seconds"
