@@ -420,15 +420,15 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
         self._follow()
         if not self._planned:
             raise ValueError("`set_timesteps` has not been called; call it before `step`.")
+        dtype = compute_dtype(sample, model_output)
         if self._stored is not None:
-            self._check_table_fits(sample, timestep, eta)
+            self._check_table_fits(sample, timestep, eta, dtype)
         member = self._member(eta)
         if self._sigma is not None:
             check_on_plan(timestep, self._plan)
         settings = self._settings
         if settings.solver_order > 1:
             check_one_timestep(timestep, settings.solver_order)
-        dtype = compute_dtype(sample, model_output)
         table = self._table_for(member, use_clipped_model_output, sample.device, dtype)
         adds_noise = member is None or member > 0 or not settings.noise.follows_sigma
         if settings.noise_is_unsaid and (member is None or member > 0):

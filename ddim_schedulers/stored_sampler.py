@@ -119,7 +119,11 @@ class StoredSamplerMixin(FamilySchedulerMixin):
             self.without_table("guidance")
 
     def _check_table_fits(
-        self, sample: torch.Tensor, timestep: int | torch.Tensor, eta: float
+        self,
+        sample: torch.Tensor,
+        timestep: int | torch.Tensor,
+        eta: float,
+        dtype: torch.dtype,
     ) -> None:
         """Do without the stored sampler where this step is not one that it was made for."""
         stored = self._stored
@@ -133,14 +137,19 @@ class StoredSamplerMixin(FamilySchedulerMixin):
             return self.without_table("eta")
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
+        why = "start"
         if self._past is not None:
-            return None if self._goes_on(self._past, timestep) else self.without_table("start")
-        # the first step of a run: this reads a number from the device, once
+            newest = self._past.predictions[0]
+            before = newest.shape, newest.dtype, newest.device
+            if before == (sample.shape, dtype, sample.device):
+                return None if self._goes_on(self._past, timestep) else self.without_table(why)
+            why = "batch"
+        # the first step of a run, or of another batch: this reads a number from the device, once
         number = timestep
         if isinstance(timestep, torch.Tensor):
             told = holds_numbers(timestep) and not timestep.is_meta
             number = int(timestep) if told else self._plan[0]
-        return None if number == self._plan[0] else self.without_table("start")
+        return None if number == self._plan[0] else self.without_table(why)
 
     def _goes_on(self, past: Past, timestep: int | torch.Tensor) -> bool:
         """Tell whether a step starts a run or follows the one before, as far as this is free."""

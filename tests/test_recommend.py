@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -194,10 +195,12 @@ def test_the_best_row_is_printed_and_written_with_evidence_alone(evaluated, caps
     for option, value in (("--write_best", "clear"), ("--best_by", "kernel")):
         assert "goes with --best_under_calls" in said(option, value, code=2)
     two = ["--best_under_calls", "2", "--best_by", "endpoint", "--write_best", "lowest"]
-    assert "needs 3 repetitions of a row, 'DDIM' has 1" in said(*two, code=2)
+    assert "row 'DDIM', S = 2, has one repetition" in said(*two, code=2)
     assert file.read_text() == before
     tables = results["tables"][0]
     only = {**results, "tables": [{**tables, "missing": ["a cell"]}]}
+    with pytest.raises(ValueError, match="needs 3 repetitions of a row, 'DDIM' has 1"):
+        _recommend.check_evidence(recommend(results, calls=2), results, "lowest")
     near = recommend(_results(_cell("a", 5, 1.0, 0.1), _cell("b", 5, 1.1, 0.1)), calls=5)
     _recommend.check_evidence(near, _results(), "lowest")
     with pytest.raises(ValueError, match="`write_best` is 'clear'; .*'b', S = 5, is within"):
@@ -214,3 +217,30 @@ def test_the_best_row_is_printed_and_written_with_evidence_alone(evaluated, caps
     assert written.config.eta == expected and written.config.timestep_spacing == "trailing"
     assert main(["calibrate", "--pipeline", str(root / "pipeline"), "--undo", "--cpu"]) == 0
     assert file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "message"),
+    [
+        ("--best_under_calls 6 --best_by fid", {}, "`best_by` is 'fid'"),
+        ("--best_under_calls 6 --best_by endpoint", {"endpoint": False}, "`best_by` is 'endpoint'"),
+        ("--best_under_calls 1", {}, "`best_under_calls` is 1; it must be at least 2"),
+        ("--best_under_seconds 0", {}, "`best_under_seconds` is 0.0"),
+        ("--best_under_seconds nan", {}, "`best_under_seconds` is nan"),
+        ("--best_under_calls 6 --write_best clear", {}, "row 'DDIM', S = 2, has one repetition"),
+        ("--best_under_calls 6", {"tables": 2}, "`n` is .*8, 9"),
+    ],
+)
+def test_what_cannot_be_recommended_is_told_before_anything_is_sampled(
+    evaluated, tmp_path, capsys, words, change, message
+):
+    root, _ = evaluated
+    settings = yaml.safe_load((root / "e.yaml").read_text())
+    settings |= {"output_dir": str(tmp_path / "new"), **change}
+    if change.get("tables"):
+        (table,) = yaml.safe_load((root / "e.yaml").read_text())["tables"]
+        settings["tables"] = [table, {**table, "name": "U", "n": 9}]
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["evaluate", "--config", str(tmp_path / "e.yaml"), "--cpu", *words.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()

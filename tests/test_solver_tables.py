@@ -19,6 +19,7 @@ from ddim_schedulers import (
     history,
     scheduling_base,
     solver_tables,
+    stored_sampler,
     to_portable,
 )
 from ddim_schedulers.pipelines.guidance import BoundNetwork
@@ -264,6 +265,31 @@ def test_a_run_that_leaves_the_plan_goes_without_and_says_so(steps, as_given, wo
     expected = few.step(eps, last, x).prev_sample
     assert torch.equal(scheduler.step(eps, as_given(last), x).prev_sample, expected)
     assert words() == ["start"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x[:1], lambda x: torch.cat([x, x]), torch.Tensor.float]
+)
+def test_a_batch_that_changes_within_a_run_goes_without_and_says_so(change, words, monkeypatch):
+    clips = {"clip_sample": True}
+    scheduler, few = _scheduler(_entry(clips=1.0), **clips), GeneralizedDDIMScheduler(**FEW_STEPS)
+    few.set_timesteps(timesteps=TAU)
+    scheduler.set_timesteps(4)
+    x = _x(2, 1, 2, 2)
+    for t in TAU[:2]:
+        x = scheduler.step(_exact(x, scheduler.alpha_bar[t]), t, x).prev_sample
+    assert words() == []
+    x = change(x)
+    expected = few.step(3 * x, TAU[2], x).prev_sample
+    assert torch.equal(scheduler.step(3 * x, TAU[2], x).prev_sample, expected)
+    assert words() == ["batch"] and not scheduler.follows_table
+    # a new run of another batch is one, whether or not its timesteps can be read for free
+    again = _scheduler()
+    _run(again, _x(2, 1, 2, 2))
+    for module in (history, scheduling_base, stored_sampler):
+        monkeypatch.setattr(module, "read_if_free", lambda t: None)
+    _run(again, change(_x(2, 1, 2, 2)), None)
+    assert again.follows_table and words() == ["batch"]
 
 
 def test_steps_of_a_long_table_compile_a_few_times_only():

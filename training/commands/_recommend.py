@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `--help` needs neither torch nor diffusers
@@ -54,6 +55,38 @@ def check(args: argparse.Namespace) -> bool:
     return asked
 
 
+def check_config(args: argparse.Namespace, config: EvaluationConfig) -> None:
+    """Check, before anything is sampled, that the evaluation can give the recommendation.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    from ddim_schedulers.training.metrics.distances import METRICS
+
+    calls, seconds = args.best_under_calls, args.best_under_seconds
+    allowed = [name for name in METRICS if name != "endpoint" or config.endpoint]
+    if args.best_by not in allowed:
+        more = "" if config.endpoint else ", and endpoint where the file says `endpoint: true`"
+        raise ValueError(f"`best_by` is {args.best_by!r}; it must be one of {allowed}{more}")
+    least = min(cell.steps for cell in config.cells)
+    if calls is not None and calls < least:
+        raise ValueError(
+            f"`best_under_calls` is {calls}; it must be at least {least}, the fewest steps of a row"
+        )
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"`best_under_seconds` is {seconds}; it must be above 0")
+    if len(sizes := sorted({table.n for table in config.tables})) != 1:
+        raise ValueError(f"`n` is {sizes} in the tables; it must be one to compare rows")
+    repeats = Counter((cell.sampler.name, cell.steps) for cell in config.cells)
+    sure = args.write_best is not None and seconds is None  # a slow row may be over the limit
+    for (row, steps), number in repeats.items():
+        if sure and steps <= calls and number == 1:
+            raise ValueError(
+                f"`write_best` is {args.write_best!r}; it must be left out, as row {row!r}, S = "
+                f"{steps}, has one repetition and can be told apart from no other"
+            )
+
+
 def run(args: argparse.Namespace, config: EvaluationConfig, results: dict[str, Any]) -> None:
     """Print the recommendation; write it where it is asked for.
 
@@ -73,6 +106,10 @@ def run(args: argparse.Namespace, config: EvaluationConfig, results: dict[str, A
         check_evidence(found, results, args.write_best)
         target = write(found, config)
         print(f"Written to {target}; the number of steps is yours to give: {found.best.steps}.")
+        print(
+            "The cells here were measured with the config before; to go on with them, take this "
+            "back with `ddim-schedulers calibrate --undo`, or name another --output_dir."
+        )
 
 
 def check_evidence(found: Recommendation, results: dict[str, Any], asked: str) -> None:

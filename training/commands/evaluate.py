@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     names = "pipeline data output_dir cache_dir classifier batch_size dtype compile channels_last"
     overrides = {name: getattr(args, name) for name in names.split()}
     config = load_evaluation(args.config, args.trust_code, **overrides)
+    if recommends:
+        _recommend.check_config(args, config)
     config = dataclasses.replace(config, pipeline=pinned(config.pipeline, args.revision))
     from ddim_schedulers.training.common.processes import AccelerateTeam
     from ddim_schedulers.training.evaluation.report import evaluate, short
