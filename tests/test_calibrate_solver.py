@@ -246,8 +246,12 @@ def test_the_command_stores_tables_that_every_form_of_export_keeps(tmp_path, cap
     undone = json.loads(file.read_text())["_ddim_schedulers"]["settings"]["calibration"]
     assert undone["solver"]["3"] == of_pictures
     sample = ["sample", "--pipeline", str(tmp_path / "p"), "--preset", "calibrated"]
-    sample += ["--num_images", "2", "--device", "cpu", "--num_inference_steps", "3"]
-    assert main([*sample, "--output", str(tmp_path / "samples")]) == 0
+    sample += ["--num_images", "2", "--device", "cpu", "--num_inference_steps"]
+    told = "complete; sampled with the stored table of 3 calls"
+    for folder, calls, table in (("a", 3, True), ("a", 3, False), ("b", 5, False)):
+        capsys.readouterr()
+        assert main([*sample, str(calls), "--output", str(tmp_path / folder)]) == 0
+        assert (told in capsys.readouterr().out) is table
 
 
 def test_a_table_that_is_no_better_is_not_stored(tmp_path, capsys, monkeypatch):

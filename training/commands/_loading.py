@@ -62,6 +62,14 @@ def load(cls: type[P], args: argparse.Namespace) -> P:
     )
 
 
+def table_used(pipe: "UnconditionalPipeline") -> str:
+    """Return in words that a pipeline has just sampled with a stored table, or ''."""
+    scheduler: Any = pipe.scheduler
+    if not getattr(scheduler, "follows_table", False):
+        return ""
+    return f"; sampled with the stored table of {len(scheduler.planned_pairs())} calls"
+
+
 def read_saved(
     place: str,
     weights: str = "averaged",

@@ -61,8 +61,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         help="few: good pictures in 5 to 50 network calls, by ddim with eta 0, solver_order 2, "
         "solver_corrector and trailing timesteps; calibrated: the table that `calibrate "
-        "--objective solver` stored for the number of calls, and few for any other; options that "
-        "are given win",
+        "--objective solver` stored for the number of calls, with its own timesteps, and few for "
+        "any other; options that are given win",
     )
     parser.add_argument(
         "--num_inference_steps",

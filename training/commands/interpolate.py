@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         _picture_files.write_latents(folder / "latents.safetensors", output.latents)
         columns = len(output.images) // output.rows
         _picture_files.write_grid(folder, make_grid(output.images, columns, scale=None))
-        print(f"{len(output.images)} images written to {folder}")
+        used = _loading.table_used(pipe)
+        print(f"{len(output.images)} images written to {folder}{used}")
         return 0
 
 

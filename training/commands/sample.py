@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     # one write for the whole line: processes share the terminal
     print(
         f"process {rank + 1} of {world_size}: {report.written} files written, "
-        f"{report.present} found; {args.output}: {state}\n",
+        f"{report.present} found; {args.output}: {state}"
+        f"{_loading.table_used(pipe) if report.written else ''}\n",
         end="",
         flush=True,
     )
