@@ -432,7 +432,7 @@ def test_a_changed_file_is_made_anew_with_a_sentence(pipeline, tmp_path):
             path.write_bytes(data)
             lines = again()
             assert path.name in lines and " again." in lines, (path.name, data[:300])
-            assert again().count(" again.") == 0
+        assert " again." not in again(), path.name
     # what an earlier version wrote is used as it is
     own.write_bytes(json.dumps(old).encode())
     reference.write_bytes(storage.pack(kept))

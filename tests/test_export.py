@@ -30,9 +30,21 @@ def ours(config):
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
+OUR_PIPELINES = (
+    pipelines.AnnealedLangevinPipeline,
+    pipelines.GenerationPipeline,
+    pipelines.InterpolationPipeline,
+    pipelines.InversionPipeline,
+)
+OWN = {
+    "GeneralizedDDIMScheduler": lambda: GeneralizedDDIMScheduler(eta=0.5),
+    "DDIMScheduler": DDIMScheduler,  # to be loaded without this package
+}
+
+
 @pytest.fixture(scope="module")
 def folders(tiny_ddpm, tmp_path_factory):
-    """The same pipeline saved in every form."""
+    """The same pipeline saved in every form; in `own` what a pipeline of ours saves."""
     root = tmp_path_factory.mktemp("forms")
     pipeline = tiny_ddpm(GeneralizedDDIMScheduler(**SETTINGS))
     pipeline.set_progress_bar_config(disable=True)
@@ -42,6 +54,10 @@ def folders(tiny_ddpm, tmp_path_factory):
         generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np"
     ).images
     torch.save(torch.from_numpy(images), root / "images.pt")
+    for name, make in OWN.items():
+        pipelines.GenerationPipeline(**tiny_ddpm(make()).components).save_pretrained(
+            root / "own" / name
+        )
     return root
 
 
@@ -98,6 +114,9 @@ for where, portable, bundled, plugin in places:
 pipe.save_pretrained("again")  # saved once more, the code travels with it
 pipe, _ = load("again", trust_remote_code=True)
 seen["again", "difference"] = sample(pipe)
+pipe, told = load(sys_root + "/own/DDIMScheduler")
+pipe(num_inference_steps=2, output_type="np")
+seen["own"] = type(pipe).__name__, type(pipe.scheduler).__name__, told
 print("RESULT", repr(seen))
 """
 
@@ -139,6 +158,14 @@ if push:  # as a user of diffusers does it
     stock.push_to_hub("me/swapped", token=push)
     pipe, told = load("me/swapped")
     seen["swapped"] = type(pipe.scheduler) is Ours, told, pipe.scheduler.config.eta
+    own = sys_root + "/own/GeneralizedDDIMScheduler"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)  # see test_hub
+        GenerationPipeline.from_pretrained(own).push_to_hub("me/generation", token=push)
+    for place in (own, "me/generation"):
+        pipe, told = load(place)
+        pipe(num_inference_steps=2, output_type="np")
+        seen["own", place] = type(pipe).__name__, type(pipe.scheduler).__name__, told
 print("RESULT", repr(seen))
 """
 
@@ -171,6 +198,7 @@ def test_every_form_in_fresh_processes_from_disk_and_from_the_hub(
         assert seen[where, "difference"] < rounding
         assert "ddim_schedulers" in seen[where, "plug-in"]
     assert seen["again", "difference"] < rounding
+    assert seen["own"] == ("DDPMPipeline", "DDIMScheduler", [])
 
     seen = result(fresh_python(head + WITH, **online))
     for where in ("disk", "hub"):
@@ -201,6 +229,8 @@ def test_every_form_in_fresh_processes_from_disk_and_from_the_hub(
         assert "{'eta': 0.25} were passed to DDIMScheduler" in told
     assert ours(seen["scheduler alone"]) == wanted
     assert seen["swapped"] == (True, [], 0.5)
+    for place in (str(folders / "own" / "GeneralizedDDIMScheduler"), "me/generation"):
+        assert seen["own", place] == ("DDPMPipeline", "GeneralizedDDIMScheduler", [])
 
     # a token is for the Hub, not for the store behind it
     cdn = [a for _, path, a, _ in loopback_hub.requests if path.startswith("/cdn/")]
@@ -208,47 +238,20 @@ def test_every_form_in_fresh_processes_from_disk_and_from_the_hub(
     assert set(cdn) == {None}
 
 
-PIPELINES = """
-seen = {}
-if push:  # needs this package
-    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)  # see test_hub
-    from ddim_schedulers.pipelines import GenerationPipeline
-    GenerationPipeline.from_pretrained(paths[0]).push_to_hub("me/generation", token=push)
-    paths.append("me/generation")
-for path in paths:
-    pipe, told = load(path)
-    pipe(num_inference_steps=2, output_type="np")
-    seen[path] = type(pipe).__name__, type(pipe.scheduler).__name__, told
-print("RESULT", repr(seen))
-"""
-OUR_PIPELINES = (
-    pipelines.AnnealedLangevinPipeline,
-    pipelines.GenerationPipeline,
-    pipelines.InterpolationPipeline,
-    pipelines.InversionPipeline,
-)
+def contents(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_our_pipelines_are_saved_as_diffusers_loads_them(
-    tiny_ddpm, tmp_path, loopback_hub, fresh_python
-):
-    """Saved and pushed; where the scheduler is stock, this package is not needed to load."""
-    loopback_hub.tokens[TOKEN] = ("me", True)
-    online = {"HF_ENDPOINT": loopback_hub.url, "HF_HUB_OFFLINE": "0"}
-    for scheduler in (GeneralizedDDIMScheduler(eta=0.5), DDIMScheduler()):
-        name = type(scheduler).__name__
-        paths = [str(tmp_path / name / cls.__name__) for cls in OUR_PIPELINES]
-        for cls, path in zip(OUR_PIPELINES, paths, strict=True):
-            cls(**tiny_ddpm(scheduler).components).save_pretrained(path)
-            for again in OUR_PIPELINES:
-                loaded = again.from_pretrained(path)
-                assert type(loaded) is again and type(loaded.scheduler) is type(scheduler)
-                assert ours(loaded.scheduler.config) == ours(scheduler.config)
-        stock = name == "DDIMScheduler"
-        head = PRELUDE + f"paths, push = {paths!r}, {None if stock else TOKEN!r}\n"
-        seen = result(fresh_python(head + PIPELINES, without_package=stock, **online))
-        assert len(seen) == (4 if stock else 5)
-        assert set(map(str, seen.values())) == {str(("DDPMPipeline", name, []))}
+@pytest.mark.parametrize("name", OWN)
+def test_our_pipelines_are_saved_as_diffusers_loads_them(name, folders, tiny_ddpm, tmp_path):
+    """One folder, whichever saved it: the test above loads it, and pushes it, in new processes."""
+    saved = folders / "own" / name
+    for cls in OUR_PIPELINES:
+        cls(**tiny_ddpm(OWN[name]()).components).save_pretrained(tmp_path / cls.__name__)
+        assert contents(tmp_path / cls.__name__) == contents(saved)
+        loaded = cls.from_pretrained(saved)
+        assert type(loaded) is cls and type(loaded.scheduler) is type(OWN[name]())
+        assert ours(loaded.scheduler.config) == ours(OWN[name]().config)
 
 
 def test_the_command_line_samples_a_self_contained_pipeline(folders, tmp_path):
