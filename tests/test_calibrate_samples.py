@@ -29,8 +29,8 @@ from ddim_schedulers.training.calibration.samples_job import (
 )
 from ddim_schedulers.training.calibration.samples_run import calibrate_samples, discard
 from ddim_schedulers.training.calibration.samples_search import (
+    BLOCKS,
     FLOORS,
-    STUDENT,
     Estimate,
     Guard,
     Samples,
@@ -155,6 +155,45 @@ def test_a_search_that_trusts_its_own_noise_is_noticed():
     assert wins > 2
 
 
+def test_a_gain_that_is_not_clear_yet_is_looked_at_again():
+    """Two independent draws, 0.3 and 0.2 from the data: 480 samples do not always separate them."""
+    blocks = []
+    for seed in range(6):
+        samples = _synthetic(lambda s: 0.2 if s.eta else 0.3, common=False, seed=seed, n=60)
+        measured = samples._measure
+        seen = []
+
+        def measure(bases, start, stop, measured=measured, seen=seen):
+            seen.append((start, stop))
+            return measured(bases, start, stop)
+
+        samples._measure = measure
+        verdict = compare(Setting(eta=0.5), Setting(), samples, ["first"])
+        assert seen == [(0, 8), (8, 16), (16, 32)][: len(seen)]
+        assert verdict.blocks == seen[-1][1]
+        assert verdict.wins or verdict.blocks == samples_search.LOOKS[-1] or not verdict.is_open
+        blocks.append(verdict.blocks)
+    assert len(set(blocks)) > 1
+
+
+def test_settings_that_sample_alike_are_measured_once(tmp_path, monkeypatch):
+    """At 2 calls, from 99 and 49, the intervals [0.2, 0.8] and [0.3, 0.6] hold the same step."""
+    names = set()
+    load_or_make = samples_run._Run._sample
+
+    def sample(self, kind, calls, base, start, stop):
+        names.add((kind, base, start))
+        return load_or_make(self, kind, calls, base, start, stop)
+
+    monkeypatch.setattr(samples_run._Run, "_sample", sample)
+    noises = ((0.0, None), (0.0, (0.2, 0.8)), (0.5, (0.2, 0.8)), (0.5, (0.3, 0.6)), (0.5, (0, 0.1)))
+    job = SamplesJob((2,), 96, space=Space(noises, (1.0,), (1.0,), rounds=0))
+    spaces = {name: make_feature_space(name, SHAPE) for name in ("pixels", "details")}
+    calibrate_samples(_model(1.0), ToyData(), spaces, job, work_dir=tmp_path / "work")
+    searched = {base for kind, base, _ in names if kind == "search"}
+    assert searched == {Setting(), Setting(0.5, (0.2, 0.8))}
+
+
 @pytest.mark.parametrize("place", range(len(FLOORS)))
 def test_each_guard_vetoes_what_wins_by_a_trick(place):
     """The distance falls with end_scale, and so does a guard: contrast does not win."""
@@ -170,9 +209,9 @@ def test_each_guard_vetoes_what_wins_by_a_trick(place):
     verdict = compare(trick, current, held_out, ["first"])
     assert verdict.is_beyond_scatter and not verdict.wins
     assert verdict.guards[place].vetoes and list(FLOORS)[place] in verdict.why_not
-    within = Guard("a", 0.02, 0.115, 0.1, Estimate(0.015, 0.001))
-    scattered = Guard("a", 0.02, 0.2, 0.1, Estimate(0.1, 0.06))
-    worse = Guard("a", 0.02, 0.2, 0.1, Estimate(0.1, 0.03))
+    within = Guard("a", 0.02, 0.115, 0.1, Estimate(0.015, 0.001), BLOCKS)
+    scattered = Guard("a", 0.02, 0.2, 0.1, Estimate(0.1, 0.06), BLOCKS)
+    worse = Guard("a", 0.02, 0.2, 0.1, Estimate(0.1, 0.03), BLOCKS)
     assert [g.vetoes for g in (within, scattered, worse)] == [False, False, True]
     chosen, tried = choose(compare(s, current, held_out, ["first"]) for s in (trick, current))
     assert chosen is None and len(tried) == 2
@@ -238,8 +277,8 @@ def _model(factor):
     return measured_model_of(ToyNetwork(factor), dict(GeneralizedDDIMScheduler(**CONFIG).config))
 
 
-def _calibrate(folder, factor=1.03, calls=(10,), **settings):
-    space = Space(((0.0, None),), (1.0, 1.01, 1.03, 1.05), (1.0, 1.1), rounds=1)
+def _calibrate(folder, factor=1.03, calls=(10,), rounds=1, **settings):
+    space = Space(((0.0, None),), (1.0, 1.01, 1.03, 1.05), (1.0, 1.1), rounds)
     job = SamplesJob(calls, 400, batch_size=100, space=space)
     spaces = {name: make_feature_space(name, SHAPE) for name in ("pixels", "details")}
     work_dir = folder / "work"
@@ -269,7 +308,7 @@ def test_the_best_scale_of_gaussian_data_is_found(tmp_path):
     found, before = _exact_distance(1.03, 10, outcome.setting), exact[Setting()]
     assert found < best + 0.1 * (before - best)
     gain = outcome.chosen.gain
-    assert abs(gain.value - (before - found)) < 3 * STUDENT * gain.std_error
+    assert abs(gain.value - (before - found)) < 5 * gain.std_error
     assert cost["evaluations"] == outcome.evaluations > 0
     entry = outcome.entry(_model(1.03).config, ["pixels", "details"], SamplesJob((10,), 400))
     assert entry["samples"]["gain"] > 0 and entry["samples"]["features"] == "pixels"
@@ -291,7 +330,7 @@ def test_the_best_scale_of_gaussian_data_is_found(tmp_path):
 
 
 def test_where_nothing_is_better_the_setting_stays(tmp_path):
-    (outcome,), _ = _calibrate(tmp_path, factor=1.0, calls=(40,))
+    (outcome,), _ = _calibrate(tmp_path, factor=1.0, calls=(40,), rounds=0)
     assert outcome.chosen is None and outcome.setting == outcome.current == Setting()
     assert all(v.why_not for v in outcome.tried)
     assert "(as before)" in outcome.lines(["pixels"])[0]

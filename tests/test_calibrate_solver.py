@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -61,8 +62,11 @@ def test_with_as_many_variances_as_regressors_the_end_is_reached(prediction, tmp
     assert found.held_out < 1e-10 < 1e-4 < found.analytic
 
 
-def _exact_fit(variances, tau, constants):
-    """A fit whose goal is the flow itself: sqrt(abar v + 1 - abar) grows as x."""
+def _exact_fit(variances, tau, constants, stray=0.0):
+    """A fit whose goal is the flow itself: sqrt(abar v + 1 - abar) grows as x.
+
+    The first sample's goal is off by `stray`.
+    """
     network = Gaussian(variances)
     a, v = network.alpha_bar, network.variance
     x_T = torch.randn(24, 8, 8, generator=torch.Generator().manual_seed(1)).double()
@@ -71,7 +75,9 @@ def _exact_fit(variances, tau, constants):
         level = a[t] if t >= 0 else torch.ones((), dtype=torch.float64)
         return x_T * ((level * v + 1 - level) / (a[-1] * v + 1 - a[-1])).sqrt()
 
-    chunk = solver_fit.Chunk(x_T, {t: state(t) for t in [*tau, -1]})
+    states = {t: state(t) for t in [*tau, -1]}
+    states[-1][0] += stray
+    chunk = solver_fit.Chunk(x_T, states)
     return solver_fit.Fit(
         "g",
         lambda x, t, c: v * a[t].sqrt() * x / (a[t] * v + 1 - a[t]),
@@ -95,6 +101,44 @@ def test_the_fit_reaches_an_exact_flow_to_1e_5():
     assert float((rollout.states[-1] - chunk.states[-1]).abs().max()) < 1e-5
     # the mutation: a ridge that pulls to DDIM's row
     assert _exact_fit(3, tau, Constants(ridge=1e-2)).greedy(tau).loss > 1e-6
+
+
+def test_a_sample_that_strays_does_not_draw_the_table():
+    tau = [999, 700, 400, 150]
+
+    def typical(power):
+        fit = _exact_fit(3, tau, replace(EXACT, power=power), stray=1.0)
+        table = fit.improve(fit.greedy(tau), 5)
+        rollout = solver_fit.Rollout(fit.predict, None, fit.chunk(0).x_T)
+        rollout.follow(table.timesteps, table.rows)
+        errors = (rollout.states[-1] - fit.chunk(0).states[-1]).square().mean((1, 2))
+        assert table.loss == pytest.approx(float(errors.pow(power).mean() ** (1 / power)))
+        return float(errors[1:].mean())
+
+    assert typical(0.5) < 0.1 * typical(1.0)
+
+
+def test_the_gradient_is_that_of_the_loss():
+    tau = [999, 600, 200]
+    fit = _exact_fit(8, tau, Constants(nudge=1e-5))
+    table = fit.greedy(tau)
+    moves = [move for move in fit._moves(table) if not isinstance(move[1], int)]
+    _, gradient = fit._normal_equations(table, moves)
+    slopes = []
+    for i, direction in moves:
+        ends = []
+        for sign in (-1, 1):
+            rows = [row.clone() for row in table.rows]
+            rows[i] += sign * 1e-5 * direction
+            ends.append(fit.loss(tau, rows) ** 0.5)
+        slopes.append((ends[0] - ends[1]) / 2e-5)
+    slopes = torch.tensor(slopes, dtype=torch.float64)
+    cosine = torch.nn.functional.cosine_similarity(gradient, slopes, dim=0)
+    assert float(cosine) > 1 - 1e-6
+    # the mutation: the gradient of the mean of squares points elsewhere
+    fit.constants = replace(fit.constants, power=1.0)
+    other = fit._normal_equations(table, moves)[1]
+    assert float(torch.nn.functional.cosine_similarity(other, slopes, dim=0)) < 1 - 1e-6
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

@@ -62,6 +62,8 @@ def search(args, images, labels):
     """Returns what was found for each number of calls, and the model."""
     model = load_measured_model(args.pipeline, args.device)
     model.unet.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.unet.forward = torch.compile(model.unet.forward)
     if args.bf16:
         kind = torch.device(args.device).type
         model.unet.forward = torch.autocast(kind, torch.bfloat16)(model.unet.forward)
@@ -99,8 +101,6 @@ def measure(args, network, distances, cells, keep, calls, name, config):
             scheduler, settings, noisy = presets.build(network, row, {name: config})
             presets.plan(scheduler, settings, calls, args.device)
             drawn = torch.Generator(args.device).manual_seed(10_000 + seed)
-            # a chosen table may add noise, which its config does not tell
-            noisy = noisy or row == name
             x, made = network.run(scheduler, network.noises(seed, args.n), drawn if noisy else None)
             shown = as_uint8_sees(x.clamp(-1, 1).cpu())
             cells[key] = {"calls": made, "noisy": noisy}
@@ -142,6 +142,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; x in float32")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--num_images", type=int, default=2000, help="of a setting in the search")
     parser.add_argument("--n", type=int, default=2000, help="samples of a row and seed")
@@ -157,11 +158,19 @@ def main():
     images, labels = presets.real_images(args.data, (pipeline.in_channels, side, side))
     images, labels = images[: args.first_images], labels[: args.first_images]
     found, model = search(args, images, labels)
+    chosen = {}
+    for outcome in found:
+        calls, setting = outcome.calls, outcome.setting
+        config = args.output / f"chosen-{calls}.json"
+        config.write_text(sampler_of(dict(model.saved), calls, setting).to_json_string())
+        chosen[calls] = (f"chosen, {setting}", setting)
+    told = {calls: asdict(setting) for calls, (_, setting) in chosen.items()}
+    (args.output / "chosen.json").write_text(json.dumps(told, indent=1))
+    if not args.seeds:
+        return
     target, results = args.output / "cells.json", {"cells": {}}
     if target.is_file():
         results = json.loads(target.read_text())
-    chosen = {}
-    args.compile = False
 
     def keep():
         target.write_text(json.dumps(results, indent=1))
@@ -173,15 +182,9 @@ def main():
             SECOND: spaces.make_feature_space("pixels", network.shape),
         }
         distances = {k: presets.Distance(net, images, args.device) for k, net in nets.items()}
-        for outcome in found:
-            calls, setting = outcome.calls, outcome.setting
-            name = f"chosen, {setting}"
+        for calls, (name, _) in chosen.items():
             config = args.output / f"chosen-{calls}.json"
-            config.write_text(sampler_of(dict(model.saved), calls, setting).to_json_string())
-            chosen[calls] = (name, setting)
             measure(args, network, distances, results["cells"], keep, calls, name, config)
-    told = {calls: asdict(setting) for calls, (_, setting) in chosen.items()}
-    (args.output / "chosen.json").write_text(json.dumps(told, indent=1))
     text = report(results["cells"], chosen)
     (args.output / "report.md").write_text(text)
     presets.say(text)

@@ -8,8 +8,10 @@ clamped end points against the fine ODE (100 steps of order 3 with corrector, no
 measured from other noises, `--n` for each of `--seeds`: of the tables, of FEW_STEPS, of stock rows
 of `solver_presets.py`, of a table with clipping turned round, and of tables with fewer decimals.
 
-Everything is kept in FOLDER, so that a second call goes on. `solver.json` has the numbers,
-`solver.md` the tables, `calibrated.json` the scheduler's config with the tables (a row of
+Everything is kept in FOLDER, so that a second call goes on, with more `--calls` or `--sizes` too.
+`--fit_only` ends after the fits, so that several processes can make them in folders of their own;
+`--tables FILE.json ...` reads the tables of such folders' `solver.json`. `solver.json` has the
+numbers, `solver.md` the tables, `calibrated.json` the scheduler's config with the tables (a row of
 `solver_presets.py`: `--row calibrated=FOLDER/calibrated.json`).
 """
 
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from solver_presets import Model, build, plan, say, values_of
+from solver_presets import ROWS, STOCK_FAILS, Model, build, plan, say, values_of
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
 from ddim_schedulers.training.calibration.solver_fit import Constants
@@ -31,31 +33,29 @@ from ddim_schedulers.training.calibration.solver_job import SolverJob
 from ddim_schedulers.training.calibration.solver_run import calibrate_solver
 from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
-STOCK = (
-    "stock UniPC-3",
-    "stock UniPC-2",
-    "stock SA-Solver, tau 0",
-    "stock DPM-Solver++(2M)",
-    "stock DEIS-3",
-    "FEW_STEPS",
-)
+STOCK = [name for name, (_, _, noisy) in ROWS.items() if name.startswith("stock") and not noisy]
 DECIMALS = (2, 3, 4, 5)
 
 
-def fit(arguments: argparse.Namespace, results: dict[str, Any], size: int) -> dict[str, Any]:
-    """Fit tables to so many samples, unless that is done, and return them."""
-    key = str(size)
-    if key in results["tables"]:
-        return results["tables"][key]
+def fit(arguments: argparse.Namespace, results: dict[str, Any], size: int) -> None:
+    """Fit tables to so many samples, those that are not there yet."""
+    key, largest = str(size), size == max(arguments.sizes)
+    tables = results["tables"].setdefault(key, {})
+    wanted = arguments.calls if largest else arguments.swept
+    if not (missing := tuple(calls for calls in wanted if str(calls) not in tables)):
+        return
     model = load_measured_model(arguments.pipeline, arguments.device)
     model.unet.to(memory_format=torch.channels_last)
-    largest = size == max(arguments.sizes)
     job = SolverJob(
-        calls=tuple(arguments.calls if largest else arguments.swept),
+        calls=missing,
         num_samples=size,
         held_out=arguments.held_out,
         batch_size=arguments.batch_size,
-        constants=Constants(iterations=arguments.iterations, least_gain=arguments.least_gain),
+        constants=Constants(
+            iterations=arguments.iterations,
+            least_gain=arguments.least_gain,
+            power=arguments.power,
+        ),
     )
     start = time.perf_counter()
     outcomes, cost = calibrate_solver(
@@ -67,15 +67,14 @@ def fit(arguments: argparse.Namespace, results: dict[str, Any], size: int) -> di
     )
     for each in outcomes:
         say(f"n = {size}, {each.calls} calls: {each.analytic:.5f} -> {each.held_out:.5f}")
-    results["cost"][key] = cost
-    results["tables"][key] = {str(each.calls): each.entry for each in outcomes}
-    return results["tables"][key]
+        tables[str(each.calls)] = each.entry
+    results["cost"][f"{key}: {' '.join(map(str, missing))}"] = cost
 
 
-def rows_of(model: Model, results: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+def rows_of(results: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
     """Return the tables of each row of ours, as `calibration["solver"]` has them."""
     best = results["tables"][str(max(sizes))]
-    rows = {f"table, n = {size}": results["tables"][str(size)] for size in sizes}
+    rows = {f"table, n = {size}": results["tables"][str(size)] for size in sorted(sizes)}
     turned = copy.deepcopy(best)
     for entry in turned.values():
         entry["clip"] = entry["clips"] if entry["clip"] is None else None
@@ -95,11 +94,11 @@ def measure(
     keep: Callable[[], object],
 ) -> None:
     """Fill in the cells that are missing."""
-    ours = rows_of(model, results, arguments.sizes)
+    ours = rows_of(results, arguments.sizes)
     for seed in range(arguments.seeds):
         x = model.noises(1000 + seed, arguments.n)
         goal = None
-        for name in (*STOCK, *ours):
+        for name in (*STOCK, "FEW_STEPS", *ours):
             for calls in arguments.calls:
                 key = f"{name}|{calls}|{seed}"
                 if key in results["cells"] or (name in ours and str(calls) not in ours[name]):
@@ -115,7 +114,11 @@ def measure(
                     continue
                 if goal is None:
                     goal = model.fine(x)
-                end = model.run(scheduler, x, None)[0].clamp(-1, 1)
+                try:
+                    end = model.run(scheduler, x, None)[0].clamp(-1, 1)
+                except STOCK_FAILS as error:
+                    say(f"{calls:>3} {name}: left out, {error!r}")
+                    continue
                 results["cells"][key] = {"mse": float((end - goal).square().mean())}
         keep()
         say(f"seed {seed}")
@@ -163,15 +166,18 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=64, help="samples of the fit's own test")
     parser.add_argument("--iterations", type=int, default=Constants().iterations)
     parser.add_argument("--least_gain", type=float, default=Constants().least_gain)
+    parser.add_argument("--power", type=float, default=Constants().power)
     parser.add_argument("--n", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; x in float32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fit_only", action="store_true")
+    parser.add_argument("--tables", type=Path, nargs="*", default=[], help="solver.json of others")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    names = ("n", "bf16", "sizes", "iterations", "calls")
+    names = ("n", "bf16", "iterations", "power", "held_out")
     settings = {name: getattr(arguments, name) for name in names}
     results: dict[str, Any] = {"settings": settings, "tables": {}, "cost": {}, "cells": {}}
     target = arguments.output / "solver.json"
@@ -184,9 +190,16 @@ def main() -> None:
     def keep() -> None:
         target.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
+    for path in arguments.tables:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        for size, tables in other["tables"].items():
+            results["tables"].setdefault(size, {}).update(tables)
+        results["cost"] |= other["cost"]
     for size in sorted(arguments.sizes, reverse=True):
         fit(arguments, results, size)
         keep()
+    if arguments.fit_only:
+        return
     with torch.inference_mode():
         model = Model(arguments)
         best = results["tables"][str(max(arguments.sizes))]

@@ -14,8 +14,9 @@ and `labels` (N,). Two measurements, of `n` samples for each seed:
 Beside them stand what tells contrast and narrowing from better pictures: the share of pixels that
 were clamped, and the mean and the deviation of the pixels. `--row NAME=FILE.json` adds a
 scheduler's config, such as one with a calibrated table; a row that has no plan for a number of
-calls is left out. Every cell is kept in `presets.json`; a second call goes on. `presets.md` has the
-tables, with standard errors over the seeds.
+calls is left out. Every cell is kept in `presets.json`; a second call goes on. Several processes
+can share the seeds (`--first_seed`) in folders of their own, whose cells `--cells FILE.json ...`
+reads. `presets.md` has the tables, with standard errors over the seeds.
 """
 
 import argparse
@@ -39,6 +40,8 @@ from ddim_schedulers.training.metrics.distances import frechet_metric
 
 CALLS = (5, 7, 10, 15, 20, 50)
 FINE_STEPS = 100
+# Where two sigmas lie at one timestep, a scheduler of diffusers loses count of its steps.
+STOCK_FAILS = (IndexError, AssertionError)
 OURS = "GeneralizedDDIMScheduler"
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SA, DEIS = "SASolverScheduler", "DEISMultistepScheduler"
@@ -201,6 +204,9 @@ def plan(scheduler: Any, settings: dict[str, Any], calls: int, device: str) -> b
     fixed = scheduler.config.get("timesteps")
     if fixed is not None and len(fixed) != calls:
         return False
+    tables = (scheduler.config.get("calibration") or {}).get("solver")
+    if scheduler.config.get("solver_calibrated") and str(calls) not in (tables or {}):
+        return False
     scheduler.set_timesteps(steps, device=device)
     return True
 
@@ -210,7 +216,9 @@ def build(model: Model, name: str, extra: dict[str, Path]) -> tuple[Any, dict[st
     if name in extra:
         config = json.loads(extra[name].read_text(encoding="utf-8"))
         scheduler = getattr(ddim_schedulers, config.get("_class_name", OURS)).from_config(config)
-        return scheduler, {}, bool(scheduler.config.get("eta") or scheduler.config.get("sigma"))
+        tables = (scheduler.config.get("calibration") or {}).get("solver") or {}
+        etas = [scheduler.config.get("eta"), *(table["eta"] for table in tables.values())]
+        return scheduler, {}, any(etas) or bool(scheduler.config.get("sigma"))
     kind, settings, noisy = ROWS[name]
     given = {k: v for k, v in settings.items() if not k.startswith("_")}
     if "_tau" in settings:
@@ -272,13 +280,14 @@ def measure(
     fine: dict[int, torch.Tensor] = {}
     for calls in arguments.calls:
         for name in names:
-            keys = [f"{name}|{calls}|{seed}" for seed in range(arguments.seeds)]
-            if all(key in cells for key in keys):
+            seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+            keys = {seed: f"{name}|{calls}|{seed}" for seed in seeds}
+            if all(key in cells for key in keys.values()):
                 continue
             if time.perf_counter() - start > arguments.seconds:
                 return say("out of time; the same command goes on")
             scheduler, settings, noisy = build(model, name, extra)
-            for seed, key in enumerate(keys):
+            for seed, key in keys.items():
                 if key in cells:
                     continue
                 if not plan(scheduler, settings, calls, model.device):
@@ -286,7 +295,11 @@ def measure(
                 begun = time.perf_counter()
                 x = model.noises(seed, arguments.n)
                 drawn = torch.Generator(model.device).manual_seed(10_000 + seed)
-                x_0, made = model.run(scheduler, x, drawn if noisy else None)
+                try:
+                    x_0, made = model.run(scheduler, x, drawn if noisy else None)
+                except STOCK_FAILS as error:
+                    say(f"{calls:>3} {name}: left out, {error!r}")
+                    break
                 clamped = x_0.clamp(-1, 1)
                 cell = {
                     "calls": made,
@@ -306,7 +319,7 @@ def measure(
                 cell["seconds"] = round(time.perf_counter() - begun, 2)
                 cells[key] = cell
             keep()
-            if keys[0] in cells:
+            if keys[seeds[0]] in cells:
                 say(f"{calls:>3} {name}: {summary(cells, name, calls, 'classifier')}")
 
 
@@ -374,6 +387,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS))
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--cells", type=Path, nargs="*", default=[], help="presets.json of others")
     parser.add_argument("--batch_size", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; x in float32")
@@ -393,6 +408,12 @@ def main() -> None:
         results = json.loads(target.read_text(encoding="utf-8"))
         if results["settings"] != settings:
             parser.error(f"{target} was made with {results['settings']}, not with {settings}")
+
+    for path in arguments.cells:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        if other["settings"] != settings:
+            parser.error(f"{path} was made with {other['settings']}, not with {settings}")
+        results["cells"] |= other["cells"]
 
     def keep() -> None:
         target.write_text(json.dumps(results, indent=1), encoding="utf-8")

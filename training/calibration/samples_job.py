@@ -30,7 +30,8 @@ class SamplesJob:
     Attributes:
         calls: numbers of network calls, each with settings of its own.
         num_images: samples of a setting that came to the end of a race, in eight blocks with noise
-            of their own; as many of held-out noise of each setting that is compared at the end.
+            of their own; as many of held-out noise, or up to four times as many, of each setting
+            that is compared at the end.
         seed: of the noise.
         batch_size: samples in a network call.
         space: what is searched.
@@ -63,7 +64,7 @@ class SamplesJob:
 
     @property
     def held_out(self) -> int:
-        """Return how many samples a verdict is made of."""
+        """Return how many samples a verdict is made of at first."""
         return self.block * BLOCKS
 
 
@@ -101,7 +102,11 @@ class Outcome:
             job: what was calibrated.
         """
         assert self.chosen is not None
-        evidence = {"features": spaces[0], "n": job.held_out, **self.chosen.record()}
+        evidence = {
+            "features": spaces[0],
+            "n": job.block * self.chosen.blocks,
+            **self.chosen.record(),
+        }
         entry = entry_of(config, self.calls, self.setting, job.guiding)
         return {**entry, "samples": evidence}
 

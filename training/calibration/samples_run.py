@@ -313,7 +313,7 @@ class _Run:
         if not guarded:
             return found
         first = features[next(iter(self.spaces))]
-        near = neighbour_metrics(self.real_rows[block], first, NEIGHBOURS)
+        near = neighbour_metrics(self.real_rows[block % BLOCKS], first, NEIGHBOURS)
         pixels = _pixel_moments(_pixel_sums(images))
         apart = [abs(a - b) for a, b in zip(pixels, self.pixels, strict=True)]
         both = (near["precision"] + near["recall"]) / 2

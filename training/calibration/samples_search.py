@@ -4,7 +4,8 @@ Every setting is measured with the same noise, block by block (common random num
 that of all blocks together; the scatter of a difference between two settings is the jackknife's,
 which leaves out one block at a time. `race` measures many settings on few blocks and fewer on more
 (successive halving). What it finds is compared with the setting that is there now on blocks of
-other noise (`compare`), and only a gain beyond the scatter counts.
+other noise (`compare`), and on twice and four times as many where the gain is not clear yet; only a
+gain beyond the scatter counts.
 """
 
 import math
@@ -27,7 +28,8 @@ BLOCKS = 8
 # Blocks that are measured before the slower half of a race is left out.
 RUNGS = (2, 4, BLOCKS)
 KEPT = 3  # settings that a race returns, at most
-STUDENT = student(BLOCKS - 1)
+# Blocks of held-out noise on which a gain that is not clear yet is looked at again.
+LOOKS = (BLOCKS, 2 * BLOCKS, 4 * BLOCKS)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,6 +39,10 @@ class Estimate(NamedTuple):
 
     value: float
     std_error: float
+
+    def is_beyond_scatter(self, blocks: int) -> bool:
+        """Tell whether it is more than the jackknife's error of so many blocks explains."""
+        return self.value > student(blocks - 1) * self.std_error
 
     def __str__(self) -> str:
         return f"{self.value:.4g} +- {self.std_error:.2g}"
@@ -109,9 +115,10 @@ class Samples:
             self._known[key] = frechet_of_gaussians(self.real[space], fake, self._roots[space])
         return self._known[key]
 
-    def guards(self, setting: Setting) -> torch.Tensor:
-        """Return the values of `FLOORS` in each block, (blocks, guards)."""
-        return self._parts[setting.base]["guards"][:, self.end_scales.index(setting.end_scale)]
+    def guards(self, setting: Setting, blocks: int) -> torch.Tensor:
+        """Return the values of `FLOORS` in each of the first blocks, (blocks, guards)."""
+        end = self.end_scales.index(setting.end_scale)
+        return self._parts[setting.base]["guards"][:blocks, end]
 
     def difference(self, a: Setting, b: Setting, space: str, blocks: int = BLOCKS) -> Estimate:
         """Return how much further a is from the data than b, with the jackknife's error."""
@@ -175,15 +182,14 @@ def race(
 def _is_worse(samples: Samples, a: Setting, best: Setting, space: str, blocks: int) -> bool:
     if blocks <= RUNGS[0] or a == best:  # two blocks tell nothing of the scatter
         return False
-    more = samples.difference(a, best, space, blocks)
-    return more.value > STUDENT * more.std_error
+    return samples.difference(a, best, space, blocks).is_beyond_scatter(blocks)
 
 
 def most_blocks(space: Space) -> int:
     """Return how many blocks a search and the verdicts after it measure, at most."""
     # of the races after the first the best of the one before and the present one are known
     fields = [len(space.bases) + 1, *[KEPT + 1 + MOST_NEIGHBOURS] * space.rounds]
-    total = (KEPT + 1) * BLOCKS
+    total = (KEPT + 1) * LOOKS[-1]
     for alive in fields:
         for before, blocks in zip((0, *RUNGS), RUNGS, strict=False):
             total += alive * (blocks - before)
@@ -227,6 +233,7 @@ class Guard(NamedTuple):
         value: of the new setting; less is better.
         before: of the setting that is there now.
         more: their difference.
+        blocks: that it was measured on.
     """
 
     name: str
@@ -234,11 +241,12 @@ class Guard(NamedTuple):
     value: float
     before: float
     more: Estimate
+    blocks: int
 
     @property
     def vetoes(self) -> bool:
         """Tell whether the new setting is worse by more than the scatter and the floor."""
-        return self.more.value > max(STUDENT * self.more.std_error, self.floor)
+        return self.more.value > self.floor and self.more.is_beyond_scatter(self.blocks)
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -260,6 +268,7 @@ class Verdict:
         before: of the one that is there now.
         gain: how much nearer to the data the new one is.
         guards: what it must not make worse.
+        blocks: of held-out noise.
     """
 
     setting: Setting
@@ -267,11 +276,18 @@ class Verdict:
     before: float
     gain: Estimate
     guards: tuple[Guard, ...]
+    blocks: int
 
     @property
     def is_beyond_scatter(self) -> bool:
         """Tell whether the gain is more than the scatter explains."""
-        return self.gain.value > STUDENT * self.gain.std_error
+        return self.gain.is_beyond_scatter(self.blocks)
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether more samples may show a gain: it is above its standard error, not beyond."""
+        within = self.gain.std_error < self.gain.value and not self.is_beyond_scatter
+        return within and not any(guard.vetoes for guard in self.guards)
 
     @property
     def wins(self) -> bool:
@@ -315,7 +331,7 @@ def compare(
     samples: Samples,
     spaces: Sequence[str],
 ) -> Verdict:
-    """Return the verdict on a setting, from samples of all blocks of both.
+    """Return the verdict on a setting, from as many blocks as it takes of `LOOKS`.
 
     Args:
         setting: the new one.
@@ -323,33 +339,45 @@ def compare(
         samples: of held-out noise.
         spaces: the one whose distance counts, then those that guard.
     """
+    for blocks in LOOKS:
+        samples.extend([setting.base, current.base], blocks)
+        verdict = _verdict(setting, current, samples, spaces, blocks)
+        if not verdict.is_open:
+            break
+    return verdict
+
+
+def _verdict(
+    setting: Setting, current: Setting, samples: Samples, spaces: Sequence[str], blocks: int
+) -> Verdict:
     first, *others = spaces
-    samples.extend([setting.base, current.base], BLOCKS)
-    gain = samples.difference(current, setting, first)
     guards = [
         Guard(
             f"Frechet in {space}",
             0.0,
-            samples.distance(setting, space),
-            samples.distance(current, space),
-            samples.difference(setting, current, space),
+            samples.distance(setting, space, blocks),
+            samples.distance(current, space, blocks),
+            samples.difference(setting, current, space, blocks),
+            blocks,
         )
         for space in others
     ]
-    new, old = samples.guards(setting), samples.guards(current)
+    new, old = samples.guards(setting, blocks), samples.guards(current, blocks)
     for place, (name, floor) in enumerate(FLOORS.items()):
         pairs = list(zip(new[:, place].tolist(), old[:, place].tolist(), strict=True))
         more = [a - b for a, b in pairs]
         mean = sum(more) / len(more)
         left_out = [(sum(more) - value) / (len(more) - 1) for value in more]
         value, before = (sum(side) / len(side) for side in zip(*pairs, strict=True))
-        guards.append(Guard(name, floor, value, before, Estimate(mean, jackknife(left_out))))
+        found = Estimate(mean, jackknife(left_out))
+        guards.append(Guard(name, floor, value, before, found, blocks))
     return Verdict(
         setting,
-        samples.distance(setting, first),
-        samples.distance(current, first),
-        gain,
+        samples.distance(setting, first, blocks),
+        samples.distance(current, first, blocks),
+        samples.difference(current, setting, first, blocks),
         tuple(guards),
+        blocks,
     )
 
 

@@ -35,7 +35,7 @@ from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_pa
 from ddim_schedulers.training.common.seeds import generator
 from ddim_schedulers.training.likelihood.measured_model import MeasuredModel
 
-METHOD = 1  # changes with everything that changes the numbers of a sum
+METHOD = 2  # changes with everything that changes the numbers of a sum
 CLAIM = "solver.json"
 # Where the timesteps are before they are fitted: t / T = (1 - i / S) ** power, of the powers the
 # one whose step-by-step fit ends nearest.
