@@ -234,7 +234,7 @@ class GeneralizedDDIMScheduler(  # type: ignore[misc]  # stock types attributes 
             )
         if member is not None and num_inference_steps is None and timesteps is None:
             num_inference_steps = len(member) if self.config.timesteps is None else None
-        self._guidance = None
+        self._guidance = self._input_rows = None
         stored = self._stored_for(num_inference_steps, timesteps, member)
         if stored is None:
             planned = self._resolve_timesteps(num_inference_steps, timesteps)

@@ -292,6 +292,22 @@ def test_a_batch_that_changes_within_a_run_goes_without_and_says_so(change, word
     assert again.follows_table and words() == ["batch"]
 
 
+def test_a_loop_that_asks_for_more_than_it_steps_with_is_guided(words):
+    x = _x(2, 1, 2, 2)
+    expected, _ = _run(_scheduler(), x)
+    for times, said in ((1, []), (2, ["guidance"])):
+        scheduler, end = _scheduler(), x
+        for _ in range(2):  # the second run has to find out again
+            scheduler.set_timesteps(4)
+            end = x
+            for t in TAU:
+                asked = torch.cat([end] * times)
+                assert torch.equal(scheduler.scale_model_input(asked, t), asked)
+                end = scheduler.step(_exact(end, scheduler.alpha_bar[t]), t, end).prev_sample
+            assert torch.equal(end, expected) == scheduler.follows_table == (times == 1)
+        assert words() == said
+
+
 def test_steps_of_a_long_table_compile_a_few_times_only():
     torch._dynamo.reset()
     tau = list(range(999, 0, -83))

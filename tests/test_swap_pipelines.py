@@ -578,9 +578,14 @@ def test_a_pipeline_that_passes_the_variance_to_the_scheduler():
     assert np.array_equal(images(pipe, call), with_variance)
 
 
-@pytest.mark.parametrize("shape", [[1, 32, 32], None])
-def test_a_stored_table_in_a_guided_pipeline(shape, caplog, monkeypatch):
-    """That of samples of another size goes without; that of any size acts, guided or not."""
+@pytest.mark.parametrize(
+    ("guidance_scale", "shape", "word"),
+    [(7.5, None, "guidance"), (1.0, [1, 32, 32], "shape"), (1.0, None, None)],
+)
+def test_a_stored_table_in_a_pipeline_of_diffusers(
+    guidance_scale, shape, word, caplog, monkeypatch
+):
+    """It acts for samples of its size, and not where the batch is doubled for guidance."""
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     plain = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**LATENT).config, **FEW_STEPS)
     tau = [990, 700, 400, 200, 80]
@@ -599,12 +604,12 @@ def test_a_stored_table_in_a_guided_pipeline(shape, caplog, monkeypatch):
         pipe = stable_diffusion(cls)
         pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **settings)
         pipe.set_progress_bar_config(disable=True)
-        words = prompt(height=SIZE, width=SIZE, guidance_scale=7.5, **call)
+        words = prompt(height=SIZE, width=SIZE, guidance_scale=guidance_scale, **call)
         return pipe(**words, generator=torch.Generator().manual_seed(7)).images
 
     stored = {**CALIBRATED, "calibration": {"solver": {"5": entry}}}
     found = pictures(stored)
-    told = [m for m in caplog.messages if "do not fit: shape" in m]
+    told = [m.split("do not fit: ")[1].split(".")[0] for m in caplog.messages if "do not fit" in m]
     analytic = pictures({**FEW_STEPS, "timesteps": tau})
-    assert np.isfinite(found).all()
-    assert np.array_equal(found, analytic) == bool(told) == (shape is not None)
+    assert np.isfinite(found).all() and told == ([] if word is None else [word])
+    assert np.array_equal(found, analytic) == (word is not None)
