@@ -19,7 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from tiny_models import tiny_unet
 
 from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
-from ddim_schedulers.training.calibration import samples_job, samples_run, samples_space
+from ddim_schedulers.training.calibration import samples_job, samples_run, samples_space, solver_job
 from ddim_schedulers.training.calibration.samples_job import (
     Outcome,
     SamplesJob,
@@ -446,6 +446,30 @@ def test_a_stored_table_keeps_its_weights_and_is_the_one_to_beat():
         sampler_of({**config, "clip_sample_range": 2.0}, 2, Setting())
 
 
+def test_the_formulas_are_tried_beside_a_fitted_table(tmp_path):
+    """A table that is far off: the formulas win, and the word is that the table is gone."""
+    config = _model(1.0).config
+    bad = {**stored_entry(config, 4), "held_out": 0.1}
+    bad["weights"] = [*bad["weights"][:-1], [0.0, 0.0, 0.0, 0.0, -1.0]]
+    scheduler = GeneralizedDDIMScheduler(**CONFIG, calibration={"solver": {"4": bad}})
+    model = measured_model_of(ToyNetwork(1.0), dict(scheduler.config))
+    space = Space(((0.0, None), (0.5, None)), (1.0,), (1.0,), rounds=1)
+    spaces = {name: make_feature_space(name, SHAPE) for name in ("pixels", "details")}
+    ((outcome,), _) = calibrate_samples(
+        model, ToyData(), spaces, SamplesJob((4,), 96, space=space), work_dir=tmp_path / "work"
+    )
+    assert outcome.setting.formulas and "formulas" in outcome.lines(["pixels"])[0]
+    entry = outcome.entry(model.config, ["pixels", "details"], SamplesJob((4,), 96))
+    assert not solver_job.is_fitted(entry) and "held_out" not in entry
+    (line,) = solver_job.lost({"4": bad}, {"4": entry})
+    assert "4 calls: the fitted table is gone" in line
+    # the mutation: the table alone
+    assert (
+        entry_of(model.config, 4, replace(outcome.setting, formulas=False))["weights"]
+        == (bad["weights"])
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -494,7 +518,7 @@ def test_the_command_stores_what_wins_and_the_preset_uses_it(tmp_path, monkeypat
     # an untrained network's pictures are noise: whether something wins is the search's to say
     if "nothing is written" in out:
         assert file.read_text() == before
-        verdict = Verdict(Setting(1.0, (0.2, 0.8), 1.5), 1.0, 2.0, Estimate(1.0, 0.1), ())
+        verdict = Verdict(Setting(1.0, (0.2, 0.8), 1.5), 1.0, 2.0, Estimate(1.0, 0.1), (), BLOCKS)
         outcome = Outcome(3, Setting(), verdict, (verdict,), 0)
         entry = outcome.entry(
             _scheduler_config(folder), ["pixels", "details"], SamplesJob((3,), 64)

@@ -148,6 +148,13 @@ def stored_entry(
         own = guidance_of(found.get("guidance_scale"), found.get("guidance_interval"))
         if own == guidance_of(guiding.scale, guiding.interval):
             return dict(found)
+    return formulas_entry(config, calls, guiding)
+
+
+def formulas_entry(
+    config: Mapping[str, Any], calls: int, guiding: Guiding = UNGUIDED
+) -> dict[str, Any]:
+    """Return the entry of the analytic steps; the arguments are those of `stored_entry`."""
     analytic = GeneralizedDDIMScheduler.from_config(
         config, **{**NEUTRAL, **SOLVER_BASE, **FEW_STEPS}
     )
@@ -170,7 +177,8 @@ def entry_of(
     config: Mapping[str, Any], calls: int, setting: Setting, guiding: Guiding = UNGUIDED
 ) -> dict[str, Any]:
     """Return the entry of `calibration["solver"]` with a setting in the place of its own."""
-    kept = {k: v for k, v in stored_entry(config, calls, guiding).items() if k != "samples"}
+    base = (formulas_entry if setting.formulas else stored_entry)(config, calls, guiding)
+    kept = {k: v for k, v in base.items() if k != "samples"}
     return {**kept, **setting.config()}
 
 

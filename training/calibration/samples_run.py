@@ -26,6 +26,7 @@ from ddim_schedulers.training.calibration.samples_job import (
     NEIGHBOURS,
     Outcome,
     SamplesJob,
+    formulas_entry,
     sampler_of,
     stored_entry,
 )
@@ -40,7 +41,8 @@ from ddim_schedulers.training.calibration.samples_search import (
     most_blocks,
     search,
 )
-from ddim_schedulers.training.calibration.samples_space import Setting
+from ddim_schedulers.training.calibration.samples_space import Setting, Space
+from ddim_schedulers.training.calibration.solver_job import is_fitted
 from ddim_schedulers.training.common.processes import Team, own_together
 from ddim_schedulers.training.common.sealed_parts import SealedParts, discard_parts
 from ddim_schedulers.training.common.seeds import generator
@@ -160,8 +162,8 @@ class _Run:
     ) -> None:
         self.model, self.data, self.spaces, self.job = model, data, spaces, job
         self.team, self.predictor = team, Predictor(model, job.guiding)
-        each = job.block * most_blocks(job.space) * job.guiding.calls
-        costs = {calls: each * calls for calls in job.calls}
+        each = job.block * job.guiding.calls
+        costs = {c: each * c * most_blocks(self._space(self._entry(c))) for c in job.calls}
         self.progress = Progress(progress, costs, lambda: self.predictor.evaluations, team.count)
         if team.index == 0:
             self.progress(cost_line(costs))
@@ -231,16 +233,25 @@ class _Run:
 
     # -- the samples
 
+    def _entry(self, calls: int) -> dict[str, Any]:
+        return stored_entry(self.model.config, calls, self.job.guiding)
+
+    def _space(self, entry: dict[str, Any]) -> Space:
+        # at zero terminal SNR x_T is eps itself, which cannot be scaled
+        scales_eps = entry["alpha_bar"][0] > 0
+        return replace(self.job.space, scales_eps=scales_eps, formulas=is_fitted(entry))
+
     def outcome(self, calls: int) -> Outcome:
         """Return what was found for one number of calls."""
         self.progress.begin(calls)
         before = self.predictor.evaluations
-        entry = stored_entry(self.model.config, calls, self.job.guiding)
-        current = Setting.of(entry)
-        shares = [t / len(self.model.alpha_bar) for t in entry["timesteps"]]
+        entry = self._entry(calls)
+        current, space = Setting.of(entry), self._space(entry)
+        analytic = formulas_entry(self.model.config, calls, self.job.guiding)
+        shares = [
+            [t / len(self.model.alpha_bar) for t in each["timesteps"]] for each in (entry, analytic)
+        ]
         lands_on_data = entry["alpha_bar"][-1] == 1
-        # at zero terminal SNR x_T is eps itself, which cannot be scaled
-        space = replace(self.job.space, scales_eps=entry["alpha_bar"][0] > 0)
         ends = sorted({*self.job.space.end_scales, current.end_scale})
         first = next(iter(self.spaces))
 
@@ -252,7 +263,7 @@ class _Run:
                 return self._measure(kind, calls, ends, bases, start, stop)
 
             return Samples(
-                self.real, measure, ends, lambda each: each.acting(shares, lands_on_data)
+                self.real, measure, ends, lambda s: s.acting(shares[s.formulas], lands_on_data)
             )
 
         searched = samples("search")
@@ -282,7 +293,7 @@ class _Run:
         stop: int,
     ) -> list[Tensors]:
         named = {
-            f"{kind}-{calls}-{_digest([base.config(), ends])}-{start}-{stop}": base
+            f"{kind}-{calls}-{_digest([base.config(), base.formulas, ends])}-{start}-{stop}": base
             for base in bases
         }
 

@@ -9,22 +9,31 @@ MOST_NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """What is chosen for one number of calls: keys of `GeneralizedDDIMScheduler`'s config."""
+    """What is chosen for one number of calls: keys of `GeneralizedDDIMScheduler`'s config.
+
+    Attributes:
+        eta: as the key of this name.
+        eta_interval: as the key of this name.
+        eps_scale: as the key of this name.
+        end_scale: as the key of this name.
+        formulas: the steps are those of the formulas, although there is a fitted table.
+    """
 
     eta: float = 0.0
     eta_interval: tuple[float, float] | None = None
     eps_scale: float | tuple[float, float] = 1.0
     end_scale: float = 1.0
+    formulas: bool = False
 
     def config(self) -> dict[str, Any]:
         """Return the keys with their values, as JSON has them."""
-        found = asdict(self)
+        found = {k: v for k, v in asdict(self).items() if k != "formulas"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Setting":
         """Return the setting that a config, or an entry of a calibration, holds."""
-        given = {key: config[key] for key in asdict(cls()) if key in config}
+        given = {key: config[key] for key in cls().config() if key in config}
         found: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
         }
@@ -47,10 +56,11 @@ class Setting:
         etas = [self.eta if low <= share <= high else 0.0 for share in noisy]
         at_0, at_1 = _line(self.eps_scale)
         scales = [at_0 + (at_1 - at_0) * share for share in shares]
-        return (*etas, *scales, self.end_scale)
+        return (self.formulas, *etas, *scales, self.end_scale)
 
     def __str__(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.config().items())
+        said = ", ".join(f"{key} {value}" for key, value in self.config().items())
+        return f"formulas, {said}" if self.formulas else said
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Space:
         end_scales: of every setting; finished samples are multiplied, which takes no network call.
         rounds: how often the neighbours of the best setting are tried, each time half as far away.
         scales_eps: whether `eps_scale` is searched; it must be 1 where alpha_bar is 0 on the way.
+        formulas: whether there is a fitted table, so that the formulas are tried beside it.
     """
 
     noises: tuple[tuple[float, tuple[float, float] | None], ...] = (
@@ -77,12 +88,14 @@ class Space:
     end_scales: tuple[float, ...] = (1.0, 1.01, 1.02, 1.04)
     rounds: int = 2
     scales_eps: bool = True
+    formulas: bool = False
 
     @property
     def bases(self) -> list[Setting]:
         """Return the settings of the first race."""
         return [
-            Setting(eta, interval, scale)
+            Setting(eta, interval, scale, formulas=formulas)
+            for formulas in (False, True)[: 1 + self.formulas]
             for eta, interval in self.noises
             for scale in (self.eps_scales if self.scales_eps else (1.0,))
         ]

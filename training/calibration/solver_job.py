@@ -127,6 +127,11 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
+def is_fitted(entry: Mapping[str, Any]) -> bool:
+    """Tell whether an entry's steps are not those of the formulas."""
+    return any(weight for row in entry["weights"] for weight in row)
+
+
 def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
     """Return a line for each new table that replaces what it is no better version of.
 
@@ -149,5 +154,10 @@ def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
             lines.append(
                 f"{calls} calls: eta and the scales that --objective samples chose for the table "
                 "before are gone; run it again, or take this back with --undo"
+            )
+        elif is_fitted(old) and not is_fitted(entry):
+            lines.append(
+                f"{calls} calls: the fitted table is gone, because the formulas give nearer "
+                "pictures; take this back with --undo"
             )
     return lines
