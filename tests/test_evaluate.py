@@ -4,10 +4,8 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from importlib.resources import files
 from types import ModuleType
@@ -534,20 +532,17 @@ def test_copies_of_training_images_are_noticed(pipeline, tmp_path, monkeypatch):
     assert float(distance) == pytest.approx(float(gap), rel=1e-5)
 
 
-def test_two_processes_share_the_work_and_get_the_same(pipeline, whole, tmp_path, assert_close):
+def test_two_processes_share_the_work_and_get_the_same(
+    pipeline, whole, tmp_path, assert_close, processes
+):
     _, alone = whole
     settings = _settings(
         pipeline, tmp_path / "out", features=["pixels", "classifier"], classifier_epochs=1
     )
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "ddim_schedulers.training.cli", "evaluate", "--cpu", "--config", "e.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "process 0: cell 9 of 9" in done.stderr and "process 1: cell 9 of 9" in done.stderr
+    words = ["-m", "ddim_schedulers.training.cli", "evaluate", "--cpu", "--config", "e.yaml"]
+    _, said = processes(words, 2, tmp_path)
+    assert "process 0: cell 9 of 9" in said and "process 1: cell 9 of 9" in said
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert results["processes"] == 2 and alone["processes"] == 1
     for a, b in zip(alone["tables"][0]["cells"], results["tables"][0]["cells"], strict=True):

@@ -1,9 +1,6 @@
 """A run that shares its pipeline at the end: the last thing it does, and never what fails it."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -122,17 +119,8 @@ sys.exit(code)
 """
 
 
-def test_no_process_waits_while_the_main_one_uploads(argv, tmp_path):
+def test_no_process_waits_while_the_main_one_uploads(argv, tmp_path, processes):
     (tmp_path / "child.py").write_text(CHILD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "child.py"), str(tmp_path / "gone"), *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ALONE") == 1
-    assert "SOMEBODY WAITS" not in done.stdout
+    said, _ = processes([tmp_path / "child.py", tmp_path / "gone", *argv], 2, tmp_path)
+    assert said.count("ALONE") == 1
+    assert "SOMEBODY WAITS" not in said
