@@ -362,3 +362,21 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`thresholding` is True"):
         calibrate_solver(model, SolverJob(), work_dir=tmp_path / "w")
     assert Team().count == 1
+
+
+def test_a_config_that_keeps_the_preset_from_its_tables_is_told_of(tmp_path, capsys):
+    own = {"eta": 0.5, "eps_scale": 1.01}
+    saved = GeneralizedDDIMScheduler(**own)
+    DDPMPipeline(_unet(), saved).save_pretrained(tmp_path / "p")
+    words = ["calibrate", "--objective", "solver", "--pipeline", str(tmp_path / "p")]
+    assert main([*words, *WORDS.split()]) == 0
+    told = "says eps_scale=1.01, eta=0.5: CALIBRATED uses the tables with eps_scale=1.0, eta=None"
+    assert told in capsys.readouterr().out
+    config = json.loads((tmp_path / "p" / "scheduler" / "scheduler_config.json").read_text())
+    for more, follows in (({}, False), ({"eps_scale": 1.0, "eta": None}, True)):
+        scheduler = GeneralizedDDIMScheduler.from_config(config, **{**CALIBRATED, **more})
+        scheduler.set_timesteps(3)
+        assert scheduler.follows_table is follows
+    DDPMPipeline(_unet(), DDPMScheduler()).save_pretrained(tmp_path / "q")
+    assert main([*words[:-1], str(tmp_path / "q"), *WORDS.split()]) == 0
+    assert "CALIBRATED uses" not in capsys.readouterr().out

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ddim_schedulers import CALIBRATED
 from ddim_schedulers.pipelines.base import check_batch_size
+from ddim_schedulers.settings import restore_settings
 from ddim_schedulers.solver_tables import MAX_CALLS, SOLVER_BASE
 from ddim_schedulers.training.calibration.predictor import UNGUIDED, Guiding, check_calls
 from ddim_schedulers.training.calibration.solver_fit import Constants
@@ -161,3 +163,19 @@ def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
                 "pictures; take this back with --undo"
             )
     return lines
+
+
+def not_used_with(saved: Mapping[str, Any]) -> list[str]:
+    """Return a line if a scheduler's config says what keeps `CALIBRATED` from stored tables.
+
+    Args:
+        saved: the config, as it was saved.
+    """
+    config = restore_settings(dict(saved))
+    own = {k: v for k, v in NEUTRAL.items() if k not in (*CALIBRATED, "calibration")}
+    own = {k: v for k, v in own.items() if config.get(k, v) != v}
+    if not own:
+        return []
+    said = ", ".join(f"{key}={config[key]!r}" for key in own)
+    needed = ", ".join(f"{key}={value!r}" for key, value in own.items())
+    return [f"the scheduler's config says {said}: CALIBRATED uses the tables with {needed} alone"]

@@ -98,7 +98,10 @@ def run(
         samples_run.discard(work_dir)
         for each in outcomes:
             print(*each.lines(names), sep="\n")
-        for line in solver_job.lost(before.get("solver"), better):
+        said = solver_job.lost(before.get("solver"), better)
+        if better:
+            said += solver_job.not_used_with(model.saved or {})
+        for line in said:
             print(line)
         print(
             f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "
