@@ -272,7 +272,7 @@ class Fit:
                     break
             if best is None or not best.loss < table.loss:
                 break
-            self.progress(f"mean squared error {table.loss:.3g} -> {best.loss:.3g}")
+            self.progress(f"error {table.loss:.3g} -> {best.loss:.3g}")
             gained, self._damping = 1 - best.loss / table.loss, worked / 3
             table = best
             if gained < self.constants.least_gain:

@@ -312,7 +312,7 @@ class _Calibration:
             )
             fits.append((fit.greedy(tau), fit))
         table, fit = min(fits, key=lambda each: each[0].loss)
-        self.progress(f"{name}step by step, mean squared error {table.loss:.3g}")
+        self.progress(f"{name}step by step, error {table.loss:.3g}")
         return fit.improve(table, 1), fit
 
     def _test(self, calls: int, entry: dict[str, Any]) -> tuple[float, float]:
