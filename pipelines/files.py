@@ -71,8 +71,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], owner: in
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file was to be written
         raise
 
 

@@ -242,13 +242,15 @@ def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "precious"]
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path):
+def test_a_write_that_fails_leaves_nothing_and_names_the_file(tmp_path):
     from ddim_schedulers.pipelines.files import write_atomically
+    from ddim_schedulers.training.common.failures import sentence
 
     def full(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         write_atomically(tmp_path / "a.json", full)
     assert list(tmp_path.iterdir()) == []
+    assert sentence(caught.value) == f"No space left on device: {str(tmp_path / 'a.json')!r}"
