@@ -87,6 +87,20 @@ class StoredSamplerMixin(FamilySchedulerMixin):
         else:
             self._without_table(why)
 
+    def _take_trajectory(self, listed: list[Any]) -> None:
+        before = self._stored
+        super()._take_trajectory(listed)
+        self._tell_of_other_plan(before)
+
+    def _take_number(self, number: int | None) -> None:
+        before = self._stored
+        super()._take_number(number)
+        self._tell_of_other_plan(before)
+
+    def _tell_of_other_plan(self, before: SolverTable | None) -> None:
+        if before is not None and self._stored is None:
+            self._without_table("timesteps")
+
     def without_table(self, why: str) -> None:
         """Go on without the stored sampler of the plan, if any: it was not made for this run.
 

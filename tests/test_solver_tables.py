@@ -388,6 +388,25 @@ def test_other_plans_go_without_and_say_why(words):
     assert scheduler.timesteps.tolist() == [999, 666, 332]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "follows"),
+    [
+        ("timesteps", torch.tensor([900, 400, 30]), False),
+        ("num_inference_steps", 7, False),
+        ("timesteps", torch.tensor(TAU[1:]), True),  # a part: the first step of a run will tell
+        ("num_inference_steps", 4, True),
+    ],
+    ids=str,
+)
+def test_plans_that_are_assigned_go_without_and_say_why(name, value, follows, words):
+    scheduler = _scheduler()
+    scheduler.set_timesteps(4)
+    setattr(scheduler, name, value)
+    _ = scheduler.timesteps
+    assert scheduler.follows_table is follows
+    assert words() == ([] if follows else ["timesteps"])
+
+
 def test_the_noise_of_the_config_is_no_table_s(words):
     statistics = {name: [0.5] * T for name in ("gamma", "eps_error", "x0_error")}
     stored = {**statistics, "solver": {"4": _entry()}}

@@ -147,7 +147,7 @@ class _Calibration:
         team = files.team
         self.progress = Progress(progress, costs, lambda: self.predictor.evaluations, team.count)
         if team.index == 0:
-            self.progress(f"{cost_line(costs)}; {fine:,} of the first are the fine trajectories")
+            self.progress(f"{cost_line(costs)}; {fine:,} of them for fine trajectories")
         wanted = {t for starts in self.starts.values() for tau in starts for t in tau}
         self.kept = [*sorted(wanted, reverse=True), END]
         self.analytic = GeneralizedDDIMScheduler.from_config(
