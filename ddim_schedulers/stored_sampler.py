@@ -154,7 +154,7 @@ class StoredSamplerMixin(FamilySchedulerMixin):
         stored = self._stored
         assert stored is not None
         check_one_timestep(timestep, self._settings.solver_order)
-        rows = self._input_rows
+        rows = self._input_rows if self._guidance is None else None
         if stored.guidance != self._guidance or (rows is not None and rows > len(sample)):
             return self.without_table("guidance")
         if stored.shape is not None and list(sample.shape[1:]) != stored.shape:

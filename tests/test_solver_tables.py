@@ -306,6 +306,12 @@ def test_a_loop_that_asks_for_more_than_it_steps_with_is_guided(words):
                 end = scheduler.step(_exact(end, scheduler.alpha_bar[t]), t, end).prev_sample
             assert torch.equal(end, expected) == scheduler.follows_table == (times == 1)
         assert words() == said
+    guided = _scheduler(_entry(guidance_scale=2.0))
+    guided.set_timesteps(4)
+    guided.note_guidance(2.0)  # what is noted counts, however the loop asks
+    guided.scale_model_input(torch.cat([x, x]))
+    guided.step(x, TAU[0], x)
+    assert guided.follows_table and words() == ["guidance"]
 
 
 def test_steps_of_a_long_table_compile_a_few_times_only():
