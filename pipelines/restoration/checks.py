@@ -20,8 +20,8 @@ _ROUNDING = 1 / 128
 _DEVIATIONS = 10
 # The error by rounding that a linear operator may make, as a share of its largest value.
 _LINEAR = 1e-3
-# How far off an adjoint may be: half precision inside of an operator gives 1e-3, and projectors with
-# grids of their own a few percent.
+# How far off an adjoint may be: half precision inside of an operator gives 1e-3, and projectors
+# with grids of their own a few percent.
 _ADJOINT = 5e-2
 
 
