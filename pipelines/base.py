@@ -25,7 +25,7 @@ from ddim_schedulers.pipelines.compatibility import SINGLE_STEP, check_network, 
 from ddim_schedulers.pipelines.files import write_bytes
 from ddim_schedulers.pipelines.images import ImageInput, OutputBuffer, check_finite, to_model_space
 from ddim_schedulers.pipelines.interfaces import Network, Scheduler
-from ddim_schedulers.pipelines.sampling import state_dtype
+from ddim_schedulers.pipelines.sampling import speed_up, state_dtype
 
 DEFAULT_BATCH_SIZE = 64
 VAE = "vqvae"  # the component of an autoencoder, as `LDMPipeline` calls it
@@ -195,16 +195,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         Returns:
             the pipeline.
         """
-        network = cast(Any, self.unet)
-        if dtype is not None and dtype != network.dtype:
-            # `ModelMixin.to` warns of modules to be kept in float32 also where there are none
-            names = ("_keep_in_fp32_modules", "is_quantized")
-            special = any(getattr(network, name, None) for name in names)
-            network.to(dtype) if special else torch.nn.Module.to(network, dtype)
-        if channels_last:
-            network.to(memory_format=torch.channels_last)
-        if compile is True or isinstance(compile, dict):
-            network.compile(**({} if compile is True else compile))
+        speed_up(self.unet, compile=compile, channels_last=channels_last, dtype=dtype)
         return self
 
     def check(self) -> None:

@@ -71,6 +71,25 @@ def is_compiled(network: Network) -> bool:
     return any(getattr(network, mark, None) is not None for mark in marks)
 
 
+def speed_up(
+    network: Any,  # noqa: ANN401
+    *,
+    compile: bool | dict[str, Any] = False,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Make a network faster, in place; the arguments are those of the pipelines' `speed_up`."""
+    if dtype is not None and dtype != network.dtype:
+        # `ModelMixin.to` warns of modules to be kept in float32 also where there are none
+        names = ("_keep_in_fp32_modules", "is_quantized")
+        special = any(getattr(network, name, None) for name in names)
+        network.to(dtype) if special else torch.nn.Module.to(network, dtype)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    if compile is True or isinstance(compile, dict):
+        network.compile(**({} if compile is True else compile))
+
+
 def predict(
     network: Network, x: torch.Tensor, t: torch.Tensor | int, batch_size: int = 0
 ) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The network that a sampler is calibrated to: with its classes, guided or not, and counted."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,18 +78,17 @@ UNGUIDED = Guiding()
 class _Counted:
     """The network as pipelines call it, and how many samples it was asked for."""
 
-    def __init__(self, model: MeasuredModel, autocast: torch.dtype | None) -> None:
+    def __init__(self, model: MeasuredModel) -> None:
         self.unet, self.config, self.dtype = model.unet, model.unet.config, model.dtype
         self.device = next(model.unet.parameters()).device
-        self.autocast, self.evaluations = autocast, 0
+        self.evaluations = 0
 
     def __call__(self, sample: torch.Tensor, timestep: torch.Tensor | int, **given: Any) -> Any:
         self.evaluations += len(sample)
-        context: Any = contextlib.nullcontext()
-        if self.autocast is not None:
-            context = torch.autocast(self.device.type, dtype=self.autocast)
-        with torch.no_grad(), context:
-            return self.unet(sample, timestep, **given)
+        # a compiled network would compile again for each integer
+        t = torch.as_tensor(timestep, device=self.device)
+        with torch.no_grad():
+            return self.unet(sample, t, **given)
 
 
 class Predictor:
@@ -99,17 +97,11 @@ class Predictor:
     Args:
         model: network and process.
         guiding: how it is guided; a guided sample takes two evaluations, in one call.
-        autocast: run the network in this dtype by `torch.autocast`, None for its own.
     """
 
-    def __init__(
-        self,
-        model: MeasuredModel,
-        guiding: Guiding = UNGUIDED,
-        autocast: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, model: MeasuredModel, guiding: Guiding = UNGUIDED) -> None:
         self.model, self.guiding = model, guiding
-        self._counted = _Counted(model, autocast)
+        self._counted = _Counted(model)
         self.device = self._counted.device
 
     @property

@@ -64,7 +64,6 @@ def calibrate_solver(
     work_dir: Path,
     team: Team | None = None,
     progress: Callable[[str], object] | None = None,
-    autocast: torch.dtype | None = None,
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """Fit a table for each number of calls, and measure it on noise that was not fitted.
 
@@ -74,7 +73,6 @@ def calibrate_solver(
         work_dir: where sums are kept; all processes must see it. An interrupted run goes on.
         team: the processes that share it; None for this one alone.
         progress: called with a line of text now and then, or None.
-        autocast: see `Predictor`.
 
     Returns:
         One outcome for each number of calls, and the cost: `evaluations` of the network (a sample
@@ -99,7 +97,7 @@ def calibrate_solver(
         "method": METHOD,
         "network": model.fingerprint(),
         "end": GeneralizedDDIMScheduler.from_config(model.config, **NEUTRAL).alpha_bar_end,
-        "autocast": str(autocast),
+        "dtype": str(model.dtype),
         "device": Predictor(model).device.type,
         "labels": None if model.labels is None else model.labels.tolist(),
         **job.guiding.settings(),
@@ -108,7 +106,7 @@ def calibrate_solver(
     with own_together(work_dir, "calibrate", team, transient=True) as owner:
         files = SolverFiles(work_dir, own, team, owner)
         files.claim()
-        calibration = _Calibration(model, job, files, progress, autocast)
+        calibration = _Calibration(model, job, files, progress)
         outcomes = [calibration.outcome(calls) for calls in job.calls]
     cost = {
         "evaluations": sum(team.gather([calibration.predictor.evaluations])),
@@ -130,10 +128,9 @@ class _Calibration:
         job: SolverJob,
         files: SolverFiles,
         progress: Callable[[str], object] | None,
-        autocast: torch.dtype | None,
     ) -> None:
         self.model, self.job, self.files = model, job, files
-        self.predictor = Predictor(model, job.guiding, autocast)
+        self.predictor = Predictor(model, job.guiding)
         self.grid = make_timesteps("trailing", job.steps, len(model.alpha_bar))
         self.limit = model.clip
         self.choices = [None] if self.limit is None else [None, self.limit]
@@ -187,9 +184,8 @@ class _Calibration:
         size = self.model.unet.config.sample_size
         shape = (self.model.channels, *((size, size) if isinstance(size, int) else size))
         count = min(self.job.chunk, samples - c * self.job.chunk)
-        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         noise = torch.randn(count, *shape, generator=generator(self.job.seed, purpose, c))
-        return noise.to(self.predictor.device, dtype)
+        return noise.to(self.predictor.device, self.model.state_dtype)
 
     def _predict(self, x: torch.Tensor, t: int, c: int) -> torch.Tensor:
         return self.predictor(x, t, c * self.job.chunk, len(self._chunk(c).x_T))

@@ -168,14 +168,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, ...; an accelerator where there is one"
     )
+    add_speed_arguments(parser)
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser, where: str = "") -> None:
+    """Add what makes a network faster, for `speed_up`.
+
+    Args:
+        parser: of the verb.
+        where: what help begins with: where they act, if not everywhere.
+    """
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the network (float32)"
+        "--dtype", choices=DTYPES, default="float32", help=f"{where}of the network (float32)"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the network: a minute at the start"
+        "--compile",
+        action="store_true",
+        help=f"{where}torch.compile the network: a minute at the start",
     )
     parser.add_argument(
-        "--channels_last", action="store_true", help="the network in channels_last memory format"
+        "--channels_last",
+        action="store_true",
+        help=f"{where}the network in channels_last memory format",
     )
 
 

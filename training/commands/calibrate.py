@@ -20,20 +20,26 @@ HELP = "Measure a pipeline for the optimal noise and trajectory, or fit a sample
 # What acts in each kind of call; the rest is refused rather than ignored.
 _WHERE = {"pipeline", "revision", "allow_pickle", "output"}
 _RUN = {"objective", "num_images", "batch_size", "seed", "cpu"}
+_OF_SPEED = {"dtype", "compile", "channels_last"}
 _OF_TABLES = {"calls", "guidance_scale", "guidance_interval"}
 _OF_SOLVER = {*_OF_TABLES, "held_out"}
 _OF_SAMPLES = {*_OF_TABLES, "features"}
 _IDLE_IN_SAMPLES = {"clip", "held_out", "trajectory_steps", "undo"}
 _ACTS = {
     "--undo": _WHERE | {"undo", "cpu"},
-    "--objective trajectory": _WHERE | _RUN | {"trajectory_steps", "labels"},
-    "--objective solver": _WHERE | _RUN | {"trajectory_steps", "work_dir", "labels"} | _OF_SOLVER,
+    "--objective trajectory": _WHERE | _RUN | _OF_SPEED | {"trajectory_steps", "labels"},
+    "--objective solver": (
+        _WHERE | _RUN | _OF_SPEED | {"trajectory_steps", "work_dir", "labels"} | _OF_SOLVER
+    ),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    from ddim_schedulers.training.commands._model_options import add_repository_arguments
+    from ddim_schedulers.training.commands._model_options import (
+        add_repository_arguments,
+        add_speed_arguments,
+    )
     from ddim_schedulers.training.likelihood.measured_data import (
         add_data_arguments,
         add_label_arguments,
@@ -121,6 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="config",
         help="clip x0_hat to [-1, 1] where its error is measured (config: as the scheduler does)",
     )
+    add_speed_arguments(parser, "trajectory, solver, samples: ")
     add_run_arguments(parser)
 
 
@@ -179,12 +186,21 @@ def run(args: argparse.Namespace) -> int:
 def _load_model(
     args: argparse.Namespace, target: Path, device: "torch.device | str"
 ) -> "MeasuredModel":
+    import torch
+
+    from ddim_schedulers.pipelines.sampling import speed_up
     from ddim_schedulers.training.likelihood.calibration import check_target
     from ddim_schedulers.training.likelihood.measured_model import load_measured_model
 
     model = load_measured_model(args.pipeline, device, allow_pickle=args.allow_pickle)
     if args.output is not None:
         check_target(target, model)
+    speed_up(
+        model.unet,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        dtype=getattr(torch, args.dtype),
+    )
     return model
 
 
@@ -193,7 +209,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     add_arguments(parser)
     every = {action.dest for action in parser._actions}
     kind = "--undo" if args.undo else f"--objective {args.objective}"
-    idle = {"trajectory_steps", *_OF_SOLVER, *_OF_SAMPLES}
+    idle = {"trajectory_steps", *_OF_SPEED, *_OF_SOLVER, *_OF_SAMPLES}
     acts = _ACTS.get(kind, every - (_IDLE_IN_SAMPLES if "samples" in kind else idle))
     for name, value in vars(args).items():
         if name in every - acts and value != parser.get_default(name):

@@ -192,7 +192,7 @@ def measure_trajectory(
         stop = start + batch_size
         part, model = noise[start:stop], measured_model.of(start, stop)
         scheduler.set_timesteps()
-        x, seen = part.to(measured_model.dtype), []
+        x, seen = part.to(measured_model.state_dtype), []
         for t in planned:
             output = model.predict_mean(x, torch.full((len(x),), t))
             now, before = measured_model.alpha_bar[t], measured_model.alpha_bar[max(t - 1, 0)]

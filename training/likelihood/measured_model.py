@@ -61,6 +61,11 @@ class MeasuredModel:
         return next(self.unet.parameters()).dtype
 
     @property
+    def state_dtype(self) -> torch.dtype:
+        """Return the dtype of samples: float64 for a float64 network, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
     def calibration(self) -> dict[str, Any] | None:
         """Return the statistics of all timesteps in the config, if they were measured.
 
@@ -85,6 +90,8 @@ class MeasuredModel:
     def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return the network's output for CPU tensors x_t (B, C, H, W) and t (B,), on the CPU.
 
+        It has the dtype of x_t.
+
         Raises:
             ValueError: labels that do not fit the network or the batch.
         """
@@ -98,8 +105,8 @@ class MeasuredModel:
         if self.labels is not None:
             conditions["class_labels"] = self.labels.to(device)
         with torch.no_grad():
-            output = self.unet(x_t.to(device), t.to(device), **conditions).sample
-        return output.cpu()
+            output = self.unet(x_t.to(device, self.dtype), t.to(device), **conditions).sample
+        return output.to("cpu", x_t.dtype)
 
     def predict_mean(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Predict as `predict`, without the variance channels, (B, C, H, W)."""
