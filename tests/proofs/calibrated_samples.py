@@ -24,6 +24,7 @@ import solver_presets as presets
 import torch
 from diffusers.utils import logging
 
+from ddim_schedulers.pipelines.sampling import speed_up
 from ddim_schedulers.training.calibration.samples_job import SamplesJob, sampler_of
 from ddim_schedulers.training.calibration.samples_run import calibrate_samples
 from ddim_schedulers.training.calibration.samples_search import Space
@@ -61,12 +62,8 @@ class Images:
 def search(args, images, labels):
     """Returns what was found for each number of calls, and the model."""
     model = load_measured_model(args.pipeline, args.device)
-    model.unet.to(memory_format=torch.channels_last)
-    if args.compile:
-        model.unet.forward = torch.compile(model.unet.forward)
-    if args.bf16:
-        kind = torch.device(args.device).type
-        model.unet.forward = torch.autocast(kind, torch.bfloat16)(model.unet.forward)
+    dtype = torch.bfloat16 if args.bf16 else None
+    speed_up(model.unet, compile=args.compile, channels_last=True, dtype=dtype)
     nets = {
         FIRST: presets.classifier(args.classifier, images, labels),
         SECOND: spaces.make_feature_space("pixels", tuple(images.shape[1:])),
@@ -141,7 +138,7 @@ def main():
     parser.add_argument("--classifier", type=Path, required=True, help="made where it is missing")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; x in float32")
+    parser.add_argument("--bf16", action="store_true", help="the network in bfloat16; x in float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--num_images", type=int, default=2000, help="of a setting in the search")

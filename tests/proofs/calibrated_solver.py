@@ -28,6 +28,7 @@ import torch
 from solver_presets import ROWS, STOCK_FAILS, Model, build, plan, say, values_of
 
 from ddim_schedulers import CALIBRATED, GeneralizedDDIMScheduler
+from ddim_schedulers.pipelines.sampling import speed_up
 from ddim_schedulers.training.calibration.solver_fit import Constants
 from ddim_schedulers.training.calibration.solver_job import SolverJob
 from ddim_schedulers.training.calibration.solver_run import calibrate_solver
@@ -45,7 +46,8 @@ def fit(arguments: argparse.Namespace, results: dict[str, Any], size: int) -> No
     if not (missing := tuple(calls for calls in wanted if str(calls) not in tables)):
         return
     model = load_measured_model(arguments.pipeline, arguments.device)
-    model.unet.to(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if arguments.bf16 else None
+    speed_up(model.unet, compile=arguments.compile, channels_last=True, dtype=dtype)
     job = SolverJob(
         calls=missing,
         num_samples=size,
@@ -63,7 +65,6 @@ def fit(arguments: argparse.Namespace, results: dict[str, Any], size: int) -> No
         job,
         work_dir=arguments.output / f"work-{size}",
         progress=lambda line: say(f"{time.perf_counter() - start:7.1f} s  {line}"),
-        autocast=torch.bfloat16 if arguments.bf16 else None,
     )
     for each in outcomes:
         say(f"n = {size}, {each.calls} calls: {each.analytic:.5f} -> {each.held_out:.5f}")
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; x in float32")
+    parser.add_argument("--bf16", action="store_true", help="the network in bfloat16; x in float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fit_only", action="store_true")
     parser.add_argument("--tables", type=Path, nargs="*", default=[], help="solver.json of others")
