@@ -85,7 +85,7 @@ class _Counted:
 
     def __call__(self, sample: torch.Tensor, timestep: torch.Tensor | int, **given: Any) -> Any:
         self.evaluations += len(sample)
-        # a compiled network would compile again for each integer
+        # a compiled network would compile for integers and for tensors
         t = torch.as_tensor(timestep, device=self.device)
         with torch.no_grad():
             return self.unet(sample, t, **given)
