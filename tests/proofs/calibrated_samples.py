@@ -98,7 +98,12 @@ def measure(args, network, distances, cells, keep, calls, name, config):
             scheduler, settings, noisy = presets.build(network, row, {name: config})
             presets.plan(scheduler, settings, calls, args.device)
             drawn = torch.Generator(args.device).manual_seed(10_000 + seed)
-            x, made = network.run(scheduler, network.noises(seed, args.n), drawn if noisy else None)
+            noises = network.noises(seed, args.n)
+            try:
+                x, made = network.run(scheduler, noises, drawn if noisy else None)
+            except presets.STOCK_FAILS as error:
+                presets.say(f"{calls:>3} {row}: left out, {error!r}")
+                break
             shown = as_uint8_sees(x.clamp(-1, 1).cpu())
             cells[key] = {"calls": made, "noisy": noisy}
             cells[key] |= {space: distance.to(shown) for space, distance in distances.items()}
@@ -115,10 +120,11 @@ def report(cells, chosen):
             return float(np.mean(presets.values_of(cells, row, calls, space)))
 
         lines += [f"## {calls} calls: {setting}", "", f"| | {FIRST} | {SECOND} |", "|---|---|---|"]
-        for row in sorted([name, "FEW_STEPS", *STOCK], key=lambda row: mean(row, FIRST)):
+        stock = [row for row in STOCK if presets.values_of(cells, row, calls, FIRST)]
+        for row in sorted([name, "FEW_STEPS", *stock], key=lambda row: mean(row, FIRST)):
             told = [presets.summary(cells, row, calls, space) for space in (FIRST, SECOND)]
             lines.append(f"| {'chosen' if row == name else row} | {told[0]} | {told[1]} |")
-        best = min(STOCK, key=lambda row: mean(row, FIRST))
+        best = min(stock, key=lambda row: mean(row, FIRST))
         ratio, most = mean(name, FIRST) / mean(best, FIRST), TARGETS.get(calls, 1.0)
         pixels = mean(name, SECOND), mean(best, SECOND)
         lines += [
