@@ -5,10 +5,13 @@
 Each sampler of diffusers has the spacing that suits it best of those in solver_presets.py. Beside a
 row stands its end-point error: the mean squared error of the clamped x_0 against a fine run of 100
 calls (order 3 with corrector, no clipping) from the same `n` noises, times 1,000; the picture shows
-the first of them, and the fine run in the last row.
+the first of them, and the fine run in the last row. `--calibrated CONFIG.json`, a scheduler's
+config with tables of `calibrate --objective solver` for both numbers of calls, adds a row.
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw, ImageFont
 
-from ddim_schedulers import FEW_STEPS, GeneralizedDDIMScheduler
+from ddim_schedulers import CALIBRATED, FEW_STEPS, GeneralizedDDIMScheduler
 from ddim_schedulers.pipelines import make_grid
 
 ROWS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -63,11 +66,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True)
     parser.add_argument("--output", required=True)
+    parser.add_argument("--calibrated", type=Path, help="a scheduler's config with tables")
     parser.add_argument("--n", type=int, default=256, help="noises of the end-point error")
     parser.add_argument("--shown", type=int, default=10, help="noises in the picture")
     args = parser.parse_args()
     pipeline = DDPMPipeline.from_pretrained(args.pipeline)
     config, unet = pipeline.scheduler.config, pipeline.unet.config
+    rows = dict(ROWS)
+    if args.calibrated:
+        tables = json.loads(args.calibrated.read_text(encoding="utf-8"))["calibration"]
+        fitted = {**CALIBRATED, "calibration": tables}
+        rows["ours, fitted table"] = GeneralizedDDIMScheduler, fitted
     noises = torch.randn(
         args.n,
         unet.in_channels,
@@ -81,7 +90,7 @@ def main() -> None:
         )
         ends = {
             (name, calls): sample(pipeline, kind.from_config(config, **settings), noises, calls)
-            for name, (kind, settings) in ROWS.items()
+            for name, (kind, settings) in rows.items()
             for calls in CALLS
         }
     errors = {key: 1000 * float((x_0 - fine).square().mean()) for key, x_0 in ends.items()}
@@ -90,12 +99,12 @@ def main() -> None:
 
     wide, high = panel(fine[: args.shown]).size
     step = NUMBERS + wide + GAP
-    canvas = Image.new("L", (NAMES + 2 * step - GAP, TITLE + high * (len(ROWS) + 1)), 255)
+    canvas = Image.new("L", (NAMES + 2 * step - GAP, TITLE + high * (len(rows) + 1)), 255)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(28)
     for i, calls in enumerate(CALLS):
         left = NAMES + NUMBERS + i * step
         draw.text((left, 4), f"{calls} calls", font=font, fill=0)
-        for k, name in enumerate([*ROWS, ""]):
+        for k, name in enumerate([*rows, ""]):
             top = TITLE + k * high
             shown = ends[name, calls] if name else fine
             canvas.paste(panel(shown[: args.shown]).convert("L"), (left, top))
@@ -107,7 +116,7 @@ def main() -> None:
                     fill=0,
                     anchor="rm",
                 )
-    for k, name in enumerate([*ROWS, f"{FINE_CALLS} calls"]):
+    for k, name in enumerate([*rows, f"{FINE_CALLS} calls"]):
         draw.text((4, TITLE + k * high + high // 2), name, font=font, fill=0, anchor="lm")
     canvas.save(args.output, optimize=True)
 
