@@ -173,7 +173,7 @@ class UnconditionalPipeline(DiffusionPipeline):
     @property
     def state_dtype(self) -> torch.dtype:
         """Return the dtype of samples: float64 for a float64 network, else float32."""
-        return state_dtype(self.unet)
+        return state_dtype(self.unet.dtype)
 
     def speed_up(
         self,

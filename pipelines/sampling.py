@@ -57,9 +57,9 @@ class Step:
 AfterStep = Callable[[Step], None]
 
 
-def state_dtype(network: Network) -> torch.dtype:
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which samples are kept: float64 for a float64 network, else float32."""
-    return torch.float64 if network.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_compiled(network: Network) -> bool:

@@ -155,6 +155,20 @@ class Predictor:
         return x * float(of_x) + self.output(x, t, first, period) * float(of_m)
 
 
+def check_model(model: MeasuredModel, guiding: Guiding) -> None:
+    """Check that tables can be stored for a network that is guided so.
+
+    Raises:
+        ValueError: as `Guiding.check`, or for a config with thresholding.
+    """
+    guiding.check(model)
+    if model.config.get("thresholding"):
+        raise ValueError(
+            "`thresholding` is True in the scheduler's config; a stored table goes with clipping "
+            "or with none"
+        )
+
+
 def check_calls(calls: Sequence[int], most: int, why: str = "") -> None:
     """Check the numbers of network calls that a calibration is made for.
 

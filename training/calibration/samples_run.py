@@ -20,7 +20,7 @@ import torch
 from ddim_schedulers.pipelines.base import chunks
 from ddim_schedulers.pipelines.images import to_uint8
 from ddim_schedulers.pipelines.ownership import Owner
-from ddim_schedulers.training.calibration.predictor import Predictor
+from ddim_schedulers.training.calibration.predictor import Predictor, check_model
 from ddim_schedulers.training.calibration.progress import Progress, cost_line
 from ddim_schedulers.training.calibration.samples_job import (
     NEIGHBOURS,
@@ -130,12 +130,7 @@ def check(model: MeasuredModel, job: SamplesJob, spaces: Sequence[str]) -> None:
         ValueError: as `calibrate_samples`, and for a stored table that does not fit the config.
     """
     job.check(len(model.alpha_bar))
-    job.guiding.check(model)
-    if model.config.get("thresholding"):
-        raise ValueError(
-            "`thresholding` is True in the scheduler's config; a stored table goes with clipping "
-            "or with none"
-        )
+    check_model(model, job.guiding)
     if len(spaces) < 2:
         raise ValueError(f"`features` is {[*spaces]}; one decides and another guards: name two")
     for calls in job.calls:

@@ -165,6 +165,19 @@ def lost(before: Any, stored: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
     return lines
 
 
+def remarks(
+    before: Mapping[str, Any], stored: Mapping[str, Any], saved: Mapping[str, Any] | None
+) -> list[str]:
+    """Return what is to be said of tables that were stored.
+
+    Args:
+        before: the former `calibration` of the config.
+        stored: the new entries, by their number of calls.
+        saved: the scheduler's config, as it was saved, or None.
+    """
+    return lost(before.get("solver"), stored) + (not_used_with(saved or {}) if stored else [])
+
+
 def not_used_with(saved: Mapping[str, Any]) -> list[str]:
     """Return a line if a scheduler's config says what keeps `CALIBRATED` from stored tables.
 

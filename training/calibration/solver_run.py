@@ -20,7 +20,7 @@ from ddim_schedulers.pipelines.sampling import Step, denoise
 from ddim_schedulers.solver_rows import analytic_steps, differences_of
 from ddim_schedulers.solver_tables import MAX_WEIGHT, SolverTable, pack_solver_table
 from ddim_schedulers.timesteps import make_timesteps
-from ddim_schedulers.training.calibration.predictor import Predictor
+from ddim_schedulers.training.calibration.predictor import Predictor, check_model
 from ddim_schedulers.training.calibration.progress import Progress, cost_line
 from ddim_schedulers.training.calibration.solver_fit import (
     END,
@@ -85,12 +85,7 @@ def calibrate_solver(
     """
     team = Team() if team is None else team
     job.check(len(model.alpha_bar))
-    job.guiding.check(model)
-    if model.config.get("thresholding"):
-        raise ValueError(
-            "`thresholding` is True in the scheduler's config; a table goes with clipping or with "
-            "none"
-        )
+    check_model(model, job.guiding)
     begun = time.perf_counter()
     numbers = {k: v for k, v in asdict(job).items() if k != "guiding"}
     own = {

@@ -98,10 +98,7 @@ def run(
         samples_run.discard(work_dir)
         for each in outcomes:
             print(*each.lines(names), sep="\n")
-        said = solver_job.lost(before.get("solver"), better)
-        if better:
-            said += solver_job.not_used_with(model.saved or {})
-        for line in said:
+        for line in solver_job.remarks(before, better, model.saved):
             print(line)
         print(
             f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "

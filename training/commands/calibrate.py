@@ -293,10 +293,7 @@ def _fit_solver(
             )
         solver_run.discard(work_dir)
         print(*solver_job.summary(outcomes), sep="\n")
-        said = solver_job.lost(before.get("solver"), better)
-        if better:
-            said += solver_job.not_used_with(measured_model.saved or {})
-        for line in said:
+        for line in solver_job.remarks(before, better, measured_model.saved):
             print(line)
         print(
             f"{cost['evaluations']} network evaluations, {cost['seconds']:.1f} s, "

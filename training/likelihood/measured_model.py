@@ -13,6 +13,7 @@ from ddim_schedulers import MarkovianDDPMScheduler
 from ddim_schedulers.class_labels import ClassLabels, class_labels_of
 from ddim_schedulers.export import VAE_NAMES
 from ddim_schedulers.pipelines.codec import Codec
+from ddim_schedulers.pipelines.sampling import state_dtype
 from ddim_schedulers.scales import is_one
 from ddim_schedulers.training.common.repositories import fetch
 from ddim_schedulers.training.networks.autoencoders import load_vae
@@ -62,8 +63,8 @@ class MeasuredModel:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Return the dtype of samples: float64 for a float64 network, else float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        """Return the dtype of samples."""
+        return state_dtype(self.dtype)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
